@@ -1,0 +1,48 @@
+# Two commands on a fresh machine: `make release` and `make test`. Each sets everything up first.
+PYTHON ?= python3
+RECIPE ?= recipes/quickstart.yaml
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: release test test-fast lint format ui train bench-memory constraints clean
+
+release: $(READY)  ## run the release pipeline; succeeds when it reaches a verdict, and says which
+	@$(BIN)/dpq release $(RECIPE); code=$$?; [ $$code -eq 0 ] || [ $$code -eq 2 ]
+
+test: $(READY)  ## all tests
+	$(BIN)/python -m pytest
+
+test-fast: $(READY)  ## the algorithm alone: no services
+	$(BIN)/python -m pytest tests/core tests/test_architecture.py
+
+lint: $(READY)  ## format, style, types, layers
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(READY)
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+ui: $(READY)  ## leave the Prefect server and MLflow up
+	$(BIN)/dpq ui
+
+train: $(READY)  ## train the quickstart model again
+	MALLOC_MMAP_THRESHOLD_=4000000000 MALLOC_TRIM_THRESHOLD_=16000000000 \
+	$(BIN)/python recipes/quickstart/train.py --output recipes/quickstart/model
+
+bench-memory: $(READY)  ## peak memory of quantizing a 1.1-billion-parameter Llama
+	$(BIN)/python tests/bench/peak_memory.py
+
+constraints: $(READY)  ## pin what is installed now
+	$(BIN)/pip freeze --exclude-editable > constraints.txt
+
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	touch $(READY)
+
+clean:
+	rm -rf $(VENV) .dpq

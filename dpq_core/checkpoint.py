@@ -1,0 +1,278 @@
+"""The native checkpoint: quantized layers and everything else, in one verified folder.
+
+    model-00001-of-0000N.safetensors …   see `linear.layer_tensors` for a quantized layer's tensors
+    model.safetensors.index.json         tensor → shard, as in transformers
+    config.json, tokenizer files, …      the base model's, with `quantization_config` added
+    dpq.json                             the manifest, written last: format version, base model,
+                                         scheme, per-layer report, SHA-256 and size of every file
+
+A folder without `dpq.json` is not a checkpoint; another format version is refused.
+"""
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from dpq_core.digests import file_digest
+from dpq_core.linear import W4A8Linear, expected_shapes, layer_from_tensors, layer_tensors
+from dpq_core.plan import Plan
+from dpq_core.quantize import LayerReport, QuantizedLinear
+from dpq_core.reader import SIDE_FILES, CheckpointError, CheckpointReader, read_config
+from dpq_core.scheme import Scheme
+from dpq_core.streaming import empty_model, fill_parameters
+
+FORMAT_VERSION = 1
+MANIFEST = "dpq.json"
+_SHARD_BYTES = 256 << 20  # bounds the writer's memory
+
+
+def save_layer(folder: Path, layer: QuantizedLinear, scheme: Scheme) -> None:
+    """One quantized layer as `layer.safetensors` and `report.json`."""
+    save_file(layer_tensors(layer, scheme), folder / "layer.safetensors")
+    (folder / "report.json").write_text(json.dumps(dataclasses.asdict(layer.report)))
+
+
+def load_layer(folder: Path, features: int, scheme: Scheme) -> QuantizedLinear:
+    """Inverse of `save_layer`."""
+    layer = layer_from_tensors(load_file(folder / "layer.safetensors"), features, scheme)
+    report = LayerReport(**json.loads((folder / "report.json").read_text()))
+    return dataclasses.replace(layer, report=report)
+
+
+def write_checkpoint(
+    folder: Path,
+    source: CheckpointReader,
+    dtype: torch.dtype,
+    plan: Plan,
+    scheme: Scheme,
+    layer: Callable[[str], QuantizedLinear],
+    about: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Write a native checkpoint, tensor by tensor; memory is bounded by one shard.
+
+    Args:
+        folder: exists and is empty.
+        source: the base checkpoint, for all that is not quantized.
+        dtype: of the tensors that are not quantized.
+        layer: gives a quantized layer by name; called once for each.
+        about: provenance for the manifest (`base_model`, `calibration`, …).
+
+    Returns:
+        The manifest.
+    """
+    shards = _ShardWriter(folder)
+    rows: list[dict[str, Any]] = []
+    planned = {f"{item.name}.weight": item for item in plan.layers}
+    for name in source.names:
+        if name not in planned:
+            tensor = source.tensor(name)
+            shards.add(name, tensor.to(dtype) if tensor.is_floating_point() else tensor)
+            continue
+        item = planned[name]
+        quantized = layer(item.name)
+        tensors = layer_tensors(quantized, scheme)
+        for suffix, tensor in tensors.items():
+            shards.add(f"{item.name}.{suffix}", tensor)
+        row: dict[str, Any] = {"name": item.name, "shape": [item.rows, item.features]}
+        row |= {"bytes": sum(t.nbytes for t in tensors.values())}
+        rows.append(row | dataclasses.asdict(quantized.report))
+    shards.close()
+    _write_side_files(folder, source.folder, scheme, dtype)
+    order = {item.name: position for position, item in enumerate(plan.layers)}
+    rows.sort(key=lambda row: order[row["name"]])
+    weights = sum(item.weights for item in plan.layers)
+    manifest = {
+        "format_version": FORMAT_VERSION,
+        **about,
+        "scheme": scheme.model_dump(mode="json"),
+        "bytes_per_weight": sum(row["bytes"] for row in rows) / weights,
+        "layers": rows,
+        "skipped": plan.skipped,
+        "files": {
+            path.name: {"sha256": file_digest(path), "size": path.stat().st_size}
+            for path in sorted(folder.iterdir())
+        },
+    }
+    (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
+    return manifest
+
+
+class _ShardWriter:
+    """Collects tensors into shards of about `_SHARD_BYTES`, and writes the index at the end."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._pending: dict[str, Tensor] = {}
+        self._shards: list[list[str]] = []
+        self._bytes = 0
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        if self._pending and sum(t.nbytes for t in self._pending.values()) > _SHARD_BYTES:
+            self._flush()
+        self._pending[name] = tensor
+        self._bytes += tensor.nbytes
+
+    def close(self) -> None:
+        self._flush()
+        total = len(self._shards)
+        weight_map: dict[str, str] = {}
+        for number, names in enumerate(self._shards, 1):
+            final = f"model-{number:05}-of-{total:05}.safetensors"
+            self._part(number).rename(self._folder / final)
+            weight_map |= dict.fromkeys(names, final)
+        index = {"metadata": {"total_size": self._bytes}, "weight_map": weight_map}
+        path = self._folder / "model.safetensors.index.json"
+        path.write_text(json.dumps(index, indent=1, sort_keys=True) + "\n")
+
+    def _flush(self) -> None:
+        self._shards.append(list(self._pending))
+        save_file(self._pending, self._part(len(self._shards)), metadata={"format": "pt"})
+        self._pending = {}
+
+    def _part(self, number: int) -> Path:
+        return self._folder / f"shard-{number:05}.part"
+
+
+def _write_side_files(folder: Path, source: Path, scheme: Scheme, dtype: torch.dtype) -> None:
+    for name in SIDE_FILES:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, folder / name)
+    config = read_config(source)
+    config["dtype"] = str(dtype).removeprefix("torch.")
+    config["quantization_config"] = {
+        "quant_method": "dpq",
+        "format_version": FORMAT_VERSION,
+        **scheme.model_dump(mode="json"),
+    }
+    (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of a native checkpoint.
+
+    Raises:
+        CheckpointError: no manifest, or a format version that this code does not know.
+    """
+    path = folder / MANIFEST
+    try:
+        manifest: dict[str, Any] = json.loads(path.read_text("utf-8"))
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{folder}: no {MANIFEST}: not a (complete) checkpoint") from error
+    except json.JSONDecodeError as error:
+        raise CheckpointError(f"{path}: not JSON ({error})") from error
+    version = manifest.get("format_version")
+    if version != FORMAT_VERSION:
+        raise CheckpointError(
+            f"{path}: format version {version} is unknown: this release reads {FORMAT_VERSION}"
+        )
+    return manifest
+
+
+class QuantizedCheckpoint:
+    """A native checkpoint folder, opened for reading.
+
+    Raises:
+        CheckpointError: as `read_manifest` and `CheckpointReader` do.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.manifest = read_manifest(folder)
+        self.scheme = Scheme.model_validate(self.manifest["scheme"])
+        self.reader = CheckpointReader(folder)
+        self.shapes: dict[str, list[int]] = {
+            row["name"]: row["shape"] for row in self.manifest["layers"]
+        }
+
+    def layer(self, name: str) -> QuantizedLinear:
+        """A quantized layer by name."""
+        rows, features = self.shapes[name]
+        suffixes = expected_shapes(rows, features, self.scheme)
+        tensors = self.reader.tensors(f"{name}.{suffix}" for suffix in suffixes)
+        by_suffix = {full.removeprefix(f"{name}."): tensor for full, tensor in tensors.items()}
+        return layer_from_tensors(by_suffix, features, self.scheme)
+
+    def verify(self) -> None:
+        """Every file has its digest; every tensor is there, of its shape and type, and finite.
+
+        Raises:
+            CheckpointError: naming the file or the tensor.
+        """
+        for name, entry in self.manifest["files"].items():
+            path = self.folder / name
+            if not path.is_file():
+                raise CheckpointError(f"{path}: file is missing")
+            if path.stat().st_size != entry["size"] or file_digest(path) != entry["sha256"]:
+                raise CheckpointError(f"{path}: content differs from the manifest's digest")
+        for name, (shape, dtype) in self._expected().items():
+            if name not in self.reader:
+                raise CheckpointError(f"{self.folder}: tensor {name} is missing")
+            found = self.reader.shape_and_type(name)
+            if found[0] != shape or (dtype and found[1] != dtype):
+                raise CheckpointError(
+                    f"{self.folder}: tensor {name} is {found[1]} {found[0]}, "
+                    f"expected {dtype or found[1]} {shape}"
+                )
+        self.reader.check_finite()
+
+    def _expected(self) -> dict[str, tuple[list[int], str | None]]:
+        expected: dict[str, tuple[list[int], str | None]] = {}
+        for name, parameter in empty_model(self.folder).named_parameters():
+            layer = name.removesuffix(".weight")
+            if layer in self.shapes:
+                rows, features = self.shapes[layer]
+                stored = expected_shapes(rows, features, self.scheme)
+                expected |= {f"{layer}.{suffix}": entry for suffix, entry in stored.items()}
+            else:
+                expected[name] = (list(parameter.shape), None)
+        if read_config(self.folder).get("tie_word_embeddings"):
+            expected.pop("lm_head.weight", None)
+        return expected
+
+
+def load_model(folder: Path, device: torch.device | str = "cpu") -> Any:
+    """A transformers causal LM from a native checkpoint, or a 16-bit one from any other.
+
+    Raises:
+        CheckpointError: see `load_quantized`.
+    """
+    if (folder / MANIFEST).is_file():
+        return load_quantized(folder, device)
+    return _complete(empty_model(folder), CheckpointReader(folder), device)
+
+
+def load_quantized(folder: str | Path, device: torch.device | str = "cpu") -> Any:
+    """A transformers causal LM from a native checkpoint, its quantized linears `W4A8Linear`.
+
+    Raises:
+        CheckpointError: missing manifest, unknown version, missing or misshapen tensors.
+    """
+    checkpoint = QuantizedCheckpoint(Path(folder))
+    model = empty_model(checkpoint.folder)
+    for name in checkpoint.shapes:
+        bias = f"{name}.bias"
+        linear = W4A8Linear(
+            checkpoint.layer(name),
+            checkpoint.reader.tensor(bias) if bias in checkpoint.reader else None,
+            checkpoint.scheme,
+        )
+        model.set_submodule(name, linear)
+    return _complete(model, checkpoint.reader, device)
+
+
+def _complete(model: Any, reader: CheckpointReader, device: torch.device | str) -> Any:
+    """Load what has no memory yet; an output head that is not stored is the input embedding."""
+    head, tied = model.get_output_embeddings(), "lm_head.weight" not in reader
+    if tied:
+        head.weight = None
+    fill_parameters(model, "", reader, model.dtype)
+    if tied:
+        head.weight = model.get_input_embeddings().weight
+    return model.to(device).eval()

@@ -1,0 +1,86 @@
+"""The column loop that every method shares: choose a column's codes, pass its error on.
+
+GPTQ (Frantar et al., 2023), on static groups and in any column order π. With H⁻¹ = Uᵀ U, U upper
+triangular, quantizing column j of the working weight changes the columns still to come by
+
+    w[:, l] -= (w[:, j] - ŵ[:, j]) / U[j, j] * U[j, l],   l > j,
+
+which is the change that keeps the layer objective lowest. Columns are handled in blocks: inside a
+block one by one, then all columns after it by one product. Everything is transposed here (a column
+of the weight is a contiguous row), which is what makes the inner steps cheap.
+
+DPQ differs from GPTQ in one thing: ŵ contains the rounding to the 8-bit inner format, so that this
+error is compensated as well.
+"""
+
+import torch
+from torch import Tensor
+
+from dpq_core.grid import ColumnGrid
+
+_DAMPING_ATTEMPTS = 4  # the recipe's damping, then three times tenfold
+
+
+class FactorizationError(ValueError):
+    """The Hessian has no Cholesky factor even with the most damping."""
+
+
+def inverse_factor(hessian: Tensor, damp_frac: float) -> tuple[Tensor, float]:
+    """U of H⁻¹ = Uᵀ U, and the damping (a fraction of the mean diagonal) that it took.
+
+    Columns that calibration never excited have an all-zero row in H and are given the mean
+    diagonal: they neither receive nor pass on any error.
+
+    H = R Rᵀ with R upper triangular is the Cholesky factorisation of H read backwards, and
+    U = R⁻¹: one factorisation and one triangular solve, no inverse of H.
+
+    Args:
+        hessian: [in, in] fp32, symmetric. Not changed.
+        damp_frac: first damping to try.
+
+    Raises:
+        FactorizationError: after three tenfold increases of the damping.
+    """
+    mean = hessian.diagonal().mean()
+    if mean <= 0:  # calibration saw only zeros: nothing can be compensated
+        return torch.eye(len(hessian), device=hessian.device), damp_frac
+    for attempt in range(_DAMPING_ATTEMPTS):
+        damping = damp_frac * 10**attempt
+        reversed_ = hessian.flip(0, 1)
+        diagonal = reversed_.diagonal()
+        diagonal.copy_(torch.where(diagonal == 0, mean, diagonal) + damping * mean)
+        lower, failure = torch.linalg.cholesky_ex(reversed_)
+        del reversed_, diagonal
+        if failure == 0 and torch.isfinite(lower.diagonal()).all():
+            upper = lower.flip(0, 1)
+            del lower
+            identity = torch.eye(len(hessian), device=hessian.device)
+            return torch.linalg.solve_triangular(upper, identity, upper=True), damping
+    raise FactorizationError(
+        f"the Hessian is not positive definite with damping {damping:g} of its mean diagonal: "
+        "raise calibration.samples or scheme.damp_frac"
+    )
+
+
+def quantize_columns(
+    weight: Tensor,  # [in, out] fp32, transposed and in the order π
+    grid: ColumnGrid,  # of the same columns in the same order
+    factor: Tensor | None,  # [in, in] fp32, U of H⁻¹ in the order π; None: errors stay (RTN)
+    block_columns: int,
+) -> Tensor:  # codes [in, out] fp32
+    """Codes of all columns. With a factor, `weight` is used up as the working weight."""
+    if factor is None:
+        return grid.encode(weight)
+    codes = torch.empty_like(weight)
+    for start in range(0, len(weight), block_columns):
+        stop = min(start + block_columns, len(weight))
+        work = weight[start:stop]
+        errors = torch.empty_like(work)
+        inner_factor = factor[start:stop, start:stop]
+        for j in range(stop - start):
+            column = grid[start + j]
+            codes[start + j] = column.encode(work[j])
+            errors[j] = (work[j] - column.decode(codes[start + j])) / inner_factor[j, j]
+            work[j + 1 :].addr_(inner_factor[j, j + 1 :], errors[j], alpha=-1)
+        weight[stop:].addmm_(factor[start:stop, stop:].T, errors, alpha=-1)
+    return codes

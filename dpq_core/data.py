@@ -1,0 +1,194 @@
+"""Texts named by a recipe, and the windows of tokens that models read.
+
+Two ways to cut a text, for two purposes:
+
+- `token_windows`, for perplexity: all rows joined by blank lines, tokenised once, cut into windows
+  that do not overlap, the incomplete tail dropped. It is the number of the GPTQ and DPQ papers.
+- `calibration_windows`, for statistics: each row is a document; documents follow one another with
+  an end-of-text token between them, and the windows taken lie evenly over the whole stream, so that
+  the choice needs no random numbers.
+"""
+
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from dpq_core import corpus
+from dpq_core.recipe import TextDataset
+
+_CORPUS = "python_docs"
+_FILE_BUILDERS = {"arrow", "csv", "json", "parquet", "text"}  # of `datasets`: read data_files
+_DOCUMENTS_A_CALL = 256  # of the tokenizer: bounds its lists of Python integers
+
+
+class DataError(ValueError):
+    """Texts that cannot be read or are too short, with one line that says which and why."""
+
+
+def load_texts(dataset: TextDataset) -> list[str]:
+    """The rows of a data set's text column, in order, empty ones included.
+
+    Data files (local, gzipped, `s3://…`) are read afresh every time; data sets of the hub come
+    from the cache of `datasets`, which keys them by commit.
+
+    Raises:
+        DataError: missing file, unknown split or column, rows that are no strings, no text at all,
+            or a hub that cannot be reached.
+    """
+    if dataset.path == _CORPUS:
+        try:
+            return corpus.documents(dataset.split)
+        except ValueError as error:
+            raise DataError(f"{_CORPUS}: {error}") from error
+    label = _label(dataset)
+    with ExitStack() as stack:
+        stack.enter_context(_no_progress_bars())
+        # `datasets` knows a local file by its name and mtime only: a file changed by a copy that
+        # preserves times (tar, cp -p, rsync -t) would be served as it was before.
+        fresh = stack.enter_context(tempfile.TemporaryDirectory()) if _is_files(dataset) else None
+        rows = _load(dataset, fresh)
+        if dataset.text_column not in rows.column_names:
+            columns = ", ".join(rows.column_names) or "none"
+            raise DataError(
+                f"{label}: no column {dataset.text_column!r}: the columns are {columns}"
+            )
+        texts: list[Any] = rows[dataset.text_column][:]
+    for number, text in enumerate(texts):
+        if not isinstance(text, str):
+            kind = type(text).__name__
+            raise DataError(
+                f"{label}: column {dataset.text_column!r}, row {number}: {kind}, not a string"
+            )
+    if not any(text.strip() for text in texts):
+        raise DataError(f"{label}: no text in column {dataset.text_column!r} ({len(texts)} rows)")
+    return texts
+
+
+def token_windows(
+    texts: Sequence[str],
+    tokenizer: PreTrainedTokenizerBase,
+    sequence_length: int,
+    *,
+    separator: str = "\n\n",
+) -> Tensor:  # [windows, sequence_length] int64
+    """Windows for perplexity: joined, tokenised once with the tokenizer's special tokens, cut.
+
+    Windows do not overlap; the incomplete tail is dropped. Source: the evaluation of the GPTQ
+    paper (`"\\n\\n".join(dataset["text"])` of WikiText-2, rows being lines).
+
+    Raises:
+        DataError: fewer tokens than one window.
+    """
+    ids = tokenizer(separator.join(texts), verbose=False).input_ids
+    return _cut(torch.tensor(ids, dtype=torch.int64), sequence_length)
+
+
+def calibration_windows(
+    texts: Sequence[str],
+    tokenizer: PreTrainedTokenizerBase,
+    samples: int,
+    sequence_length: int,
+) -> Tensor:  # [at most samples, sequence_length] int64
+    """Windows for calibration: `samples` of them, evenly spaced over all documents.
+
+    Each text is a document with the special tokens that the tokenizer gives it; between two
+    documents stands one end-of-text token, where the tokenizer has one. When the texts hold fewer
+    windows than `samples`, all of them are returned.
+
+    Raises:
+        DataError: fewer tokens than one window.
+    """
+    windows = _cut(_document_stream(texts, tokenizer), sequence_length)
+    if len(windows) <= samples:
+        return windows
+    return windows[torch.arange(samples) * len(windows) // samples]
+
+
+def _document_stream(
+    texts: Sequence[str], tokenizer: PreTrainedTokenizerBase
+) -> Tensor:  # [tokens] int64
+    end = tokenizer.eos_token_id
+    documents = [text for text in texts if text.strip()]
+    parts = [torch.empty(0, dtype=torch.int64)]
+    closed = True  # whether an end-of-text token, or nothing, precedes the next document
+    for start in range(0, len(documents), _DOCUMENTS_A_CALL):
+        batch = documents[start : start + _DOCUMENTS_A_CALL]
+        for ids in tokenizer(batch, verbose=False).input_ids:
+            # Some tokenizers close every text themselves; for others BOS is the end-of-text token.
+            opened = bool(ids) and ids[0] == end
+            gap = [end] if end is not None and not closed and not opened else []
+            parts.append(torch.tensor(gap + ids, dtype=torch.int64))
+            closed = bool(ids) and ids[-1] == end
+    return torch.cat(parts)
+
+
+def _cut(tokens: Tensor, sequence_length: int) -> Tensor:
+    """Cut [tokens] into [windows, sequence_length], dropping the tail."""
+    windows = len(tokens) // sequence_length
+    if windows == 0:
+        raise DataError(
+            f"the texts hold {len(tokens)} tokens, and one window needs {sequence_length}:"
+            " give more text or a smaller sequence_length"
+        )
+    return tokens[: windows * sequence_length].view(windows, sequence_length)
+
+
+def _is_files(dataset: TextDataset) -> bool:
+    return dataset.path in _FILE_BUILDERS or Path(dataset.path).exists()
+
+
+def _label(dataset: TextDataset) -> str:
+    """How errors name a data set: by its files where it has some."""
+    if isinstance(dataset.data_files, list):
+        return ", ".join(dataset.data_files)
+    return dataset.data_files or dataset.path
+
+
+def _load(dataset: TextDataset, cache_dir: str | None) -> Any:
+    """`datasets.load_dataset`, its many errors turned into `DataError`."""
+    import datasets  # seconds
+
+    label = _label(dataset)
+    try:
+        return datasets.load_dataset(
+            dataset.path,
+            dataset.name,
+            data_files=dataset.data_files,
+            split=dataset.split,
+            revision=dataset.revision,
+            cache_dir=cache_dir,
+        )
+    except Exception as error:  # of datasets, huggingface_hub, fsspec, botocore, pyarrow
+        reason = _first_line(error.__cause__ or error)
+        if _is_files(dataset):
+            raise DataError(f"{label}: {reason}") from error
+        if isinstance(error, ValueError):  # unknown split or configuration: the hub answered
+            raise DataError(f"{label}: {_first_line(error)}") from error
+        raise DataError(
+            f"{label}: {_first_line(error)}: where the hub is out of reach, point data_files to a"
+            " local or S3 mirror (path: json, text or parquet)"
+        ) from error
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0].rstrip(".") if lines else type(error).__name__
+
+
+@contextmanager
+def _no_progress_bars() -> Iterator[None]:
+    import datasets
+
+    were_disabled = datasets.are_progress_bars_disabled()
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        if not were_disabled:
+            datasets.enable_progress_bars()

@@ -1,0 +1,193 @@
+"""The values that a layer's 4-bit codes can stand for, and how their scales are chosen.
+
+    s8  = amax(row) / R',  R' = R * 14/15        channel_scale [out, 1] fp32
+    W8  = inner(W16 / s8)                        the 8-bit image of the original weight
+    s4, z  from the range of W8 in each group    group_scale [out, G] bf16, zero_point [out, G]
+    k   = clamp(round(w / s8 / s4) + z, 0, 15)   encode
+    Ŵ16 = s8 * inner(clamp(s4 * (k - z), ±R))    decode
+
+`inner` rounds to the 8-bit format of the arithmetic (E4M3 or INT8); for 16-bit arithmetic it is the
+identity and s8 is one. The margin of 14/15 in R' keeps the affine range of the second step, which
+rounding of s4 and z can widen, inside the inner format. Source: DPQ (Gafni et al.), section 3; the
+storage types and the margin are DESIGN's.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from dpq_core.formats import FORMATS, NumberFormat, round_to
+from dpq_core.scheme import Scheme
+
+RANGE_MARGIN = 14 / 15
+SYMMETRIC_ZERO_POINT = 8
+CODES = FORMATS["uint4"]
+
+# Shares of the full range that the shrink search tries, largest first: ties keep the range.
+_SHRINK = tuple(1 - step / 64 for step in range(32))
+_SEARCH_ELEMENTS = 1 << 22  # of the weight at a time: bounds the search's working memory
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Scales of one layer. Rows are output channels, groups run along the input."""
+
+    channel_scale: Tensor  # [out, 1] fp32
+    group_scale: Tensor  # [out, G] bf16
+    zero_point: Tensor  # [out, G] uint8, 0…15
+    group_size: int
+    inner: NumberFormat | None
+
+    def without_inner(self) -> "Grid":
+        """The same scales, decoded without 8-bit rounding: what `naive` believes in its loop."""
+        return replace(self, inner=None)
+
+    def at(self, columns: Tensor) -> "ColumnGrid":
+        """The grid of single columns, in the order given. `columns` [n] int64."""
+        group = columns // self.group_size
+        return ColumnGrid(
+            channel_scale=self.channel_scale.T.contiguous(),
+            group_scale=self.group_scale.T[group].float(),
+            zero_point=self.zero_point.T[group].float(),
+            inner=self.inner,
+        )
+
+    def decode8(self, codes: Tensor) -> Tensor:
+        """Ŵ8, or for 16-bit arithmetic s4 * (k - z). `codes` [out, in] → fp32 [out, in]."""
+        columns = torch.arange(codes.shape[1], device=codes.device)
+        return self.at(columns).decode8(codes.T.float()).T.contiguous()
+
+    def decode(self, codes: Tensor) -> Tensor:
+        """Ŵ16, the weight that the codes stand for. `codes` [out, in] → fp32 [out, in]."""
+        return self.channel_scale * self.decode8(codes)
+
+
+@dataclass(frozen=True)
+class ColumnGrid:
+    """The grid spread over single columns, transposed: a column is a contiguous row here."""
+
+    channel_scale: Tensor  # [1, out] fp32
+    group_scale: Tensor  # [n, out] fp32
+    zero_point: Tensor  # [n, out] fp32
+    inner: NumberFormat | None
+
+    def __getitem__(self, rows: int | slice) -> "ColumnGrid":
+        return replace(
+            self,
+            channel_scale=self.channel_scale[0] if isinstance(rows, int) else self.channel_scale,
+            group_scale=self.group_scale[rows],
+            zero_point=self.zero_point[rows],
+        )
+
+    def encode(self, weight: Tensor) -> Tensor:
+        """Codes 0…15 as fp32 for 16-bit weights of the same shape [n, out]."""
+        steps = (weight / self.channel_scale / self.group_scale).round_()
+        return steps.add_(self.zero_point).clamp_(CODES.minimum, CODES.maximum)
+
+    def decode8(self, codes: Tensor) -> Tensor:
+        """8-bit values (16-bit ones without inner format) of fp32 codes [n, out]."""
+        values = self.group_scale * (codes - self.zero_point)
+        return round_to(values, self.inner) if self.inner else values
+
+    def decode(self, codes: Tensor) -> Tensor:
+        """Pseudo-16-bit weights of fp32 codes [n, out]."""
+        return self.channel_scale * self.decode8(codes)
+
+
+def choose_grid(weight: Tensor, scheme: Scheme, importance: Tensor | None) -> Grid:
+    """Scales and zero points of a layer, from its original weight (static groups).
+
+    Args:
+        weight: [out, in], any float type.
+        scheme: formats, group size and search.
+        importance: diag(H) [in], for `scale_search: hessian`.
+    """
+    weight = weight.float()
+    inner = scheme.inner_format
+    channel_scale = _channel_scale(weight, scheme)
+    groups = _split_groups(weight / channel_scale, scheme.group_size)
+    loop_inner = inner if scheme.rounds_inside else None
+    image = round_to(groups, loop_inner) if loop_inner else groups
+    low, high = image.amin(2).clamp(max=0), image.amax(2).clamp(min=0)
+    del image
+    if scheme.scale_search != "minmax":
+        columns = groups.new_ones(weight.shape[1])
+        if scheme.scale_search == "hessian":
+            if importance is None:
+                raise ValueError("scale_search: hessian needs the layer's calibration statistics")
+            columns = importance.float()
+        column_weights = _split_groups(columns[None], scheme.group_size)[0]
+        share = _best_shrink(groups, low, high, column_weights, scheme.symmetric, loop_inner)
+        low, high = low * share, high * share
+    group_scale, zero_point = _affine(low, high, scheme.symmetric)
+    return Grid(channel_scale, group_scale, zero_point.to(torch.uint8), scheme.group_size, inner)
+
+
+def _channel_scale(weight: Tensor, scheme: Scheme) -> Tensor:
+    inner = scheme.inner_format
+    if inner is None:
+        return weight.new_ones(weight.shape[0], 1)
+    amax = weight.abs().amax(1, keepdim=True)
+    if scheme.channel_scale == "tensor":
+        amax = amax.max().expand_as(amax)
+    scale = amax / (inner.maximum * RANGE_MARGIN)
+    scale = torch.where(scale > 0, scale, torch.ones_like(scale))
+    return power_of_two_above(scale) if scheme.power_of_two else scale.clone()
+
+
+def power_of_two_above(scale: Tensor) -> Tensor:
+    """The smallest power of two that is not below `scale`, exactly. FP32."""
+    mantissa, exponent = torch.frexp(scale)
+    exponent = torch.where(mantissa == 0.5, exponent - 1, exponent)
+    return torch.ldexp(torch.ones_like(scale), exponent)
+
+
+def _split_groups(values: Tensor, group_size: int) -> Tensor:
+    """[rows, in] → [rows, G, group_size]; a short last group is filled with zeros, which every
+    range includes and no error counts."""
+    missing = -values.shape[1] % group_size
+    groups: Tensor = pad(values, (0, missing)).unflatten(1, (-1, group_size))
+    return groups
+
+
+def _affine(low: Tensor, high: Tensor, symmetric: bool) -> tuple[Tensor, Tensor]:
+    """Stored scale (bf16) and zero point (fp32 integers) of ranges [low, high] that include 0."""
+    width = 2 * torch.maximum(high, -low) if symmetric else high - low
+    scale = (width / CODES.steps).to(torch.bfloat16)
+    scale = torch.where(scale > 0, scale, torch.ones_like(scale))
+    if symmetric:
+        return scale, torch.full_like(low, SYMMETRIC_ZERO_POINT)
+    return scale, (-low / scale.float()).round().clamp(CODES.minimum, CODES.maximum)
+
+
+def _best_shrink(
+    groups: Tensor,  # [out, G, g] fp32, in units of s8
+    low: Tensor,  # [out, G]
+    high: Tensor,  # [out, G]
+    importance: Tensor,  # [G, g]
+    symmetric: bool,
+    inner: NumberFormat | None,
+) -> Tensor:
+    """For each group the share of its range with the least weighted error after inner rounding."""
+    shares = torch.ones_like(low)
+    for rows in _row_slices(groups):
+        best = torch.full_like(low[rows], torch.inf)
+        for share in _SHRINK:
+            scale, zero = _affine(low[rows] * share, high[rows] * share, symmetric)
+            grid = ColumnGrid(
+                groups.new_ones(()), scale.float().unsqueeze(2), zero.unsqueeze(2), inner
+            )
+            residual = grid.decode(grid.encode(groups[rows])).sub_(groups[rows])
+            error = residual.square_().mul_(importance).sum(2)
+            better = error < best
+            best = torch.where(better, error, best)
+            shares[rows][better] = share
+    return shares
+
+
+def _row_slices(groups: Tensor) -> Iterator[slice]:
+    rows = max(1, _SEARCH_ELEMENTS // groups[0].numel())
+    return (slice(start, start + rows) for start in range(0, len(groups), rows))

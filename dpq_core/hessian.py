@@ -1,0 +1,126 @@
+"""What calibration leaves of a layer's inputs: their second moment and their magnitudes.
+
+    H = mean over tokens of 2 x xᵀ     [in, in] fp32, kept as a sum and a token count
+
+The layer objective tr((W - Ŵ) H (W - Ŵ)ᵀ) is the mean squared error of the layer's output, doubled.
+Magnitudes are counted per BF16 value: |x| in BF16 has 2**15 bit patterns, so the histogram is
+exact, mergeable, and every range estimator can be computed from it afterwards.
+
+Linears that read the same input (q, k, v; gate, up) share one `InputStatistics`.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dpq_core.formats import NumberFormat, round_to
+
+MAGNITUDES = 1 << 15  # bit patterns of a non-negative bf16
+
+
+@dataclass
+class InputStatistics:
+    """Statistics of one linear's (or several linears' shared) input. Mergeable."""
+
+    hessian_sum: Tensor  # [in, in] fp32, sum over tokens of 2 x xᵀ
+    tokens: int
+    magnitudes: Tensor  # [2**15] int64, occurrences of each |x| as bf16 bits
+
+    @classmethod
+    def empty(cls, features: int, device: torch.device | str = "cpu") -> "InputStatistics":
+        return cls(
+            torch.zeros(features, features, device=device),
+            0,
+            torch.zeros(MAGNITUDES, dtype=torch.int64, device=device),
+        )
+
+    def add_hessian(self, x: Tensor) -> None:
+        """Count inputs `x` [..., in], any float type, into the sum."""
+        rows = x.reshape(-1, x.shape[-1]).float()
+        self.hessian_sum.addmm_(rows.T, rows, alpha=2)
+        self.tokens += len(rows)
+
+    def add_magnitudes(self, x: Tensor) -> None:
+        """Count |x| of any shape, rounded to BF16."""
+        bits = x.to(torch.bfloat16).view(torch.int16).flatten().int() & (MAGNITUDES - 1)
+        self.magnitudes += torch.bincount(bits, minlength=MAGNITUDES)
+
+    def merge(self, other: "InputStatistics") -> "InputStatistics":
+        """Statistics of both sets of tokens."""
+        if self.hessian_sum.shape != other.hessian_sum.shape:
+            raise ValueError(
+                f"statistics of {self.hessian_sum.shape[0]} and {other.hessian_sum.shape[0]} "
+                "features do not merge: they are of different inputs"
+            )
+        return InputStatistics(
+            self.hessian_sum + other.hessian_sum,
+            self.tokens + other.tokens,
+            self.magnitudes + other.magnitudes,
+        )
+
+    def hessian(self) -> Tensor:
+        """H [in, in] fp32.
+
+        Raises:
+            ValueError: no token was counted, or the sum is not finite.
+        """
+        if self.tokens == 0:
+            raise ValueError("the layer saw no calibration token")
+        mean = self.hessian_sum / self.tokens
+        if not torch.isfinite(mean.sum()):
+            raise ValueError("the calibration inputs of the layer are not finite")
+        return mean
+
+    def to(self, device: torch.device | str) -> "InputStatistics":
+        """The same statistics on a device."""
+        return InputStatistics(self.hessian_sum.to(device), self.tokens, self.magnitudes.to(device))
+
+    def tensors(self) -> dict[str, Tensor]:
+        """For storage; `from_tensors` is the inverse."""
+        return {
+            "hessian_sum": self.hessian_sum,
+            "tokens": torch.tensor(self.tokens),
+            "magnitudes": self.magnitudes,
+        }
+
+    @classmethod
+    def from_tensors(cls, tensors: dict[str, Tensor]) -> "InputStatistics":
+        return cls(tensors["hessian_sum"], int(tensors["tokens"]), tensors["magnitudes"])
+
+
+def static_input_scale(magnitudes: Tensor, fmt: NumberFormat, estimator: str) -> Tensor:
+    """One scale for all of a layer's activations, from their histogram. FP32 scalar.
+
+    Args:
+        magnitudes: [2**15] int64, as counted by `InputStatistics`.
+        fmt: 8-bit format of the activations.
+        estimator: `amax`, the largest magnitude meets the format's maximum; `percentile`, 99.9 % of
+            the values lie within it; `mse`, the least squared error among shrunk ranges.
+    """
+    values = torch.arange(MAGNITUDES, dtype=torch.int16).view(torch.bfloat16).float()
+    present = magnitudes.cpu().nonzero().flatten()
+    if len(present) == 0 or not torch.isfinite(values[present[-1]]):
+        raise ValueError("no finite calibration activations to choose a static scale from")
+    values, counts = values[present], magnitudes.cpu()[present].double()
+    amax = values[-1]
+    if amax == 0:
+        return torch.ones(())
+    if estimator == "percentile":
+        cumulative = counts.cumsum(0) / counts.sum()
+        amax = values[int(torch.searchsorted(cumulative, _PERCENTILE))]
+        amax = amax if amax > 0 else values[-1]
+    elif estimator == "mse":
+        ranges = [values[-1] * share for share in _RANGE_SHARES]
+        errors = [_rounding_error(values, counts, top / fmt.maximum, fmt) for top in ranges]
+        amax = ranges[errors.index(min(errors))]
+    return amax / fmt.maximum
+
+
+_PERCENTILE = 0.999
+_RANGE_SHARES = tuple(2 ** (-step / 8) for step in range(48))
+
+
+def _rounding_error(values: Tensor, counts: Tensor, scale: Tensor, fmt: NumberFormat) -> float:
+    residual = round_to(values / scale, fmt) * scale - values
+    return float((residual.double().square() * counts).sum())

@@ -1,0 +1,44 @@
+"""Four-bit codes in bytes.
+
+Weights: eight codes an int32 along the input, lowest nibble first; a row whose length is no
+multiple of eight is filled with zeros. Zero points: two a byte along the groups, low nibble first.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+_SHIFTS = torch.arange(0, 32, 4, dtype=torch.int64)
+
+
+def pack_codes(codes: Tensor) -> Tensor:
+    """[out, in] uint8 codes 0…15 → [out, ceil(in / 8)] int32."""
+    nibbles: Tensor = pad(codes, (0, -codes.shape[1] % 8)).unflatten(1, (-1, 8)).long()
+    words = (nibbles << _SHIFTS.to(codes.device)).sum(2)
+    return torch.where(words >= 1 << 31, words - (1 << 32), words).to(torch.int32)
+
+
+def unpack_codes(packed: Tensor, features: int) -> Tensor:
+    """[out, ceil(features / 8)] int32 → [out, features] uint8.
+
+    Raises:
+        ValueError: the packed width does not hold `features` codes.
+    """
+    if packed.shape[1] != -(-features // 8):
+        raise ValueError(
+            f"{packed.shape[1]} packed words a row do not hold {features} codes: "
+            f"expected {-(-features // 8)}"
+        )
+    nibbles: Tensor = (packed.long().unsqueeze(2) >> _SHIFTS.to(packed.device)) & 15
+    return nibbles.flatten(1)[:, :features].to(torch.uint8)
+
+
+def pack_zero_points(zero_points: Tensor) -> Tensor:
+    """[out, G] uint8 0…15 → [out, ceil(G / 2)] uint8."""
+    pairs: Tensor = pad(zero_points, (0, zero_points.shape[1] % 2)).unflatten(1, (-1, 2))
+    return pairs[..., 0] | (pairs[..., 1] << 4)
+
+
+def unpack_zero_points(packed: Tensor, groups: int) -> Tensor:
+    """[out, ceil(groups / 2)] uint8 → [out, groups] uint8."""
+    return torch.stack([packed & 15, packed >> 4], dim=2).flatten(1)[:, :groups]

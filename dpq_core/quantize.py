@@ -1,0 +1,163 @@
+"""Quantize one linear layer: the whole of DPQ and of what it is compared with.
+
+`quantize_layer` takes a weight, the statistics of its inputs and a scheme. It walks no model and
+touches no file. Steps as in DESIGN: grid from the original weight, column loop in the order π,
+gradient-aware rounding, order undone. Group scales belong to the stored column order (static
+groups), so that every order is free at inference.
+"""
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from dpq_core.column_loop import inverse_factor, quantize_columns
+from dpq_core.gradient_rounding import refine_codes
+from dpq_core.grid import Grid, choose_grid, power_of_two_above
+from dpq_core.hessian import InputStatistics, static_input_scale
+from dpq_core.scheme import METHODS, OrderName, Scheme
+
+
+@dataclass(frozen=True)
+class QuantizedWeight:
+    """A weight as 4-bit codes and the grid that gives them meaning."""
+
+    codes: Tensor  # [out, in] uint8, 0…15
+    grid: Grid
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """What quantization did to one layer.
+
+    error: tr((W - Ŵ) H (W - Ŵ)ᵀ) / tr(W H Wᵀ), the output's relative squared error.
+    damp_frac: the damping that the factorisation took; the scheme's unless it had to grow.
+    codes_moved: by gradient-aware rounding, over all passes.
+    """
+
+    error: float
+    damp_frac: float
+    codes_moved: int
+
+
+@dataclass(frozen=True)
+class QuantizedLinear:
+    """One linear layer: its weight, in 4 or in 16 bits, and its static activation scale."""
+
+    weight: QuantizedWeight | Tensor  # or [out, in] bf16 where the method is `none`
+    input_scale: Tensor | None  # fp32 scalar; None: dynamic or 16-bit activations
+    report: LayerReport
+
+    def cpu(self) -> "QuantizedLinear":
+        """The same layer in main memory."""
+        scale = None if self.input_scale is None else self.input_scale.cpu()
+        if isinstance(self.weight, Tensor):
+            return replace(self, weight=self.weight.cpu(), input_scale=scale)
+        grid = self.weight.grid
+        grid = replace(
+            grid,
+            channel_scale=grid.channel_scale.cpu(),
+            group_scale=grid.group_scale.cpu(),
+            zero_point=grid.zero_point.cpu(),
+        )
+        return replace(
+            self, weight=QuantizedWeight(self.weight.codes.cpu(), grid), input_scale=scale
+        )
+
+    def decoded(self) -> Tensor:
+        """Ŵ16 [out, in] fp32."""
+        if isinstance(self.weight, QuantizedWeight):
+            return self.weight.grid.decode(self.weight.codes)
+        return self.weight.float()
+
+
+def quantize_layer(
+    weight: Tensor,  # [out, in], any float type
+    statistics: InputStatistics,
+    scheme: Scheme,
+) -> QuantizedLinear:
+    """Quantize a layer's weight and choose its activation scale.
+
+    Raises:
+        ValueError: weight or statistics are not finite, or their shapes do not fit.
+        FactorizationError: the Hessian cannot be factorised; nothing falls back to rounding.
+    """
+    features = len(statistics.hessian_sum)
+    if weight.ndim != 2 or weight.shape[1] != features:
+        raise ValueError(f"weight {list(weight.shape)} does not fit inputs of {features} features")
+    if not torch.isfinite(weight).all():
+        raise ValueError("the weight has NaN or infinite values")
+    input_scale = _input_scale(statistics, scheme)
+    if scheme.method == "none":
+        kept = weight.to(torch.bfloat16)
+        return QuantizedLinear(kept, input_scale, LayerReport(0.0, scheme.damp_frac, 0))
+    quantized, report = _quantize_weight(weight.float(), statistics.hessian(), scheme)
+    return QuantizedLinear(quantized, input_scale, report)
+
+
+_TINY = torch.finfo(torch.float32).tiny
+
+
+def objective(residual: Tensor, hessian: Tensor) -> float:
+    """tr(Dᵀ H D) of a transposed residual D [in, out]."""
+    return float((hessian @ residual).mul_(residual).sum(dtype=torch.float64))
+
+
+def column_order(diagonal: Tensor, order: OrderName, group_size: int) -> Tensor:
+    """π: the column handled at each step. `diagonal` is diag(H) [in]; int64 [in].
+
+    gar (Group-Aware Reordering): columns by diag(H) descending inside a group, groups by their
+    largest diag(H) descending, both stable; a short last group stays last.
+    """
+    features = len(diagonal)
+    if order == "none":
+        return torch.arange(features, device=diagonal.device)
+    if order == "activation":
+        return diagonal.argsort(descending=True, stable=True)
+    whole = features // group_size * group_size
+    groups = diagonal[:whole].view(-1, group_size)
+    inside = groups.argsort(dim=1, descending=True, stable=True)
+    columns = inside + torch.arange(len(groups), device=diagonal.device)[:, None] * group_size
+    leading = groups.amax(1).argsort(descending=True, stable=True)
+    tail = diagonal[whole:].argsort(descending=True, stable=True) + whole
+    return torch.cat([columns[leading].flatten(), tail])
+
+
+def _quantize_weight(
+    weight: Tensor,  # [out, in] fp32
+    hessian: Tensor,  # [in, in] fp32, given away: this function must hold the only reference
+    scheme: Scheme,
+) -> tuple[QuantizedWeight, LayerReport]:
+    assert scheme.method != "none"
+    method = METHODS[scheme.method]
+    grid = choose_grid(weight, scheme, hessian.diagonal())
+    order = column_order(hessian.diagonal(), scheme.order, scheme.group_size)
+    hessian = hessian[order[:, None], order]
+    columns = (grid if method.round_inside else grid.without_inner()).at(order)
+    ordered = weight.T[order]  # [in, out]
+    factor, damp_frac = None, scheme.damp_frac
+    if method.compensate:
+        factor, damp_frac = inverse_factor(hessian, scheme.damp_frac)
+    codes = quantize_columns(ordered.clone(), columns, factor, scheme.block_columns)
+    del factor
+    moved = 0
+    if scheme.rounding == "gradient":
+        moved = refine_codes(
+            codes, ordered, columns, hessian, scheme.block_columns, scheme.max_passes
+        )
+    residual = grid.at(order).decode(codes).sub_(ordered)
+    error = objective(residual, hessian) / max(objective(ordered, hessian), _TINY)
+    stored = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
+    stored[:, order] = codes.T.to(torch.uint8)
+    return QuantizedWeight(stored, grid), LayerReport(error, damp_frac, moved)
+
+
+def _input_scale(statistics: InputStatistics, scheme: Scheme) -> Tensor | None:
+    return static_scale_of(statistics, scheme) if scheme.activations == "static" else None
+
+
+def static_scale_of(statistics: InputStatistics, scheme: Scheme) -> Tensor:
+    """sx, the static activation scale that a scheme takes from statistics. FP32 scalar."""
+    assert scheme.inner_format is not None
+    scale = static_input_scale(statistics.magnitudes, scheme.inner_format, scheme.activation_range)
+    return power_of_two_above(scale) if scheme.power_of_two else scale

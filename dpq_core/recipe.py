@@ -1,0 +1,175 @@
+"""A recipe says everything about a run. Pydantic from YAML; its schema is the dashboard's form.
+
+Relative folders and files that exist beside the recipe are taken from there; anything else (a hub
+id, `s3://…`) is left as it is written.
+"""
+
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from dpq_core.digests import digest
+from dpq_core.scheme import Scheme
+
+
+class RecipeError(ValueError):
+    """A recipe that cannot be run, with one line that says where and why."""
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class TextDataset(_Section):
+    """Arguments of `datasets.load_dataset`, and the column to read.
+
+    `path: python_docs` is the corpus of `dpq_core.corpus` (splits train, validation).
+    """
+
+    path: str = Field(description="a hub id, a builder (json, text, parquet) or python_docs")
+    name: str | None = Field(None, description="configuration of a hub data set")
+    data_files: str | list[str] | None = None
+    split: str = "train"
+    text_column: str = "text"
+    revision: str | None = None
+
+
+class ModelSection(_Section):
+    id: str = Field(min_length=1, description="hub id or folder of a safetensors checkpoint")
+    revision: str | None = None
+
+
+class CalibrationSection(_Section):
+    dataset: TextDataset
+    samples: int = Field(128, ge=1, description="windows of sequence_length tokens")
+    sequence_length: int = Field(2048, ge=2)
+    propagation: Literal["original", "quantized"] = Field(
+        "original", description="what feeds a block: the 16-bit blocks, or the quantized ones"
+    )
+    hessian_inputs: Literal["bf16", "fp8"] = Field(
+        "fp8", description="inputs as they are, or rounded as the scheme's activations will be"
+    )
+    batch_size: int = Field(4, ge=1, description="windows a forward pass")
+
+
+class PerplexitySection(_Section):
+    dataset: TextDataset
+    sequence_length: int = Field(2048, ge=2)
+    batch_size: int = Field(4, ge=1, description="windows a forward pass")
+
+
+class EvaluationSection(_Section):
+    perplexity: PerplexitySection | None = None
+    suites: list[str] = Field(default_factory=list, description="lm-evaluation-harness names")
+    suites_path: str | None = Field(None, description="folder of further suite definitions (YAML)")
+    num_fewshot: int = Field(0, ge=0)
+    batch_size: int = Field(16, ge=1, description="requests a forward pass")
+    limit: int | None = Field(None, ge=1, description="first documents of each suite, for looking")
+
+
+class GatesSection(_Section):
+    perplexity_increase: float = Field(0.05, gt=0, description="candidate must stay below")
+    accuracy_drop: float = Field(0.5, gt=0, description="points; candidate must stay below")
+    mode: Literal["absolute", "relative"] = Field(
+        "absolute", description="relative: both limits are percentages of the baseline's value"
+    )
+    allow_limited: bool = Field(False, description="judge a run whose documents were limited")
+
+
+class RegistrySection(_Section):
+    name: str | None = Field(None, description="registered model; by default from the model's id")
+    experiment: str = "dpq"
+
+
+class ExecutionSection(_Section):
+    runner: Literal["threads", "processes"] = "threads"
+    workers: int = Field(2, ge=1, description="layers quantized at a time")
+    threads_per_worker: int = Field(1, ge=1, description="of torch, for calibration and layers")
+    store: str = Field(".dpq/store", description="folder of content-addressed artifacts")
+    device: str = Field("auto", description="auto, cpu, cuda, cuda:0, hpu")
+
+
+class Recipe(_Section):
+    model: ModelSection
+    scheme: Scheme = Scheme()
+    calibration: CalibrationSection
+    evaluation: EvaluationSection = EvaluationSection()
+    gates: GatesSection = GatesSection()
+    registry: RegistrySection = RegistrySection()
+    execution: ExecutionSection = ExecutionSection()
+    variants: dict[str, dict[str, Any]] | None = Field(
+        None, description="rows of `dpq compare`: scheme fields to override, by name"
+    )
+
+    @property
+    def digest(self) -> str:
+        """Identity of the run's instructions: everything but how and where it is executed."""
+        return digest(self.model_dump(mode="json", exclude={"execution", "variants"}))
+
+    @property
+    def registered_name(self) -> str:
+        """Name in the model registry: `<model>-w4a8` unless the recipe says otherwise."""
+        return self.registry.name or f"{Path(self.model.id).name.lower()}-w4a8"
+
+
+def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
+    """Read a recipe and apply `key.path=value` overrides, whose values are YAML.
+
+    Raises:
+        RecipeError: missing file, bad YAML, unknown field, or a value outside its limits.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise RecipeError(f"{path}: no such recipe")
+    try:
+        content = yaml.safe_load(path.read_text("utf-8"))
+    except yaml.YAMLError as error:
+        raise RecipeError(f"{path}: not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict):
+        found = type(content).__name__
+        raise RecipeError(f"{path}: a recipe is a mapping of sections, not {found}")
+    content = _resolve_paths(content, path.parent)
+    for override in overrides or []:
+        _apply(content, override)
+    return parse_recipe(content, str(path))
+
+
+def parse_recipe(content: dict[str, Any], source: str = "recipe") -> Recipe:
+    """Validate a recipe's content; `source` names it in errors."""
+    try:
+        return Recipe.model_validate(content)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
+        shown = first["input"]
+        value = f" (got {shown!r})" if not isinstance(shown, dict) else ""
+        raise RecipeError(f"{source}: {where}: {first['msg']}{value}{more}") from error
+
+
+def _apply(content: dict[str, Any], override: str) -> None:
+    key, separator, value = override.partition("=")
+    if not separator or not key:
+        raise RecipeError(f"override {override!r} is not of the form key.path=value")
+    *parents, last = key.split(".")
+    section = content
+    for parent in parents:
+        section = section.setdefault(parent, {})
+        if not isinstance(section, dict):
+            raise RecipeError(f"override {override!r}: {parent} is a value, not a section")
+    section[last] = _resolve_paths({last: yaml.safe_load(value)}, Path.cwd())[last]
+
+
+_PATH_FIELDS = {"id", "data_files", "suites_path"}
+
+
+def _resolve_paths(node: Any, folder: Path, field: str = "") -> Any:
+    if isinstance(node, dict):
+        return {key: _resolve_paths(value, folder, key) for key, value in node.items()}
+    if isinstance(node, list):
+        return [_resolve_paths(value, folder, field) for value in node]
+    if field in _PATH_FIELDS and isinstance(node, str) and (folder / node).exists():
+        return str((folder / node).resolve())
+    return node

@@ -1,0 +1,103 @@
+"""How a layer is quantized: the `scheme` section of a recipe, and the table of methods."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from dpq_core.formats import FORMATS, NumberFormat
+
+MethodName = Literal["none", "rtn", "gptq", "naive", "dpq"]
+OrderName = Literal["none", "gar", "activation"]
+
+
+@dataclass(frozen=True)
+class Method:
+    """What separates one method from another.
+
+    compensate: distribute each column's error over the columns still to come (GPTQ).
+    round_inside: the error that is distributed includes the rounding to the inner format (DPQ).
+    """
+
+    compensate: bool
+    round_inside: bool
+
+
+METHODS: dict[MethodName, Method] = {
+    "rtn": Method(compensate=False, round_inside=True),
+    "gptq": Method(compensate=True, round_inside=False),
+    "naive": Method(compensate=True, round_inside=False),
+    "dpq": Method(compensate=True, round_inside=True),
+}
+
+
+class Scheme(BaseModel):
+    """Number formats and algorithm for every linear layer. Symbols as in DPQ's paper (DESIGN)."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    method: MethodName = Field(
+        "dpq", description="none leaves the weights in 16 bits (to measure activations alone)"
+    )
+    order: OrderName = Field(
+        "activation",
+        description="column order: as stored, Group-Aware Reordering, or all columns by diag(H)",
+    )
+    rounding: Literal["nearest", "gradient"] = Field(
+        "gradient", description="gradient: move codes one step where that lowers the objective"
+    )
+    inner: Literal["e4m3", "int8", "none"] = Field(
+        "e4m3", description="8-bit format of the arithmetic; none computes in 16 bits (W4A16)"
+    )
+    group_size: int = Field(128, ge=8, description="columns that share one group scale")
+    symmetric: bool = Field(False, description="no zero points: codes are signed")
+    fp8_max: Literal[240, 448] = Field(
+        448, description="E4M3 maximum: 240 on Gaudi 2, 448 on Gaudi 3 and Hopper"
+    )
+    channel_scale: Literal["row", "tensor"] = Field(
+        "row", description="one 16-to-8-bit scale per …"
+    )
+    power_of_two: bool = Field(False, description="round channel scales up to powers of two")
+    scale_search: Literal["minmax", "mse", "hessian"] = Field(
+        "minmax", description="group ranges: as they are, or shrunk to lower the (weighted) error"
+    )
+    activations: Literal["static", "dynamic", "none"] = Field(
+        "static", description="8-bit activations: one calibrated scale, one a token, or 16 bits"
+    )
+    activation_range: Literal["amax", "percentile", "mse"] = Field(
+        "amax", description="how a static scale is chosen from the calibration's histogram"
+    )
+    damp_frac: float = Field(0.01, gt=0, le=1, description="of the Hessian's mean diagonal")
+    block_columns: int = Field(128, ge=1, description="columns a block of the loop")
+    max_passes: int = Field(8, ge=1, description="most passes of gradient-aware rounding")
+
+    @model_validator(mode="after")
+    def _combinations_make_sense(self) -> "Scheme":
+        if self.method == "gptq" and self.inner != "none":
+            raise ValueError(
+                f"method gptq computes in 16 bits, but inner is {self.inner!r}: set inner: none, "
+                "or choose naive (GPTQ, then 8-bit rounding) or dpq (8-bit rounding in the loop)"
+            )
+        if self.method in ("naive", "dpq") and self.inner == "none":
+            raise ValueError(
+                f"method {self.method} needs an 8-bit inner format, but inner is 'none': "
+                "set inner: e4m3 or int8, or choose gptq or rtn"
+            )
+        if self.inner == "none" and self.activations != "none":
+            raise ValueError(
+                f"activations are {self.activations!r} but inner is 'none' (16-bit arithmetic): "
+                "set activations: none, or inner: e4m3"
+            )
+        return self
+
+    @property
+    def inner_format(self) -> NumberFormat | None:
+        """Format of the 8-bit arithmetic, or None for 16 bits."""
+        if self.inner == "none":
+            return None
+        return FORMATS["e4m3_240" if self.inner == "e4m3" and self.fp8_max == 240 else self.inner]
+
+    @property
+    def rounds_inside(self) -> bool:
+        """Whether scales and errors take the rounding to the inner format into account."""
+        return self.method != "none" and METHODS[self.method].round_inside

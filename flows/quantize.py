@@ -1,0 +1,91 @@
+"""From checked inputs to a verified checkpoint: calibrate, fan the layers out, assemble, verify."""
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from prefect import flow
+from prefect.futures import PrefectFuture
+from prefect.task_runners import ProcessPoolTaskRunner, TaskRunner, ThreadPoolTaskRunner
+
+from dpq_core.checkpoint import MANIFEST
+from dpq_core.recipe import ExecutionSection, Recipe
+from infra.store import ArtifactRef
+from tasks.assemble import assemble, verify
+from tasks.calibrate import calibrate
+from tasks.preflight import Inputs, preflight
+from tasks.progress import stepper
+from tasks.quantize import quantize as quantize_layer
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A verified (or refuted: see `integrity`) checkpoint and its manifest."""
+
+    inputs: Inputs
+    checkpoint: ArtifactRef
+    manifest: dict[str, Any]
+    integrity: dict[str, str | None]
+
+
+class IntegrityError(RuntimeError):
+    """A checkpoint that does not say what the quantized layers say."""
+
+
+@flow(name="quantize", validate_parameters=False)
+def quantize(recipe: Recipe) -> Candidate:
+    """Checkpoint in, verified W4A8 checkpoint out.
+
+    Raises:
+        IntegrityError: the written checkpoint did not pass its verification.
+    """
+    torch.set_num_threads(recipe.execution.threads_per_worker)
+    candidate = make_candidate(recipe, preflight(recipe))
+    wrong = [f"{name}: {detail}" for name, detail in candidate.integrity.items() if detail]
+    if wrong:
+        raise IntegrityError(f"{candidate.checkpoint.folder}: {'; '.join(wrong)}")
+    return candidate
+
+
+def make_candidate(recipe: Recipe, inputs: Inputs) -> Candidate:
+    """The tasks of quantization; to be called inside a flow with `task_runner(…)`."""
+    layers = _quantize_layers(recipe, inputs)
+    checkpoint = assemble(recipe, inputs.model, inputs.calibration, layers)
+    integrity = verify(recipe, inputs.model, inputs.calibration, layers, checkpoint)
+    manifest = json.loads((checkpoint.folder / MANIFEST).read_text("utf-8"))
+    return Candidate(inputs, checkpoint, manifest, integrity)
+
+
+def task_runner(execution: ExecutionSection) -> TaskRunner[Any]:
+    """The runner that a recipe asks for, with no more workers than it says."""
+    if execution.runner == "processes":
+        return ProcessPoolTaskRunner(
+            max_workers=execution.workers,
+            initializer=torch.set_num_threads,
+            initargs=(execution.threads_per_worker,),
+        )
+    return ThreadPoolTaskRunner(max_workers=execution.workers)
+
+
+def _quantize_layers(recipe: Recipe, inputs: Inputs) -> dict[str, ArtifactRef]:
+    """All layers' artifacts. A block's layers are submitted as soon as it is calibrated; with
+    `propagation: quantized` the next block waits for them."""
+    plan, model = inputs.plan, inputs.model
+    futures: dict[str, PrefectFuture[ArtifactRef]] = {}
+    waits = recipe.calibration.propagation == "quantized"
+    step_block = stepper("calibrate", plan.blocks)
+    for block in range(plan.blocks):
+        upstream = {name: future.result() for name, future in futures.items()} if waits else {}
+        statistics = calibrate(recipe, model, inputs.calibration, block, upstream)
+        step_block()
+        for layer in plan.of_block(block):
+            futures[layer.name] = quantize_layer.submit(
+                recipe, model, layer, statistics[layer.statistics]
+            )
+    step_layer = stepper("quantize", len(futures))
+    layers: dict[str, ArtifactRef] = {}
+    for name, future in futures.items():
+        layers[name] = future.result()
+        step_layer()
+    return layers

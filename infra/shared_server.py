@@ -1,0 +1,231 @@
+"""A server process that all processes under one root share: first user starts, last user stops.
+
+    <root>/<name>/lock, server.json, users/<pid>-<thread>      <root>/logs/<name>-server.log
+
+Each user holds a file lock on its file in `users/`: the kernel lets go of the lock when a process
+dies, however it dies, so nobody trusts a pid that may since have been given to somebody else. A
+server that a killed process left behind is taken over by the next user.
+"""
+
+import json
+import os
+import socket
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import httpx
+import psutil
+from filelock import FileLock, Timeout
+
+HOST = "127.0.0.1"
+_START_TIMEOUT = 120.0  # s; the first start migrates a database, and takes 15 s of two busy cores
+_ADOPT_TIMEOUT = 20.0  # s; a server that somebody left, perhaps in the middle of its start
+_STOP_TIMEOUT = 15.0  # s, before SIGKILL
+
+
+class ServiceError(RuntimeError):
+    """A service that does not come up, with its log file and the last line in it."""
+
+
+@dataclass(frozen=True)
+class ServerKind:
+    """A server that we know how to run."""
+
+    name: str
+    preferred_port: int
+    health: str
+    launch: Callable[[Path, int], tuple[list[str], dict[str, str]]]  # command, environment
+    settle: Callable[[str], None]  # called with the address before the server is stopped
+
+
+@dataclass(frozen=True)
+class _Server:
+    """A server process that may outlive whoever started it."""
+
+    pid: int
+    port: int
+    command: list[str]
+
+    @property
+    def url(self) -> str:
+        return f"http://{HOST}:{self.port}"
+
+    def family(self) -> list[psutil.Process]:
+        """The process and its children; empty when it has ended, or its pid is another's now."""
+        with suppress(psutil.Error):
+            process = psutil.Process(self.pid)
+            if process.cmdline()[1:] == self.command[1:]:  # a zombie's is empty
+                return [process, *process.children(recursive=True)]
+        return []
+
+    def healthy(self, path: str) -> bool:
+        """Whether it answers, and not some other server that took the port before it."""
+        try:
+            with httpx.Client(trust_env=False, timeout=5) as client:  # no proxy to ourselves
+                answers = client.get(self.url + path).is_success
+            return answers and any(_listens(process, self.port) for process in self.family())
+        except (httpx.HTTPError, psutil.Error):
+            return False
+
+    def stop(self) -> None:
+        """SIGTERM, wait, and SIGKILL for what is left."""
+        family = self.family()
+        for process in family:
+            with suppress(psutil.Error):
+                process.terminate()
+        _, left = psutil.wait_procs(family, timeout=_STOP_TIMEOUT)
+        for process in left:
+            with suppress(psutil.Error):
+                process.kill()
+        psutil.wait_procs(left, timeout=_STOP_TIMEOUT)
+
+
+@contextmanager
+def shared_server(kind: ServerKind, root: Path) -> Iterator[str]:
+    """The address of a server of this kind, which the last user under `root` stops."""
+    home = root / kind.name
+    (home / "users").mkdir(parents=True, exist_ok=True)
+    # Two threads of a process are two users, as flock sees them.
+    name = f"{os.getpid()}-{threading.get_ident()}"
+    user = FileLock(home / "users" / name, thread_local=False)
+    with _exclusive(home):
+        server = _running(kind, home) or _start(kind, root)
+        user.acquire(timeout=0)
+    try:
+        yield server.url
+    finally:
+        with _exclusive(home):
+            user.release()
+            Path(user.lock_file).unlink(missing_ok=True)
+            if not _users(home) and (last := _load(home)):
+                try:
+                    kind.settle(last.url)
+                finally:
+                    last.stop()
+                    (home / "server.json").unlink(missing_ok=True)
+
+
+@contextmanager
+def _exclusive(home: Path) -> Iterator[None]:
+    """Held while somebody starts, takes over, or stops a server."""
+    lock = FileLock(home / "lock", timeout=_START_TIMEOUT + _ADOPT_TIMEOUT + 2 * _STOP_TIMEOUT)
+    try:
+        lock.acquire()
+    except Timeout as error:
+        raise ServiceError(f"{lock.lock_file}: held by another process for too long") from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _users(home: Path) -> int:
+    """How many processes use the server; files of dead ones are removed."""
+    living = 0
+    for path in (home / "users").iterdir():
+        try:
+            with FileLock(path, timeout=0):
+                path.unlink()
+        except Timeout:
+            living += 1
+    return living
+
+
+def _load(home: Path) -> _Server | None:
+    try:
+        return _Server(**json.loads((home / "server.json").read_text("utf-8")))
+    except (OSError, ValueError, TypeError):
+        return None
+
+
+def _running(kind: ServerKind, home: Path) -> _Server | None:
+    """The server that is there already; one that does not answer is stopped."""
+    server = _load(home)
+    deadline = time.monotonic() + _ADOPT_TIMEOUT
+    while server and server.family() and time.monotonic() < deadline:
+        if server.healthy(kind.health):
+            return server
+        time.sleep(0.2)
+    if server:
+        server.stop()
+    return None
+
+
+def _start(kind: ServerKind, root: Path) -> _Server:
+    """Start a server on its usual port, or on a free one where that is taken.
+
+    The port of a server that died is asked for first: others may still be talking to it.
+    """
+    before = _load(root / kind.name)
+    preferred = before.port if before else kind.preferred_port
+    try:
+        return _start_on(_free_port(preferred), kind, root)
+    except ServiceError:
+        if _free_port(preferred) == preferred:
+            raise
+        return _start_on(_free_port(0), kind, root)  # somebody was faster
+
+
+def _start_on(port: int, kind: ServerKind, root: Path) -> _Server:
+    home, log = root / kind.name, root / "logs" / f"{kind.name}-server.log"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    command, environment = kind.launch(home, port)
+    with log.open("ab") as output:
+        process = subprocess.Popen(
+            command,
+            env=environment,
+            cwd=home,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,  # Ctrl-C is for us; the server goes when the flow is done
+        )
+    # Collects the exit status whenever that comes: no zombie, no warning about a child left behind.
+    threading.Thread(target=process.wait, daemon=True).start()
+    server = _Server(process.pid, port, command)
+    # Before it is up: should we be killed now, the next user finds it.
+    (home / "server.json").write_text(json.dumps(asdict(server)), "utf-8")
+    try:
+        _await_health(server, kind, process, log)
+    except BaseException:
+        server.stop()
+        (home / "server.json").unlink(missing_ok=True)
+        raise
+    return server
+
+
+def _await_health(
+    server: _Server, kind: ServerKind, process: "subprocess.Popen[bytes]", log: Path
+) -> None:
+    deadline = time.monotonic() + _START_TIMEOUT
+    while not server.healthy(kind.health):
+        if process.poll() is not None:
+            problem = f"ended with code {process.returncode} while starting"
+        elif time.monotonic() > deadline:
+            problem = f"did not answer within {_START_TIMEOUT:.0f} s"
+        else:
+            time.sleep(0.1)
+            continue
+        lines = [line for line in log.read_text("utf-8", "replace").splitlines() if line.strip()]
+        said = lines[-1].strip() if lines else "it is empty"
+        raise ServiceError(f"the {kind.name} server {problem}; {log}: {said}")
+
+
+def _listens(process: psutil.Process, port: int) -> bool:
+    connections = process.net_connections(kind="tcp")
+    return any(c.status == psutil.CONN_LISTEN and c.laddr.port == port for c in connections)
+
+
+def _free_port(preferred: int) -> int:
+    """`preferred` if nobody listens there, else any other."""
+    for port in (preferred, 0):
+        with socket.socket() as probe, suppress(OSError):
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind((HOST, port))
+            return int(probe.getsockname()[1])
+    raise ServiceError(f"no free port on {HOST}")

@@ -1,0 +1,215 @@
+"""MLflow tracking by explicit run id: no active run, so threads and nested runs cannot mix.
+
+MLflow is imported on first use, and made quiet before that: it takes two seconds to import, reports
+home as it does so, and writes migration logs and run addresses where the CLI's own output goes.
+"""
+
+import csv
+import io
+import json
+import logging
+import math
+import os
+import re
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from importlib.metadata import version
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from filelock import FileLock
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+# MLflow's own limits: of one batch request, of a value, of a key. It truncates what is too long by
+# itself, but with a warning a value.
+_BATCH = 100
+_PARAM_LENGTH = 6000
+_TAG_LENGTH = 8000
+_KEY_LENGTH = 250
+
+_QUIET = {
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+}
+
+
+def mlflow_client(tracking_uri: str) -> "MlflowClient":
+    """Client of one tracking server or store, for runs and registry alike, that says nothing.
+
+    What the user has set in the environment (`MLFLOW_DISABLE_TELEMETRY=false`, say) stays.
+    """
+    for name, value in _QUIET.items():
+        os.environ.setdefault(name, value)
+    from mlflow import MlflowClient
+    from mlflow.telemetry import set_telemetry_client
+
+    set_telemetry_client()  # again: somebody may have imported mlflow before us
+    for name in ("mlflow", "alembic"):
+        logger = logging.getLogger(name)
+        logger.setLevel(max(logging.WARNING, logger.level))
+    return MlflowClient(tracking_uri=tracking_uri, registry_uri=tracking_uri)
+
+
+def tracking_store(root: Path) -> tuple[str, Path | None]:
+    """Tracking URI and artifact folder: the environment's, or SQLite under `root`, ready to use.
+
+    The first use migrates for seconds and would race with another process's. The folder is for
+    `tracked_run`; None leaves artifacts to the server that `MLFLOW_TRACKING_URI` names.
+    """
+    if named := os.environ.get("MLFLOW_TRACKING_URI"):
+        return named, None
+    home = root.resolve() / "mlflow"
+    uri, artifact_root = f"sqlite:///{home / 'mlflow.db'}", home / "artifacts"
+    artifact_root.mkdir(parents=True, exist_ok=True)
+    ready = home / "ready"  # by which version of MLflow
+    with FileLock(home / "store.lock"):
+        if not ready.is_file() or ready.read_text("utf-8") != version("mlflow"):
+            mlflow_client(uri).search_experiments(max_results=1)
+            ready.write_text(version("mlflow"), "utf-8")
+    return uri, artifact_root
+
+
+class TrackedRun:
+    """One run. Every method writes at once; none depends on which thread calls it."""
+
+    def __init__(self, client: "MlflowClient", run_id: str, url: str) -> None:
+        self.run_id = run_id
+        self.url = url
+        self._client = client
+
+    def log_params(self, params: Mapping[str, Any]) -> None:
+        """Log values under dotted keys: `{"scheme": {"bits": 4}}` becomes `scheme.bits`."""
+        from mlflow.entities import Param
+
+        entries = [
+            Param(_key(key), _text(value)[:_PARAM_LENGTH]) for key, value in _flatten(params)
+        ]
+        for batch in _batches(entries):
+            self._client.log_batch(self.run_id, params=batch)
+
+    def log_metrics(self, metrics: Mapping[str, float | None]) -> None:
+        """Log finite values as metrics, and any other as the tag `nonfinite.<name>`.
+
+        MLflow stores NaN as 0 and infinity as the largest double; as a tag the value survives.
+        """
+        from mlflow.entities import Metric
+
+        finite = {k: float(v) for k, v in metrics.items() if v is not None and math.isfinite(v)}
+        now = int(time.time() * 1000)
+        entries = [Metric(_key(key), value, now, 0) for key, value in finite.items()]
+        for batch in _batches(entries):
+            self._client.log_batch(self.run_id, metrics=batch)
+        self.set_tags({f"nonfinite.{k}": str(v) for k, v in metrics.items() if k not in finite})
+
+    def log_table(self, rows: Sequence[Mapping[str, object]], path: str) -> None:
+        """Log rows twice: `<path>.json`, which MLflow's pages show as a table, and `<path>.csv`.
+
+        Columns are the keys in order of appearance; a row without one has an empty cell. A suffix
+        of `path` is replaced. One table a path and run: MLflow appends to a table that exists.
+        """
+        columns = list(dict.fromkeys(key for row in rows for key in row))
+        stem = path.removesuffix(".json").removesuffix(".csv")
+        table = {column: [row.get(column) for row in rows] for column in columns}
+        self._client.log_table(self.run_id, table, f"{stem}.json")
+        text = io.StringIO()
+        writer = csv.DictWriter(text, columns, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+        self.log_text(text.getvalue(), f"{stem}.csv")
+
+    def log_figure(self, figure: Any, path: str) -> None:
+        """Log a matplotlib figure; the suffix of `path` chooses the format."""
+        self._client.log_figure(self.run_id, figure, path)
+
+    def log_text(self, text: str, path: str) -> None:
+        """Log text as the artifact `path`."""
+        self._client.log_text(self.run_id, text, path)
+
+    def log_dict(self, content: Mapping[str, Any], path: str) -> None:
+        """Log a mapping as JSON or YAML, by the suffix of `path`."""
+        self._client.log_dict(self.run_id, dict(content), path)
+
+    def set_tags(self, tags: Mapping[str, str]) -> None:
+        """Set tags, replacing those of the same name."""
+        from mlflow.entities import RunTag
+
+        entries = [RunTag(_key(key), str(value)[:_TAG_LENGTH]) for key, value in tags.items()]
+        for batch in _batches(entries):
+            self._client.log_batch(self.run_id, tags=batch)
+
+
+@contextmanager
+def tracked_run(
+    tracking_uri: str,
+    experiment: str,
+    name: str,
+    tags: Mapping[str, str],
+    artifact_root: Path | None,
+) -> Iterator[TrackedRun]:
+    """A run that ends FINISHED, FAILED when an exception passes through, KILLED on Ctrl-C.
+
+    `artifact_root` is where the experiment's runs keep their files; it counts only when this call
+    creates the experiment, and None leaves the choice to the tracking server.
+    """
+    client = mlflow_client(tracking_uri)
+    experiment_id = _experiment_id(client, experiment, artifact_root)
+    run_id = client.create_run(experiment_id, run_name=name).info.run_id
+    if tracking_uri.startswith(("http://", "https://")):
+        url = f"{tracking_uri.rstrip('/')}/#/experiments/{experiment_id}/runs/{run_id}"
+    else:
+        url = f"runs:/{run_id}"
+    run = TrackedRun(client, run_id, url)
+    try:
+        run.set_tags(tags)
+        yield run
+    except KeyboardInterrupt:
+        client.set_terminated(run_id, "KILLED")
+        raise
+    except BaseException:
+        client.set_terminated(run_id, "FAILED")
+        raise
+    client.set_terminated(run_id, "FINISHED")
+
+
+def _experiment_id(client: "MlflowClient", name: str, artifact_root: Path | None) -> str:
+    """Id of the experiment, created where it is missing; whoever creates it first wins."""
+    from mlflow.exceptions import MlflowException
+
+    if existing := client.get_experiment_by_name(name):
+        return str(existing.experiment_id)
+    location = artifact_root.resolve().as_uri() if artifact_root else None
+    try:
+        return str(client.create_experiment(name, artifact_location=location))
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":
+            raise
+    return str(client.get_experiment_by_name(name).experiment_id)
+
+
+def _flatten(node: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in node.items():
+        if isinstance(value, Mapping) and value:
+            yield from _flatten(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _text(value: Any) -> str:
+    """A parameter's value; containers as JSON, so that a reader can take them apart again."""
+    return json.dumps(value, default=str) if isinstance(value, list | tuple | dict) else str(value)
+
+
+def _key(name: str) -> str:
+    """`name` as MLflow accepts it: lm-eval's `acc,none` becomes `acc_none`."""
+    return re.sub(r"[^\w.\-/ :]", "_", name)[:_KEY_LENGTH]
+
+
+def _batches(entries: Iterable[Any]) -> Iterator[list[Any]]:
+    rest = iter(entries)
+    while batch := list(islice(rest, _BATCH)):
+        yield batch

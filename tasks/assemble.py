@@ -1,0 +1,144 @@
+"""Put the quantized layers and the rest of the model into one native checkpoint, and verify it."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from prefect import task
+from prefect.cache_policies import NO_CACHE
+from torch import Tensor
+
+from dpq_core.checkpoint import QuantizedCheckpoint, load_layer, write_checkpoint
+from dpq_core.device import resolve_device
+from dpq_core.digests import code_digest, digest
+from dpq_core.plan import plan_layers
+from dpq_core.quantize import QuantizedLinear
+from dpq_core.recipe import Recipe
+from dpq_core.streaming import StreamedModel
+from infra.store import ArtifactRef, Store
+from tasks.model import Model
+from tasks.progress import stepper
+from tasks.windows import load as load_windows
+
+_PROBE_WINDOWS = 2
+_PROBE_LENGTH = 64
+
+
+def provenance(recipe: Recipe, model: Model, windows: ArtifactRef) -> dict[str, Any]:
+    """What a checkpoint's manifest says of where it comes from."""
+    return {
+        "base_model": {"id": Path(model.id).name, "digest": model.digest},
+        "calibration": recipe.calibration.model_dump(mode="json", exclude={"dataset"})
+        | {"windows": windows.sha256},
+    }
+
+
+@task(name="assemble", cache_policy=NO_CACHE)
+def assemble(
+    recipe: Recipe, model: Model, windows: ArtifactRef, layers: dict[str, ArtifactRef]
+) -> ArtifactRef:
+    """The native checkpoint: an artifact whose folder `load_quantized` reads."""
+    store = Store(recipe.execution.store)
+    about = provenance(recipe, model, windows)
+    key = digest(
+        {
+            "code": code_digest("dpq_core.checkpoint"),
+            "layers": {name: artifact.sha256 for name, artifact in layers.items()},
+            "scheme": recipe.scheme.model_dump(mode="json"),
+            "about": about,
+        }
+    )
+
+    def make(folder: Path) -> None:
+        stream = StreamedModel(model.folder)
+        plan = plan_layers(stream, recipe.scheme)
+        features = {layer.name: layer.features for layer in plan.layers}
+        step = stepper("assemble", len(plan.layers))
+
+        def layer(name: str) -> QuantizedLinear:
+            step()
+            return load_layer(store.open(layers[name]), features[name], recipe.scheme)
+
+        write_checkpoint(folder, stream.reader, stream.dtype, plan, recipe.scheme, layer, about)
+
+    return store.get_or_make("checkpoints", key, make)[0]
+
+
+@task(name="verify", cache_policy=NO_CACHE)
+def verify(
+    recipe: Recipe,
+    model: Model,
+    windows: ArtifactRef,
+    layers: dict[str, ArtifactRef],
+    checkpoint: ArtifactRef,
+) -> dict[str, str | None]:
+    """Integrity of a checkpoint: check name → None where it passed, else what is wrong.
+
+    Every file, tensor, shape and value is checked, and the checkpoint must give, to the last bit,
+    the logits of the model that was put together from the layers' own artifacts.
+    """
+    store = Store(recipe.execution.store)
+    key = digest({"code": code_digest("dpq_core.checkpoint"), "checkpoint": checkpoint.sha256})
+
+    def make(folder: Path) -> None:
+        checks = _check(recipe, model, windows, layers, store.open(checkpoint), store)
+        (folder / "integrity.json").write_text(json.dumps(checks))
+
+    artifact, _ = store.get_or_make("integrity", key, make)
+    store.open(checkpoint)
+    found: dict[str, str | None] = json.loads((store.open(artifact) / "integrity.json").read_text())
+    return found
+
+
+def _check(
+    recipe: Recipe,
+    model: Model,
+    windows: ArtifactRef,
+    layers: dict[str, ArtifactRef],
+    folder: Path,
+    store: Store,
+) -> dict[str, str | None]:
+    checks: dict[str, str | None] = {}
+    try:
+        checkpoint = QuantizedCheckpoint(folder)
+        checkpoint.verify()
+        checks["tensors"] = None
+    except ValueError as error:
+        return {"tensors": str(error)}
+    probe = load_windows(windows, store)[:_PROBE_WINDOWS, :_PROBE_LENGTH]
+    device = resolve_device(recipe.execution.device)
+    shapes = checkpoint.shapes
+    scheme = recipe.scheme
+    original = StreamedModel(model.folder, device)
+    written = StreamedModel(folder, device)
+    expected = _probe_logits(
+        original,
+        probe,
+        recipe,
+        lambda name: load_layer(store.open(layers[name]), shapes[name][1], scheme),
+        shapes,
+    )
+    found = _probe_logits(written, probe, recipe, checkpoint.layer, shapes)
+    difference = float((expected - found).abs().max())
+    checks["reload"] = (
+        None if torch.equal(expected, found) else f"logits differ by up to {difference:g}"
+    )
+    missing = sorted(set(layers) ^ set(shapes))
+    checks["layers"] = f"quantized and planned layers differ: {missing}" if missing else None
+    return checks
+
+
+def _probe_logits(
+    stream: StreamedModel,
+    tokens: Tensor,
+    recipe: Recipe,
+    layer: Any,
+    shapes: dict[str, list[int]],
+) -> Tensor:
+    hidden = stream.embed(tokens, len(tokens))
+    for block in range(stream.block_count):
+        replacements = {name: layer(name) for name in stream.linears(block) if name in shapes}
+        with stream.block(block, replacements, recipe.scheme):
+            stream.advance(hidden, len(tokens))
+    return stream.logits(hidden)

@@ -1,0 +1,37 @@
+"""How far a stage is: tasks report steps, whoever runs them decides what to show.
+
+The reporter travels in a context variable, not in task parameters, which Prefect records.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
+Reporter = Callable[[str, int, int], None]  # (stage, steps done, steps in all)
+
+_reporter: ContextVar[Reporter | None] = ContextVar("reporter", default=None)
+
+
+@contextmanager
+def reporting_to(reporter: Reporter) -> Iterator[None]:
+    """Send the steps of all tasks that run inside to `reporter`."""
+    token = _reporter.set(reporter)
+    try:
+        yield
+    finally:
+        _reporter.reset(token)
+
+
+def stepper(stage: str, total: int) -> Callable[[], None]:
+    """A function to call after each of `total` steps of a stage."""
+    reporter, done = _reporter.get(), 0
+    if reporter:
+        reporter(stage, 0, total)
+
+    def step() -> None:
+        nonlocal done
+        done += 1
+        if reporter:
+            reporter(stage, done, total)
+
+    return step

@@ -1,0 +1,55 @@
+"""Quantize one layer: the task that is fanned out."""
+
+from pathlib import Path
+
+from prefect import task
+from prefect.cache_policies import NO_CACHE
+
+from dpq_core.checkpoint import save_layer
+from dpq_core.device import resolve_device
+from dpq_core.digests import code_digest, digest
+from dpq_core.plan import PlannedLayer
+from dpq_core.quantize import quantize_layer
+from dpq_core.reader import CheckpointReader
+from dpq_core.recipe import Recipe
+from infra.store import ArtifactRef, Store
+from tasks.calibrate import load_statistics
+from tasks.model import Model
+
+
+class LayerError(RuntimeError):
+    """A layer that could not be quantized, by name."""
+
+
+@task(name="quantize", task_run_name="quantize {layer.name}", cache_policy=NO_CACHE)
+def quantize(
+    recipe: Recipe, model: Model, layer: PlannedLayer, statistics: ArtifactRef
+) -> ArtifactRef:
+    """The quantized layer as an artifact, from its weight and the statistics of its input.
+
+    Raises:
+        LayerError: no quantization within the scheme; nothing falls back to rounding.
+    """
+    store = Store(recipe.execution.store)
+    device = resolve_device(recipe.execution.device)
+    key = digest(
+        {
+            "code": code_digest("dpq_core.quantize"),
+            "model": model.digest,
+            "layer": layer.name,
+            "statistics": statistics.sha256,
+            "scheme": recipe.scheme.model_dump(mode="json"),
+            "device": device.type,
+        }
+    )
+
+    def make(folder: Path) -> None:
+        weight = CheckpointReader(model.folder).tensor(f"{layer.name}.weight")
+        inputs = load_statistics(statistics, store)
+        try:
+            quantized = quantize_layer(weight.to(device), inputs.to(device), recipe.scheme)
+        except ValueError as error:
+            raise LayerError(f"{layer.name}: {error}") from error
+        save_layer(folder, quantized.cpu(), recipe.scheme)
+
+    return store.get_or_make("layers", key, make)[0]

@@ -1,0 +1,175 @@
+import gzip
+import json
+import os
+from pathlib import Path
+
+import datasets
+import pytest
+import torch
+from transformers import AutoTokenizer, ByT5Tokenizer
+
+from dpq_core import corpus
+from dpq_core.data import DataError, calibration_windows, load_texts, token_windows
+from dpq_core.recipe import TextDataset
+
+SHARED = Path(__file__).parents[2].parent / "shared"
+WIKITEXT = SHARED / "data/wikitext2_raw_test/test.jsonl.gz"
+WIKI_LLAMA = SHARED / "models/wiki-llama-12m"
+BYTES = ByT5Tokenizer(extra_ids=0)
+
+
+class OpeningTokenizer:
+    """A byte tokenizer that opens every text with a token and closes none (Llama, GPT-2)."""
+
+    def __init__(self, bos, eos):
+        self.bos_token_id, self.eos_token_id = bos, eos
+
+    def __call__(self, text, verbose=True):
+        texts = [text] if isinstance(text, str) else text
+        ids = [[self.bos_token_id, *(3 + byte for byte in t.encode())] for t in texts]
+        return type("Encoding", (), {"input_ids": ids[0] if isinstance(text, str) else ids})
+
+
+def write_rows(path, rows):
+    opener = gzip.open if path.suffix == ".gz" else open
+    with opener(path, "wt") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
+    return str(path)
+
+
+def files(path, **fields):
+    return TextDataset(path="json", data_files=str(path), **fields)
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.jsonl.gz"])
+def test_rows_of_a_file_keep_their_order_and_blank_lines(tmp_path, name):
+    rows = ["", " = Title = \n", "", " Text . \n", "ü"]
+    path = write_rows(tmp_path / name, [{"text": row} for row in rows])
+    assert load_texts(files(path)) == rows
+
+
+def test_text_and_parquet_files_and_several_files(tmp_path):
+    (tmp_path / "a.txt").write_text("one\ntwo\n")
+    (tmp_path / "b.txt").write_text("three\n")
+    names = [str(tmp_path / "a.txt"), str(tmp_path / "b.txt")]
+    assert load_texts(TextDataset(path="text", data_files=names)) == ["one", "two", "three"]
+    path = str(tmp_path / "c.parquet")
+    datasets.Dataset.from_dict({"page": ["four"]}).to_parquet(path)
+    wanted = TextDataset(path="parquet", data_files=path, text_column="page")
+    assert load_texts(wanted) == ["four"]
+
+
+def test_python_docs_is_the_corpus():
+    wanted = TextDataset(path="python_docs", split="validation")
+    assert load_texts(wanted) == corpus.documents("validation")
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.jsonl.gz", "rows.txt", "rows.txt.gz"])
+def test_a_changed_file_is_seen_even_when_its_time_is_not_changed(tmp_path, name):
+    path = tmp_path / name
+    builder = "json" if "jsonl" in name else "text"
+    opener = gzip.open if path.suffix == ".gz" else open
+    for text in ("one", "two"):
+        with opener(path, "wt") as file:
+            file.write(json.dumps({"text": text}) if builder == "json" else text)
+        os.utime(path, (1e9, 1e9))
+        assert load_texts(TextDataset(path=builder, data_files=str(path))) == [text]
+
+
+@pytest.mark.parametrize(
+    ("fields", "rows", "message"),
+    [
+        ({"data_files": "/no/such.jsonl"}, [], "/no/such.jsonl"),
+        ({"split": "test"}, [{"text": "a"}], "test"),
+        ({"text_column": "body"}, [{"text": "a", "url": "b"}], "the columns are text, url"),
+        ({}, [{"text": 3}], "row 0: int, not a string"),
+        ({}, [{"text": "a"}, {"text": None}], "row 1: NoneType, not a string"),
+        ({}, [{"text": ""}, {"text": " \n"}], "no text"),
+        ({"path": "python_docs", "split": "test"}, [], "choose one of train, validation"),
+    ],
+)
+def test_what_cannot_be_read_is_said_in_one_line(tmp_path, fields, rows, message):
+    path = write_rows(tmp_path / "rows.jsonl", rows)
+    with pytest.raises(DataError, match=message) as caught:
+        load_texts(TextDataset(**{"path": "json", "data_files": path, **fields}))
+    assert "\n" not in str(caught.value)
+
+
+def test_broken_json_names_the_file(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"text": "a"}\n{"text": ')
+    with pytest.raises(DataError, match=r"rows\.jsonl: "):
+        load_texts(files(path))
+
+
+def test_an_unreachable_hub_points_to_a_mirror(monkeypatch):
+    def unreachable(*_, **__):
+        raise ConnectionError("Couldn't reach 'some/data' on the Hub")
+
+    monkeypatch.setattr(datasets, "load_dataset", unreachable)
+    with pytest.raises(DataError, match="point data_files to a local or S3 mirror"):
+        load_texts(TextDataset(path="some/data"))
+
+
+def test_reading_prints_nothing(tmp_path, capfd):
+    path = write_rows(tmp_path / "rows.jsonl", [{"text": "a"}])
+    load_texts(files(path))
+    assert capfd.readouterr() == ("", "")
+    assert not datasets.are_progress_bars_disabled()
+
+
+def test_token_windows_join_with_blank_lines_and_drop_the_tail():
+    windows = token_windows(["abc", "", "defg"], BYTES, 4)  # abc\n\n\n\ndefg</s>: 12 tokens
+    ids = BYTES("abc\n\n\n\ndefg").input_ids
+    assert windows.dtype == torch.int64
+    assert windows.tolist() == [ids[:4], ids[4:8], ids[8:12]]
+    assert token_windows(["abcdefg"], BYTES, 5).tolist() == [ids_of("abcde")]
+
+
+def ids_of(text):
+    return BYTES(text, add_special_tokens=False).input_ids
+
+
+def test_too_little_text_names_the_tokens_there_are():
+    with pytest.raises(DataError, match="hold 4 tokens, and one window needs 8"):
+        token_windows(["abc"], BYTES, 8)
+    with pytest.raises(DataError, match="hold 4 tokens, and one window needs 8"):
+        calibration_windows(["abc"], BYTES, 2, 8)
+    with pytest.raises(DataError, match="hold 0 tokens"):
+        calibration_windows(["", " "], BYTES, 2, 8)
+
+
+def test_one_end_of_text_between_documents_whoever_writes_it():
+    a, b = ids_of("ab"), ids_of("cd")
+    closing = calibration_windows(["ab", "", "cd"], BYTES, 9, 6)  # closes every text itself
+    assert closing.tolist() == [[*a, 1, *b, 1]]
+    opening = calibration_windows(["ab", "cd"], OpeningTokenizer(2, 1), 9, 7)
+    assert opening.tolist() == [[2, *a, 1, 2, *b]]
+    both_in_one = calibration_windows(["ab", "cd"], OpeningTokenizer(0, 0), 9, 6)
+    assert both_in_one.tolist() == [[0, *a, 0, *b]]
+    without = calibration_windows(["ab", "cd"], OpeningTokenizer(2, None), 9, 6)
+    assert without.tolist() == [[2, *a, 2, *b]]
+
+
+def test_calibration_windows_lie_evenly_over_all_documents():
+    texts = [chr(ord("a") + i) * 7 for i in range(20)]  # 8 tokens a document, with </s>
+    every = calibration_windows(texts, BYTES, 100, 8)
+    assert len(every) == 20
+    taken = calibration_windows(texts, BYTES, 5, 8)
+    assert torch.equal(taken, every[::4])
+    assert torch.equal(taken, calibration_windows(texts, BYTES, 5, 8))
+
+
+def test_a_long_text_gives_no_length_warning(caplog, capfd):
+    tokenizer = ByT5Tokenizer(extra_ids=0, model_max_length=16)
+    token_windows(["word " * 50], tokenizer, 16)
+    calibration_windows(["word " * 50], tokenizer, 2, 16)
+    assert "longer than" not in caplog.text + capfd.readouterr().err
+
+
+@pytest.mark.skipif(not WIKITEXT.exists(), reason="needs ../shared/data")
+def test_wikitext2_is_cut_as_the_papers_do():
+    texts = load_texts(files(WIKITEXT))
+    assert len(texts) == 4358
+    tokenizer = AutoTokenizer.from_pretrained(WIKI_LLAMA)
+    assert token_windows(texts, tokenizer, 512).shape == (345480 // 512, 512)

@@ -1,0 +1,179 @@
+"""W4A8Linear against DESIGN's formula in float64, and the tensors of a layer in storage."""
+
+import itertools
+
+import ml_dtypes
+import numpy as np
+import pytest
+import torch
+
+from dpq_core.hessian import InputStatistics
+from dpq_core.linear import (
+    W4A8Linear,
+    expected_shapes,
+    layer_from_tensors,
+    layer_tensors,
+    token_scale,
+)
+from dpq_core.quantize import QuantizedWeight, quantize_layer
+from dpq_core.scheme import Scheme
+
+ROWS, FEATURES = 24, 40  # with groups of 16, a short last one
+SAFETENSORS_TYPES = {
+    torch.int32: "I32",
+    torch.uint8: "U8",
+    torch.bfloat16: "BF16",
+    torch.float32: "F32",
+}
+
+
+def normal(*shape, seed):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def quantized(scheme):
+    x = normal(300, FEATURES, seed=1) @ normal(FEATURES, FEATURES, seed=2)
+    statistics = InputStatistics.empty(FEATURES)
+    statistics.add_hessian(x)
+    statistics.add_magnitudes(x)
+    weight = (normal(ROWS, FEATURES, seed=0) / 20).bfloat16()
+    return quantize_layer(weight, statistics, scheme)
+
+
+def inner_round(values, scheme):
+    limit = 127 if scheme.inner == "int8" else scheme.fp8_max
+    clipped = np.clip(values, -limit, limit)
+    if scheme.inner == "int8":
+        return np.rint(clipped)
+    return clipped.astype(ml_dtypes.float8_e4m3fn).astype(np.float64)
+
+
+def emulated(x, layer, bias, scheme):
+    """y = s8 · sx · (x8 · Ŵ8ᵀ) + bias. Scales and quotients in fp32, which defines what is
+    rounded; products and sums in float64."""
+    limit = np.float32(127 if scheme.inner == "int8" else scheme.fp8_max)
+    x = x.float().numpy()
+    if scheme.activations == "none":
+        x8, sx = x.astype(np.float64), 1.0
+    else:
+        if scheme.activations == "static":
+            sx = layer.input_scale.numpy()
+        else:
+            amax = np.abs(x).max(-1, keepdims=True)
+            sx = np.where(amax > 0, amax / limit, np.float32(1))
+        x8 = inner_round(x / sx, scheme)
+    if isinstance(layer.weight, QuantizedWeight):
+        grid = layer.weight.grid
+        columns = np.arange(FEATURES) // scheme.group_size
+        scale = grid.group_scale.float().numpy()[:, columns].astype(np.float64)
+        steps = layer.weight.codes.numpy() - grid.zero_point.numpy()[:, columns].astype(np.float64)
+        w8, s8 = inner_round(scale * steps, scheme), grid.channel_scale.numpy().T
+    else:
+        w8, s8 = layer.weight.double().numpy(), 1.0
+    y = s8.astype(np.float64) * sx * (x8 @ w8.T) if np.ndim(s8) else sx * (x8 @ w8.T)
+    return y if bias is None else y + bias.double().numpy()
+
+
+def assert_is_the_formula(scheme, with_bias, dtype):
+    layer = quantized(scheme)
+    bias = normal(ROWS, seed=3).to(dtype) if with_bias else None
+    x = (2 * normal(2, 5, FEATURES, seed=4)).to(dtype)
+    x[0, 0] *= 100  # beyond the calibrated range: saturates where the scale is static
+    expected = torch.from_numpy(emulated(x, layer, bias, scheme))
+    y = W4A8Linear(layer, bias, scheme)(x)
+    assert y.dtype == dtype
+    assert y.shape == (2, 5, ROWS)
+    # Half an ulp of BF16 is 2**-9; sums of 40 products in FP32 may cancel.
+    rtol = 2**-8 if dtype == torch.bfloat16 else 2e-6
+    atol = expected.abs().amax((1, 2), keepdim=True).expand_as(expected) * 2e-6
+    assert ((y.double() - expected).abs() <= rtol * expected.abs() + atol).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("with_bias", [False, True])
+@pytest.mark.parametrize("activations", ["static", "dynamic", "none"])
+@pytest.mark.parametrize(("inner", "fp8_max"), [("e4m3", 448), ("e4m3", 240), ("int8", 448)])
+def test_forward_is_the_formula(inner, fp8_max, activations, with_bias, dtype):
+    scheme = Scheme(inner=inner, fp8_max=fp8_max, activations=activations, group_size=16)
+    assert_is_the_formula(scheme, with_bias, dtype)
+
+
+@pytest.mark.parametrize("activations", ["static", "dynamic"])
+@pytest.mark.parametrize(
+    "changes", [{"method": "none"}, {"symmetric": True}, {"power_of_two": True}], ids=str
+)
+def test_forward_of_other_schemes_is_the_formula(changes, activations):
+    scheme = Scheme(activations=activations, group_size=16, **changes)
+    assert_is_the_formula(scheme, with_bias=True, dtype=torch.float32)
+
+
+@pytest.mark.parametrize("method", ["gptq", "rtn"])
+def test_16_bit_arithmetic_is_an_ordinary_linear(method):
+    scheme = Scheme(method=method, inner="none", activations="none", group_size=16)
+    layer, x = quantized(scheme), normal(5, FEATURES, seed=4).bfloat16()
+    weight = layer.decoded().bfloat16()
+    y = W4A8Linear(layer, None, scheme)(x)
+    assert torch.equal(y, torch.nn.functional.linear(x, weight))
+
+
+@pytest.mark.parametrize("inner", ["e4m3", "int8"])
+def test_token_of_zeros(inner):
+    scheme = Scheme(inner=inner, activations="dynamic", group_size=16)
+    bias = normal(ROWS, seed=3)
+    x = normal(3, FEATURES, seed=4)
+    x[1] = 0
+    y = W4A8Linear(quantized(scheme), bias, scheme)(x)
+    assert y.isfinite().all()
+    assert torch.equal(y[1], bias)
+    assert token_scale(x, 448.0).flatten()[1] == 1
+
+
+def test_dynamic_tokens_do_not_see_each_other():
+    scheme = Scheme(activations="dynamic", group_size=16)
+    module, x = W4A8Linear(quantized(scheme), None, scheme), normal(3, FEATURES, seed=4)
+    alone = module(x)[0]
+    x[1:] *= 1000
+    assert torch.equal(module(x)[0], alone)
+
+
+SCHEMES = [
+    Scheme(method=method, inner=inner, activations=activations, symmetric=symmetric, group_size=16)
+    for method, inner, activations, symmetric in itertools.product(
+        ("none", "rtn", "gptq", "naive", "dpq"),
+        ("e4m3", "int8", "none"),
+        ("static", "dynamic", "none"),
+        (False, True),
+    )
+    if (method != "gptq" or inner == "none")
+    and (method not in ("naive", "dpq") or inner != "none")
+    and (inner != "none" or activations == "none")
+]
+
+
+@pytest.mark.parametrize(
+    "scheme",
+    SCHEMES,
+    ids=lambda s: f"{s.method}-{s.inner}-{s.activations}{'-symmetric' * s.symmetric}",
+)
+def test_layer_tensors_round_trip(scheme):
+    layer = quantized(scheme.model_copy(update={"rounding": "nearest"}))
+    tensors = layer_tensors(layer, scheme)
+    stored = {name: (list(t.shape), SAFETENSORS_TYPES[t.dtype]) for name, t in tensors.items()}
+    assert stored == expected_shapes(ROWS, FEATURES, scheme)
+    again = layer_from_tensors(tensors, FEATURES, scheme)
+    assert torch.equal(again.decoded(), layer.decoded())
+    for name, tensor in layer_tensors(again, scheme).items():
+        assert torch.equal(tensor, tensors[name])
+    x = normal(4, FEATURES, seed=4)
+    assert torch.equal(
+        W4A8Linear(again, None, scheme)(x),
+        W4A8Linear(layer, None, scheme)(x),
+    )
+
+
+def test_missing_tensor_is_named():
+    scheme = Scheme(group_size=16)
+    tensors = layer_tensors(quantized(scheme), scheme)
+    del tensors["group_scale"]
+    with pytest.raises(KeyError, match="group_scale"):
+        layer_from_tensors(tensors, FEATURES, scheme)

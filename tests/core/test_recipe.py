@@ -1,0 +1,175 @@
+import pytest
+import yaml
+
+from dpq_core.recipe import RecipeError, load_recipe, parse_recipe
+
+CONTENT = {
+    "model": {"id": "org/model"},
+    "scheme": {"group_size": 64},
+    "calibration": {"dataset": {"path": "text", "data_files": "corpus.txt"}},
+}
+
+
+@pytest.fixture
+def recipe_file(tmp_path):
+    folder = tmp_path / "recipes"
+    folder.mkdir()
+    path = folder / "run.yaml"
+    path.write_text(yaml.safe_dump(CONTENT))
+    return path
+
+
+def message_of(*arguments):
+    """The error's message, which is one line."""
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(*arguments)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+def test_defaults_and_values(recipe_file):
+    recipe = load_recipe(recipe_file)
+    assert recipe.model.id == "org/model"
+    assert recipe.scheme.group_size == 64
+    assert recipe.scheme.method == "dpq"
+    assert recipe.registered_name == "model-w4a8"
+
+
+@pytest.mark.parametrize(
+    ("override", "parts"),
+    [
+        ("scheme.grup_size=128", ["scheme.grup_size", "128"]),
+        ("modle.id=x", ["modle"]),
+        ("scheme.group_size=0", ["scheme.group_size", "got 0"]),
+        ("scheme.group_size=many", ["scheme.group_size", "'many'"]),
+        ("scheme.fp8_max=300", ["scheme.fp8_max", "240", "448", "got 300"]),
+        ("scheme.damp_frac=1.5", ["scheme.damp_frac", "got 1.5"]),
+        ("scheme.method=awq", ["scheme.method", "'awq'"]),
+        ("scheme.method=gptq", ["scheme", "gptq", "inner is 'e4m3'", "set inner: none"]),
+        ("scheme.inner=none", ["scheme", "dpq", "inner is 'none'", "set inner: e4m3"]),
+        ("scheme={method: naive, inner: none}", ["scheme", "naive", "inner is 'none'"]),
+        ("scheme={method: rtn, inner: none}", ["scheme", "'static'", "set activations: none"]),
+        ("model.id=''", ["model.id", "got ''"]),
+        ("model={}", ["model.id", "required"]),
+        ("calibration.samples=0", ["calibration.samples", "got 0"]),
+        ("gates.perplexity_increase=0", ["gates.perplexity_increase", "got 0"]),
+        ("evaluation.suites=piqa", ["evaluation.suites", "'piqa'"]),
+    ],
+)
+def test_error_names_file_field_and_value_on_one_line(recipe_file, override, parts):
+    message = message_of(recipe_file, [override])
+    for part in [str(recipe_file), *parts]:
+        assert part in message
+
+
+def test_further_errors_are_counted(recipe_file):
+    assert "(and 1 more)" in message_of(recipe_file, ["scheme.a=1", "scheme.group_size=0"])
+
+
+def test_missing_file(tmp_path):
+    assert message_of(tmp_path / "none.yaml") == f"{tmp_path / 'none.yaml'}: no such recipe"
+
+
+@pytest.mark.parametrize(
+    ("text", "part"),
+    [("model: [1,\n  2\nscheme: {", "not YAML"), ("- a\n- b\n", "not list"), ("", "not NoneType")],
+)
+def test_bad_yaml(tmp_path, text, part):
+    path = tmp_path / "bad.yaml"
+    path.write_text(text)
+    message = message_of(path)
+    assert str(path) in message
+    assert part in message
+
+
+@pytest.mark.parametrize(
+    ("override", "read", "value"),
+    [
+        ("scheme.group_size=32", lambda r: r.scheme.group_size, 32),
+        ("scheme.symmetric=true", lambda r: r.scheme.symmetric, True),
+        (
+            "calibration.dataset.split=validation",
+            lambda r: r.calibration.dataset.split,
+            "validation",
+        ),
+        ("evaluation.suites=[piqa, boolq]", lambda r: r.evaluation.suites, ["piqa", "boolq"]),
+        ("evaluation.limit=", lambda r: r.evaluation.limit, None),
+        ("registry.name=a=b", lambda r: r.registry.name, "a=b"),
+        ("variants.rtn={method: rtn}", lambda r: r.variants, {"rtn": {"method": "rtn"}}),
+    ],
+)
+def test_overrides(recipe_file, override, read, value):
+    assert read(load_recipe(recipe_file)) != value
+    recipe = load_recipe(recipe_file, [override])
+    assert read(recipe) == value
+    assert recipe.model.id == "org/model"  # and the rest stays
+
+
+def test_last_override_wins(recipe_file):
+    overrides = ["scheme.group_size=32", "scheme.group_size=16"]
+    assert load_recipe(recipe_file, overrides).scheme.group_size == 16
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "scheme.group_size",
+        "=3",
+        "",
+        "model.id.name=3",
+        "scheme.group_size=[1",  # not YAML
+        "scheme.group_size={a: b: c}",
+    ],
+)
+def test_bad_override_is_quoted(recipe_file, override):
+    assert repr(override) in message_of(recipe_file, [override])
+
+
+def test_paths_beside_the_recipe(recipe_file, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    assert load_recipe(recipe_file).calibration.dataset.data_files == "corpus.txt"  # is not there
+    (recipe_file.parent / "corpus.txt").touch()
+    (recipe_file.parent / "org" / "model").mkdir(parents=True)
+    recipe = load_recipe(recipe_file)
+    assert recipe.calibration.dataset.data_files == str(recipe_file.parent / "corpus.txt")
+    assert recipe.model.id == str(recipe_file.parent / "org" / "model")
+    assert recipe.calibration.dataset.path == "text"  # a builder, not a file
+
+
+def test_paths_of_overrides_are_the_callers(recipe_file, monkeypatch, tmp_path):
+    (tmp_path / "mine").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert load_recipe(recipe_file, ["model.id=mine"]).model.id == str(tmp_path / "mine")
+    assert load_recipe(recipe_file, ["model.id=hub/mine"]).model.id == "hub/mine"
+
+
+@pytest.mark.parametrize(
+    ("override", "same"),
+    [
+        ("execution.workers=7", True),
+        ("execution.device=cpu", True),
+        ("variants.rtn={method: rtn}", True),
+        ("scheme.method=dpq", True),  # the default, spelled out
+        ("scheme.group_size=32", False),
+        ("scheme.rounding=nearest", False),
+        ("calibration.samples=7", False),
+        ("evaluation.limit=7", False),
+        ("gates.accuracy_drop=7", False),
+        ("model.revision=main", False),
+    ],
+)
+def test_digest_is_of_everything_but_execution(recipe_file, override, same):
+    changed = load_recipe(recipe_file, [override])
+    assert (changed.digest == load_recipe(recipe_file).digest) is same
+
+
+def test_digest_does_not_depend_on_the_order_of_keys():
+    backwards = {key: CONTENT[key] for key in reversed(CONTENT)}
+    assert parse_recipe(backwards).digest == parse_recipe(CONTENT).digest
+
+
+def test_recipes_cannot_be_changed():
+    recipe = parse_recipe(CONTENT)
+    with pytest.raises(ValueError, match="frozen"):
+        recipe.scheme.group_size = 8

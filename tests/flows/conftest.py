@@ -1,0 +1,76 @@
+"""A small recipe on the shipped model, and ways to run it."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from typer.testing import CliRunner
+
+from dpq_core.recipe import parse_recipe
+from flows.cli import app
+from flows.quantize import task_runner
+
+
+@pytest.fixture(scope="session")
+def store(tmp_path_factory):
+    """One store for the session: what an earlier test computed is found again."""
+    return tmp_path_factory.mktemp("store")
+
+
+@pytest.fixture(scope="session")
+def content(quickstart_model, text_file, store):
+    """A recipe as a mapping: real model, little data."""
+    dataset = {"path": "json", "data_files": str(text_file)}
+    return {
+        "model": {"id": str(quickstart_model)},
+        "scheme": {"max_passes": 2},
+        "calibration": {
+            "dataset": dataset,
+            "samples": 8,
+            "sequence_length": 128,
+            "batch_size": 4,
+        },
+        "evaluation": {"perplexity": {"dataset": dataset, "sequence_length": 128}},
+        "gates": {"perplexity_increase": 10},
+        "registry": {"name": "flow-tests"},
+        "execution": {"store": str(store), "device": "cpu"},
+    }
+
+
+@pytest.fixture
+def recipe(content, services_home):
+    return parse_recipe(content)
+
+
+@pytest.fixture
+def recipe_file(content, services_home, tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(json.dumps(content))  # JSON is YAML
+    return path
+
+
+@pytest.fixture
+def dpq(recipe_file):
+    """Run `dpq COMMAND RECIPE …` in this process: exit code, stdout, stderr."""
+
+    def run(command, *arguments):
+        return CliRunner().invoke(app, [command, str(recipe_file), *arguments])
+
+    return run
+
+
+def run_flow(flow, recipe):
+    return flow.with_options(task_runner=task_runner(recipe.execution))(recipe)
+
+
+def dpq_process(*arguments):
+    """`dpq …` as a process of its own, on the session's services."""
+    return subprocess.Popen(
+        [sys.executable, "-c", "from flows.cli import main; main()", *map(str, arguments)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        text=True,
+    )

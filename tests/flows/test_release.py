@@ -1,0 +1,122 @@
+"""The release flow on real services: verdicts, registry, store, exit codes."""
+
+import json
+
+import pytest
+from conftest import run_flow
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId
+from prefect.client.schemas.sorting import FlowRunSort
+
+from flows.release import release
+from infra.registry import Registry
+from infra.tracking import mlflow_client, tracking_store
+
+
+@pytest.fixture
+def registry(services_home):
+    return Registry(tracking_store(services_home)[0])
+
+
+@pytest.fixture
+def promoted(recipe):
+    return run_flow(release, recipe)
+
+
+def artifacts(store, stage):
+    return {folder.name: folder.stat().st_mtime_ns for folder in (store / stage).glob("*")}
+
+
+def with_gate(recipe, limit):
+    gates = recipe.gates.model_copy(update={"perplexity_increase": limit})
+    return recipe.model_copy(update={"gates": gates})
+
+
+def test_promotion_moves_the_champion(promoted, registry):
+    assert promoted.verdict.verdict == "promoted"
+    assert promoted.verdict.reasons == ()
+    assert registry.champion("flow-tests") == promoted.registration.version
+
+
+def test_metrics_tables_and_verdict_are_in_mlflow(promoted, services_home):
+    client = mlflow_client(tracking_store(services_home)[0])
+    run = client.get_run(promoted.run_id)
+    metric = promoted.verdict.metrics["perplexity_token"]
+    assert run.data.metrics["perplexity_token.baseline"] == metric.baseline
+    assert run.data.metrics["perplexity_token.candidate"] == metric.candidate
+    assert run.data.params["scheme.method"] == "dpq"
+    assert run.data.tags["verdict"] == "promoted"
+    assert run.info.status == "FINISHED"
+    paths = {file.path for file in client.list_artifacts(promoted.run_id)}
+    assert {"layers.json", "layers.csv", "layer_error.png", "verdict.json"} <= paths
+
+
+def test_a_second_run_recomputes_nothing(promoted, recipe, store):
+    stages = ("layers", "statistics", "checkpoints", "perplexity", "integrity")
+    before = {stage: artifacts(store, stage) for stage in stages}
+    again = run_flow(release, recipe)
+    assert {stage: artifacts(store, stage) for stage in stages} == before
+    assert again.verdict == promoted.verdict
+    assert again.registration.version == promoted.registration.version
+
+
+def test_a_changed_scheme_reuses_the_calibration(promoted, recipe, store):
+    before = artifacts(store, "statistics")
+    layers = artifacts(store, "layers")
+    changed = recipe.model_copy(
+        update={"scheme": recipe.scheme.model_copy(update={"rounding": "nearest"})}
+    )
+    run_flow(release, changed)
+    assert artifacts(store, "statistics") == before
+    assert len(artifacts(store, "layers")) == 2 * len(layers)
+
+
+def test_rejection_leaves_the_champion_and_says_why(promoted, recipe, registry):
+    result = run_flow(release, with_gate(recipe, 1e-6))
+    assert result.verdict.verdict == "rejected"
+    assert any("perplexity_token" in reason for reason in result.verdict.reasons)
+    assert result.registration.version != promoted.registration.version
+    assert registry.champion("flow-tests") == promoted.registration.version
+
+
+def test_every_task_run_is_recorded_and_complete(promoted, services_home):
+    with get_client(sync_client=True) as client:
+        newest = client.read_flow_runs(limit=1, sort=FlowRunSort.START_TIME_DESC)[0]
+        of_run = FlowRunFilter(id=FlowRunFilterId(any_=[newest.id]))
+        runs = client.read_task_runs(flow_run_filter=of_run, limit=200)
+        keys = {artifact.key for artifact in client.read_artifacts(flow_run_filter=of_run)}
+    names = [run.name for run in runs]
+    assert sum(name.startswith("quantize model.layers") for name in names) == 35
+    assert {run.state_name for run in runs} == {"Completed"}
+    assert {"verdict", "gates", "layers", "checkpoint"} <= keys
+
+
+def test_json_object_and_exit_codes(dpq, store):
+    accepted = dpq("release", "--json")
+    assert accepted.exit_code == 0, accepted.stderr
+    content = json.loads(accepted.stdout)
+    assert content["verdict"] == "promoted"
+    assert content["reasons"] == []
+    assert set(content["metrics"]["perplexity_token"]) == {
+        "baseline",
+        "candidate",
+        "delta",
+        "limit",
+        "passed",
+    }
+    assert content["checkpoint"].startswith(str(store))
+    assert content["run_id"]
+    assert content["model_version"] >= 1
+    rejected = dpq("release", "--json", "--set", "gates.perplexity_increase=0.000001")
+    assert rejected.exit_code == 2, rejected.stderr
+    assert json.loads(rejected.stdout)["verdict"] == "rejected"
+
+
+def test_a_suite_is_scored_and_a_limited_run_is_not_promoted(dpq):
+    settings = ["--set", "evaluation.suites=[python_docs]", "--set", "evaluation.limit=8"]
+    limited = dpq("release", "--json", *settings)
+    assert limited.exit_code == 2, limited.stderr
+    content = json.loads(limited.stdout)
+    assert any("evaluation.limit" in reason for reason in content["reasons"])
+    assert content["metrics"]["accuracy_average"]["limit"] == 0.5
+    assert content["metrics"]["accuracy.python_docs"]["limit"] is None

@@ -1,0 +1,89 @@
+"""However it is run, a recipe gives the same bytes; what a killed run finished is not done again."""
+
+import time
+
+import pytest
+from conftest import dpq_process, run_flow
+from transformers import AutoTokenizer
+
+from dpq_core.data import calibration_windows, load_texts
+from dpq_core.pipeline import quantize_checkpoint
+from flows.quantize import quantize
+from infra.store import Store
+from tasks.assemble import provenance
+from tasks.model import inspect
+from tasks.windows import store_calibration
+
+
+def contents(folder):
+    files = (path for path in sorted(folder.iterdir()) if not path.name.startswith("."))
+    return {path.name: path.read_bytes() for path in files}
+
+
+def in_store(recipe, folder, **execution):
+    update = {"store": str(folder), **execution}
+    return recipe.model_copy(update={"execution": recipe.execution.model_copy(update=update)})
+
+
+@pytest.fixture(params=["original", "quantized"])
+def propagated(recipe, request):
+    calibration = recipe.calibration.model_copy(update={"propagation": request.param})
+    return recipe.model_copy(update={"calibration": calibration})
+
+
+def test_plain_python_and_prefect(propagated, tmp_path, quickstart_model):
+    recipe = in_store(propagated, tmp_path / "store")
+    flow_checkpoint = run_flow(quantize, recipe).checkpoint.folder
+
+    store = Store(recipe.execution.store)
+    tokenizer = AutoTokenizer.from_pretrained(quickstart_model)
+    section = recipe.calibration
+    windows = calibration_windows(
+        load_texts(section.dataset), tokenizer, section.samples, section.sequence_length
+    )
+    about = provenance(
+        recipe, inspect(recipe.model, store), store_calibration(section, tokenizer, store)
+    )
+    plain = tmp_path / "plain"
+    quantize_checkpoint(quickstart_model, plain, windows, recipe.scheme, section, about)
+    assert contents(plain) == contents(flow_checkpoint)
+
+
+def test_threads_and_processes(recipe, tmp_path):
+    checkpoints = [
+        run_flow(quantize, in_store(recipe, tmp_path / runner, runner=runner)).checkpoint.folder
+        for runner in ("threads", "processes")
+    ]
+    assert contents(checkpoints[0]) == contents(checkpoints[1])
+
+
+def test_killed_in_the_fan_out_and_run_again(recipe, recipe_file, tmp_path):
+    undisturbed = run_flow(quantize, recipe).checkpoint.folder
+    store = tmp_path / "killed"
+    command = ["quantize", recipe_file, "--set", f"execution.store={store}"]
+    first = dpq_process(*command)
+    deadline = time.monotonic() + 300
+    while len(finished := layer_artifacts(store)) < 5:
+        assert first.poll() is None, first.communicate()[1]
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    first.kill()
+    first.communicate()
+    finished = layer_artifacts(store)
+    assert 5 <= len(finished) < 35
+
+    second = dpq_process(*command)
+    output, errors = second.communicate(timeout=300)
+    assert second.returncode == 0, errors
+    now = layer_artifacts(store)
+    assert len(now) == 35
+    assert {key: now[key] for key in finished} == finished
+    assert not list((store / "tmp").iterdir())
+    checkpoint = next((store / "checkpoints").iterdir())
+    assert str(checkpoint) in output
+    assert contents(checkpoint) == contents(undisturbed)
+
+
+def layer_artifacts(store):
+    complete = (store / "layers").glob("*/.artifact.json")
+    return {path.parent.name: path.stat().st_mtime_ns for path in complete}

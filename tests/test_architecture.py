@@ -1,0 +1,85 @@
+"""dpq_core stands alone, and importing it does nothing. Each check has a process of its own."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+MODULES = [f"dpq_core.{path.stem}" for path in sorted((ROOT / "dpq_core").glob("[!_]*.py"))]
+
+QUANTIZE_A_LAYER = """
+import importlib, sys
+
+blocked = ("prefect", "mlflow", "infra", "tasks", "flows")
+sys.modules.update(dict.fromkeys(blocked))  # None: importing them, or a part of them, fails
+for name in sys.argv[1:]:
+    importlib.import_module(name)
+assert not [name for name in sys.modules if name.startswith(tuple(f"{b}." for b in blocked))]
+
+import torch
+from dpq_core.hessian import InputStatistics
+from dpq_core.quantize import quantize_layer
+from dpq_core.scheme import Scheme
+
+x = torch.randn(64, 32)
+statistics = InputStatistics.empty(32)
+statistics.add_hessian(x)
+statistics.add_magnitudes(x)
+layer = quantize_layer(torch.randn(8, 32), statistics, Scheme(group_size=16))
+assert 0 < layer.report.error < 0.1, layer.report
+print("quantized")
+"""
+
+SIDE_EFFECTS = """
+import importlib, os, random, sys
+import numpy, torch
+
+def state():
+    return {
+        "default dtype": torch.get_default_dtype(),
+        "default device": torch.get_default_device(),
+        "threads": torch.get_num_threads(),
+        "gradients": torch.is_grad_enabled(),
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
+        "matmul precision": torch.get_float32_matmul_precision(),
+        "torch rng": torch.get_rng_state().numpy().tobytes(),
+        "numpy rng": str(numpy.random.get_state()),
+        "python rng": random.getstate(),
+        "folder": os.getcwd(),
+    }
+
+torch.set_num_threads(3)
+before = state()
+for name in sys.argv[1:]:
+    importlib.import_module(name)
+    changed = [key for key, value in state().items() if value != before[key]]
+    assert not changed, f"importing {name} changed {changed}"
+print("unchanged")
+"""
+
+
+def run(script, folder):
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    return subprocess.run(
+        [sys.executable, "-c", script, *MODULES],
+        env=environment,
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_dpq_core_quantizes_a_layer_without_what_is_above_it(tmp_path):
+    result = run(QUANTIZE_A_LAYER, tmp_path)
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert result.stdout.strip().endswith("quantized")
+
+
+def test_importing_has_no_side_effects(tmp_path):
+    assert "dpq_core.quantize" in MODULES
+    result = run(SIDE_EFFECTS, tmp_path)
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert result.stdout.strip().endswith("unchanged")
+    assert not list(tmp_path.iterdir())
