@@ -28,6 +28,8 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from dpq_core.errors import InputError
+
 # Its import puts the questions' code into the version of this module (`digests.code_digest`).
 from dpq_core.suites import python_docs
 
@@ -36,7 +38,7 @@ _METRICS = ("acc_norm", "acc")  # in order of preference
 _SCORED = ("multiple_choice", "loglikelihood")  # kinds of suites whose answers are right or wrong
 
 
-class SuiteError(ValueError):
+class SuiteError(InputError):
     """A suite that cannot be run, with one line that says which and the way out."""
 
 

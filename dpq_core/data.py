@@ -20,6 +20,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from dpq_core import corpus
+from dpq_core.errors import InputError
 from dpq_core.recipe import TextDataset
 
 _CORPUS = "python_docs"
@@ -27,7 +28,7 @@ _FILE_BUILDERS = {"arrow", "csv", "json", "parquet", "text"}  # of `datasets`: r
 _DOCUMENTS_A_CALL = 256  # of the tokenizer: bounds its lists of Python integers
 
 
-class DataError(ValueError):
+class DataError(InputError):
     """Texts that cannot be read or are too short, with one line that says which and why."""
 
 

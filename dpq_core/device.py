@@ -1,13 +1,16 @@
-"""The device that a recipe names, and the threads of the CPU."""
+"""The device that a recipe names, and the threads and the memory of the CPU."""
 
+import ctypes
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 
+from dpq_core.errors import InputError
 
-class DeviceError(ValueError):
+
+class DeviceError(InputError):
     """A device that this machine does not have."""
 
 
@@ -39,3 +42,18 @@ def all_cores() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+def keep_freed_memory() -> None:
+    """Let glibc keep blocks up to a gigabyte instead of giving them back to the kernel.
+
+    Torch's temporaries are such blocks: mapped anew and faulted in page by page at every operation,
+    they cost more than the arithmetic on them (`docs/log.md`). Elsewhere than on glibc: nothing.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt:
+        mallopt(_M_MMAP_THRESHOLD, 1 << 30)
+        mallopt(_M_TRIM_THRESHOLD, 1 << 30)
+
+
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h

@@ -46,9 +46,26 @@ def round_to(values: Tensor, fmt: NumberFormat) -> Tensor:
     NaN stays NaN: a caller that must not see one checks for it.
     """
     clamped = values.float().clamp(fmt.minimum, fmt.maximum)
-    if fmt.is_float:
-        return clamped.to(torch.float8_e4m3fn).float()
-    return clamped.round()
+    if not fmt.is_float:
+        return clamped.round()
+    encoded = clamped.to(torch.float8_e4m3fn)
+    if clamped.is_cpu and clamped.numel() >= _MANY and not clamped.sum().isnan():
+        return _decode(encoded)
+    return encoded.float()
+
+
+def _decode(encoded: Tensor) -> Tensor:
+    """`float8_e4m3fn` without NaN → FP32, exactly.
+
+    Torch's own conversion is scalar on a CPU. Here sign, exponent and mantissa move to their places
+    in FP32, and a factor of 2**120 makes up for the exponents' biases (7 and 127).
+    """
+    bits = (encoded.view(torch.int8).to(torch.int32) << 20) & _FP32_PLACES
+    return bits.view(torch.float32).mul_(2.0**120)
+
+
+_MANY = 1 << 15
+_FP32_PLACES = -(1 << 31) | 0x7F << 20  # sign, and seven bits of exponent and mantissa
 
 
 def quantize(values: Tensor, scale: Tensor, fmt: NumberFormat) -> Tensor:

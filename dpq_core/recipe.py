@@ -11,10 +11,11 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from dpq_core.digests import digest
+from dpq_core.errors import InputError
 from dpq_core.scheme import Scheme
 
 
-class RecipeError(ValueError):
+class RecipeError(InputError):
     """A recipe that cannot be run, with one line that says where and why."""
 
 

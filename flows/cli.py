@@ -16,7 +16,8 @@ from typing import Annotated, Any, TypeVar
 
 import typer
 
-from dpq_core.recipe import Recipe, RecipeError, load_recipe
+from dpq_core.errors import InputError
+from dpq_core.recipe import Recipe, load_recipe
 from infra.settings import home
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
@@ -103,6 +104,9 @@ def main() -> None:
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    from dpq_core.device import keep_freed_memory
+
+    keep_freed_memory()
     app()
 
 
@@ -144,7 +148,7 @@ def _errors(as_json: bool) -> Iterator[None]:
         raise
     except Exception as error:
         message = " ".join(str(error).split()) or type(error).__name__
-        if not isinstance(error, RecipeError):
+        if not isinstance(error, InputError):
             log = home() / "logs" / "dpq.log"
             log.parent.mkdir(parents=True, exist_ok=True)
             with log.open("a") as file:

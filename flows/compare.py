@@ -57,7 +57,7 @@ class Row:
     error: str | None = None
 
 
-@flow(name="compare", validate_parameters=False)
+@flow(name="compare")
 def compare(recipe: Recipe) -> list[Row]:
     """Quantize and measure every variant; one that fails is a row that says why.
 

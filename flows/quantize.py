@@ -33,7 +33,7 @@ class IntegrityError(RuntimeError):
     """A checkpoint that does not say what the quantized layers say."""
 
 
-@flow(name="quantize", validate_parameters=False)
+@flow(name="quantize")
 def quantize(recipe: Recipe) -> Candidate:
     """Checkpoint in, verified W4A8 checkpoint out.
 

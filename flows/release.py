@@ -39,7 +39,7 @@ class Release:
         }
 
 
-@flow(name="release", validate_parameters=False)
+@flow(name="release")
 def release(recipe: Recipe) -> Release:
     """Quantize a model, measure it against the 16-bit original, and promote it within the gates.
 

@@ -17,6 +17,7 @@ from dpq_core.accuracy import SuiteResult, evaluate_suites
 from dpq_core.checkpoint import load_model
 from dpq_core.device import all_cores, resolve_device
 from dpq_core.digests import code_digest, digest, file_digest
+from dpq_core.linear import alone_in_process
 from dpq_core.perplexity import Perplexity, perplexity_token
 from dpq_core.recipe import EvaluationSection, Recipe
 from infra.store import ArtifactRef, Store
@@ -53,7 +54,7 @@ def measure_perplexity(recipe: Recipe, subject: Subject, windows: ArtifactRef) -
     def make(folder: Path) -> None:
         tokens = load_windows(windows, store)
         step = stepper(f"perplexity of {subject.role}", -(-len(tokens) // section.batch_size))
-        with all_cores():
+        with all_cores(), alone_in_process():
             model = load_model(subject.folder, device)
             result = perplexity_token(model, tokens, section.batch_size, lambda _: step())
         (folder / "perplexity.json").write_text(json.dumps(dataclasses.asdict(result)))
@@ -83,7 +84,7 @@ def measure_suite(recipe: Recipe, subject: Subject, suite: str) -> SuiteResult:
 
     def make(folder: Path) -> None:
         step = stepper(f"{suite} of {subject.role}", 1)
-        with all_cores():
+        with all_cores(), alone_in_process():
             model = load_model(subject.folder, device)
             tokenizer = AutoTokenizer.from_pretrained(subject.folder)
             result = evaluate_suites(

@@ -32,7 +32,7 @@ print("quantized")
 """
 
 SIDE_EFFECTS = """
-import importlib, os, random, sys
+import importlib, os, sys
 import numpy, torch
 
 def state():
@@ -45,7 +45,6 @@ def state():
         "matmul precision": torch.get_float32_matmul_precision(),
         "torch rng": torch.get_rng_state().numpy().tobytes(),
         "numpy rng": str(numpy.random.get_state()),
-        "python rng": random.getstate(),
         "folder": os.getcwd(),
     }
 

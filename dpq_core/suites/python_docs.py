@@ -1,7 +1,7 @@
 """The questions of the suite `python_docs`: which of four continuations is the true one?
 
-From the held-out prose of the Python installation, without overlap: a context of about 64
-characters and a continuation of about 32, both ending at a word's end, then a gap of about 40. The
+From the held-out prose of the Python installation, without overlap: a context of about 48
+characters and a continuation of about 24, both ending at a word's end, then a gap of about 64. The
 three other choices are true continuations of other places, of about the same length. About 2,250
 questions, so that a paired difference between two models is known to a fraction of a point; chance
 is 25 %.
@@ -14,9 +14,9 @@ from typing import Any, TypedDict
 
 from dpq_core import corpus
 
-CONTEXT_CHARACTERS = 64
-CONTINUATION_CHARACTERS = 32
-GAP_CHARACTERS = 40
+CONTEXT_CHARACTERS = 48
+CONTINUATION_CHARACTERS = 24
+GAP_CHARACTERS = 64
 CHOICES = 4
 
 _SEED = 0
@@ -66,7 +66,8 @@ def _pairs(text: str) -> Iterator[tuple[str, str]]:
         end = _word_end(text, middle, CONTINUATION_CHARACTERS) if middle else 0
         if not end:
             return
-        yield text[begin:middle], text[middle:end]
+        if text[middle:end].strip():  # and not the spaces of an indented block
+            yield text[begin:middle], text[middle:end]
 
 
 def _word_end(text: str, begin: int, characters: int) -> int:

@@ -5,6 +5,7 @@
 Writes the checkpoint with the lowest held-out loss (BF16 safetensors, tokenizer) and
 `training.json`, the loss curve. Muon for the matrices, AdamW for the rest; the learning rate rises
 over the first steps, stays, and falls linearly to zero over the last part (`--decay-share`).
+Training ends early when the held-out loss has not fallen for `PATIENCE` evaluations.
 `--resume FOLDER` begins from a checkpoint's weights, with a curve that is continued.
 """
 
@@ -24,6 +25,7 @@ WINDOW = 512
 WARMUP_STEPS = 100
 WEIGHT_DECAY = 0.1
 EVALUATE_EVERY = 100
+PATIENCE = 4
 
 
 def config(tokenizer: PreTrainedTokenizerBase) -> LlamaConfig:
@@ -126,10 +128,13 @@ def train(
             }
             running = 0.0
             print(json.dumps(point), flush=True)
-            if not curve or point["held_out_loss"] < min(p["held_out_loss"] for p in curve):
+            if all(point["held_out_loss"] < earlier["held_out_loss"] for earlier in curve):
                 save(model, tokenizer, output)
             curve.append(point)
             (output / "training.json").write_text(json.dumps(curve, indent=0) + "\n")
+            best = min(curve, key=lambda p: p["held_out_loss"])
+            if len(curve) - curve.index(best) > PATIENCE:
+                break
 
 
 def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, output: Path) -> None:

@@ -140,3 +140,14 @@ def test_scales_broadcast_and_divide():
     quantized = quantize(x, scale, FORMATS["int4"])
     assert quantized.tolist() == [[1, 3], [2, -0.0]]  # -2.5 / 5 ties to even zero
     assert dequantize(quantized, scale).tolist() == [[1, 3], [10, 0]]
+
+
+@every_format
+def test_quantizing_divides(name):
+    """Multiplying by a reciprocal would round twice, and move ties."""
+    scale = np.float32(0.3)
+    middles = grid_of(name)[0].astype(np.float32) + np.float32(0.5)
+    x = (middles * scale)[:, None] * (1 + np.arange(-8, 9, dtype=np.float32) * 2.0**-24)
+    x = x.astype(np.float32)
+    actual = quantize(torch.from_numpy(x), torch.tensor(scale), FORMATS[name])
+    np.testing.assert_array_equal(actual.numpy(), nearest_even(x / scale, name))

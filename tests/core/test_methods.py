@@ -1,6 +1,7 @@
 """`quantize_layer`: every method against an independent float64 implementation, and by property."""
 
 import functools
+import itertools
 
 import ml_dtypes
 import numpy as np
@@ -289,7 +290,7 @@ def test_no_pass_raises_the_objective(changes, seed):
     steps = [results[0][0], *(after for _, after, _, _ in results)]
     columns = results[0][3]
     errors = [objective(weight, columns.decode(codes).T, hessian) for codes in steps]
-    assert all(after <= before for before, after in zip(errors, errors[1:], strict=False))
+    assert all(after <= before for before, after in itertools.pairwise(errors))
     assert errors[-1] < 0.9 * errors[0]
     for codes in steps:
         assert ((codes >= 0) & (codes <= 15) & (codes == codes.round())).all()

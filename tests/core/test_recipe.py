@@ -94,7 +94,7 @@ def test_bad_yaml(tmp_path, text, part):
             "validation",
         ),
         ("evaluation.suites=[piqa, boolq]", lambda r: r.evaluation.suites, ["piqa", "boolq"]),
-        ("evaluation.limit=", lambda r: r.evaluation.limit, None),
+        ("calibration.dataset.data_files=", lambda r: r.calibration.dataset.data_files, None),
         ("registry.name=a=b", lambda r: r.registry.name, "a=b"),
         ("variants.rtn={method: rtn}", lambda r: r.variants, {"rtn": {"method": "rtn"}}),
     ],

@@ -37,5 +37,5 @@ def test_standard_ladder_is_valid_at_any_group_size(recipe):
 
 
 def test_a_variant_that_is_no_scheme_is_refused_before_any_work(recipe):
-    with pytest.raises(RecipeError, match="variants.odd"):
+    with pytest.raises(RecipeError, match=r"variants\.odd"):
         variant_recipes(recipe.model_copy(update={"variants": {"odd": {"method": "magic"}}}))

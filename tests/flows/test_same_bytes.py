@@ -1,4 +1,4 @@
-"""However it is run, a recipe gives the same bytes; what a killed run finished is not done again."""
+"""However it is run, a recipe gives the same bytes; what a killed run finished stays finished."""
 
 import time
 
