@@ -24,7 +24,13 @@ from dpq_core.digests import file_digest
 from dpq_core.linear import W4A8Linear, expected_shapes, layer_from_tensors, layer_tensors
 from dpq_core.plan import Plan
 from dpq_core.quantize import LayerReport, QuantizedLinear
-from dpq_core.reader import SIDE_FILES, CheckpointError, CheckpointReader, read_config
+from dpq_core.reader import (
+    SIDE_FILES,
+    CheckpointError,
+    CheckpointReader,
+    read_config,
+    read_json,
+)
 from dpq_core.scheme import Scheme
 from dpq_core.streaming import empty_model, fill_parameters
 
@@ -110,14 +116,15 @@ class _ShardWriter:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._pending: dict[str, Tensor] = {}
+        self._pending_bytes = 0
         self._shards: list[list[str]] = []
         self._bytes = 0
 
     def add(self, name: str, tensor: Tensor) -> None:
-        if self._pending and sum(t.nbytes for t in self._pending.values()) > _SHARD_BYTES:
+        if self._pending and self._pending_bytes + tensor.nbytes > _SHARD_BYTES:
             self._flush()
         self._pending[name] = tensor
-        self._bytes += tensor.nbytes
+        self._pending_bytes += tensor.nbytes
 
     def close(self) -> None:
         self._flush()
@@ -134,7 +141,8 @@ class _ShardWriter:
     def _flush(self) -> None:
         self._shards.append(list(self._pending))
         save_file(self._pending, self._part(len(self._shards)), metadata={"format": "pt"})
-        self._pending = {}
+        self._bytes += self._pending_bytes
+        self._pending, self._pending_bytes = {}, 0
 
     def _part(self, number: int) -> Path:
         return self._folder / f"shard-{number:05}.part"
@@ -161,17 +169,17 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         CheckpointError: no manifest, or a format version that this code does not know.
     """
     path = folder / MANIFEST
-    try:
-        manifest: dict[str, Any] = json.loads(path.read_text("utf-8"))
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{folder}: no {MANIFEST}: not a (complete) checkpoint") from error
-    except json.JSONDecodeError as error:
-        raise CheckpointError(f"{path}: not JSON ({error})") from error
+    if not path.is_file():
+        raise CheckpointError(f"{folder}: no {MANIFEST}: not a (complete) checkpoint")
+    manifest = read_json(path)
     version = manifest.get("format_version")
     if version != FORMAT_VERSION:
         raise CheckpointError(
             f"{path}: format version {version} is unknown: this release reads {FORMAT_VERSION}"
         )
+    missing = [key for key in ("scheme", "layers", "files") if key not in manifest]
+    if missing:
+        raise CheckpointError(f"{path}: {', '.join(missing)} missing")
     return manifest
 
 
@@ -185,11 +193,31 @@ class QuantizedCheckpoint:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.manifest = read_manifest(folder)
-        self.scheme = Scheme.model_validate(self.manifest["scheme"])
+        try:
+            self.scheme = Scheme.model_validate(self.manifest["scheme"])
+            self.shapes: dict[str, list[int]] = {
+                row["name"]: row["shape"] for row in self.manifest["layers"]
+            }
+        except (ValueError, TypeError, KeyError) as error:
+            raise CheckpointError(f"{folder / MANIFEST}: no valid scheme and layers") from error
         self.reader = CheckpointReader(folder)
-        self.shapes: dict[str, list[int]] = {
-            row["name"]: row["shape"] for row in self.manifest["layers"]
-        }
+
+    def empty_model(self) -> Any:
+        """The model that `config.json` describes, without memory, checked against the manifest.
+
+        Raises:
+            CheckpointError: a quantized layer is no linear of the model, or of another shape.
+        """
+        model = empty_model(self.folder)
+        parameters = dict(model.named_parameters())
+        for name, shape in self.shapes.items():
+            expected = parameters.get(f"{name}.weight")
+            if expected is None or list(expected.shape) != shape:
+                asked = "has no such layer" if expected is None else f"asks for {[*expected.shape]}"
+                raise CheckpointError(
+                    f"{self.folder}: tensor {name}.weight is {shape}, but config.json {asked}"
+                )
+        return model
 
     def layer(self, name: str) -> QuantizedLinear:
         """A quantized layer by name."""
@@ -224,7 +252,7 @@ class QuantizedCheckpoint:
 
     def _expected(self) -> dict[str, tuple[list[int], str | None]]:
         expected: dict[str, tuple[list[int], str | None]] = {}
-        for name, parameter in empty_model(self.folder).named_parameters():
+        for name, parameter in self.empty_model().named_parameters():
             layer = name.removesuffix(".weight")
             if layer in self.shapes:
                 rows, features = self.shapes[layer]
@@ -255,7 +283,7 @@ def load_quantized(folder: str | Path, device: torch.device | str = "cpu") -> An
         CheckpointError: missing manifest, unknown version, missing or misshapen tensors.
     """
     checkpoint = QuantizedCheckpoint(Path(folder))
-    model = empty_model(checkpoint.folder)
+    model = checkpoint.empty_model()
     for name in checkpoint.shapes:
         bias = f"{name}.bias"
         linear = W4A8Linear(

@@ -28,8 +28,8 @@ class FactorizationError(ValueError):
 def inverse_factor(hessian: Tensor, damp_frac: float) -> tuple[Tensor, float]:
     """U of H⁻¹ = Uᵀ U, and the damping (a fraction of the mean diagonal) that it took.
 
-    Columns that calibration never excited have an all-zero row in H and are given the mean
-    diagonal: they neither receive nor pass on any error.
+    Columns that calibration never excited have an all-zero row in H: damping alone makes them
+    regular, and they neither receive nor pass on any error.
 
     H = R Rᵀ with R upper triangular is the Cholesky factorisation of H read backwards, and
     U = R⁻¹: one factorisation and one triangular solve, no inverse of H.
@@ -47,10 +47,9 @@ def inverse_factor(hessian: Tensor, damp_frac: float) -> tuple[Tensor, float]:
     for attempt in range(_DAMPING_ATTEMPTS):
         damping = damp_frac * 10**attempt
         reversed_ = hessian.flip(0, 1)
-        diagonal = reversed_.diagonal()
-        diagonal.copy_(torch.where(diagonal == 0, mean, diagonal) + damping * mean)
+        reversed_.diagonal().add_(damping * mean)
         lower, failure = torch.linalg.cholesky_ex(reversed_)
-        del reversed_, diagonal
+        del reversed_
         if failure == 0 and torch.isfinite(lower.diagonal()).all():
             upper = lower.flip(0, 1)
             del lower

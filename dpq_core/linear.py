@@ -162,7 +162,7 @@ def alone_in_process() -> Iterator[None]:
 
 @contextmanager
 def _bf16_units() -> Iterator[None]:
-    matmul = torch.backends.mkldnn.matmul
+    matmul = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
     before = matmul.fp32_precision
     matmul.fp32_precision = "bf16"
     try:

@@ -40,5 +40,7 @@ def pack_zero_points(zero_points: Tensor) -> Tensor:
 
 
 def unpack_zero_points(packed: Tensor, groups: int) -> Tensor:
-    """[out, ceil(groups / 2)] uint8 → [out, groups] uint8."""
+    """[out, ceil(groups / 2)] uint8 → [out, groups] uint8. ValueError: another width."""
+    if packed.shape[1] != -(-groups // 2):
+        raise ValueError(f"{packed.shape[1]} bytes a row do not hold {groups} zero points")
     return torch.stack([packed & 15, packed >> 4], dim=2).flatten(1)[:, :groups]

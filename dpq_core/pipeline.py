@@ -3,13 +3,14 @@
 `flows/` does the same with one Prefect task a stage and gives the same bytes.
 """
 
+import tempfile
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from dpq_core.calibration import InputRounding, calibrate_block
-from dpq_core.checkpoint import write_checkpoint
+from dpq_core.checkpoint import load_layer, save_layer, write_checkpoint
 from dpq_core.plan import plan_layers
 from dpq_core.quantize import QuantizedLinear, quantize_layer
 from dpq_core.recipe import CalibrationSection
@@ -27,6 +28,8 @@ def quantize_checkpoint(
 ) -> dict[str, Any]:
     """Calibrate, quantize and write a checkpoint; returns its manifest.
 
+    Finished layers wait in a temporary folder: memory is bounded by one block.
+
     Raises:
         CheckpointError, FactorizationError, ValueError: see the stages.
     """
@@ -35,24 +38,29 @@ def quantize_checkpoint(
     rounding = InputRounding.of(scheme, calibration)
     original = calibration.propagation == "original"
     hidden = stream.embed(windows, calibration.batch_size)
-    layers: dict[str, QuantizedLinear] = {}
-    for block in range(stream.block_count):
-        statistics = calibrate_block(
-            stream, block, hidden, rounding, calibration.batch_size, advance=original
-        )
-        members = plan.of_block(block)
-        weights = stream.reader.tensors(f"{layer.name}.weight" for layer in members)
-        quantized = {
-            layer.name: quantize_layer(
-                weights[f"{layer.name}.weight"], statistics[layer.statistics], scheme
+    features = {layer.name: layer.features for layer in plan.layers}
+    with tempfile.TemporaryDirectory() as finished:
+        for block in range(plan.blocks):
+            statistics = calibrate_block(
+                stream, block, hidden, rounding, calibration.batch_size, advance=original
             )
-            for layer in members
-        }
-        layers |= quantized
-        if not original:
-            with stream.block(block, quantized, scheme):
-                stream.advance(hidden, calibration.batch_size)
-    destination.mkdir(parents=True)
-    return write_checkpoint(
-        destination, stream.reader, stream.dtype, plan, scheme, layers.__getitem__, about
-    )
+            members = plan.of_block(block)
+            quantized: dict[str, QuantizedLinear] = {}
+            for layer in members:
+                weight = stream.reader.tensor(f"{layer.name}.weight")
+                inputs = statistics[layer.statistics]
+                quantized[layer.name] = quantize_layer(weight, inputs, scheme)
+                folder = Path(finished, layer.name)
+                folder.mkdir()
+                save_layer(folder, quantized[layer.name], scheme)
+            if not original:
+                with stream.block(block, quantized, scheme):
+                    stream.advance(hidden, calibration.batch_size)
+
+        def finished_layer(name: str) -> QuantizedLinear:
+            return load_layer(Path(finished, name), features[name], scheme)
+
+        destination.mkdir(parents=True)
+        return write_checkpoint(
+            destination, stream.reader, stream.dtype, plan, scheme, finished_layer, about
+        )

@@ -45,6 +45,7 @@ class CheckpointReader:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self._index = self._read_index() if (folder / _INDEX).is_file() else None
         self._shard_of = {name: shard for shard in self._shards() for name in self._names_in(shard)}
         self._check_index()
 
@@ -109,8 +110,8 @@ class CheckpointReader:
                 )
 
     def _shards(self) -> list[str]:
-        if (self.folder / _INDEX).is_file():
-            return sorted(set(self._index().values()))
+        if self._index is not None:
+            return sorted(set(self._index.values()))
         if (self.folder / _SINGLE).is_file():
             return [_SINGLE]
         if list(self.folder.glob("*.bin")) or list(self.folder.glob("*.pt*")):
@@ -120,14 +121,14 @@ class CheckpointReader:
             )
         raise CheckpointError(f"{self.folder}: no {_SINGLE} and no {_INDEX}")
 
-    def _index(self) -> dict[str, str]:
-        try:
-            index: dict[str, str] = json.loads((self.folder / _INDEX).read_text())["weight_map"]
-        except (json.JSONDecodeError, KeyError) as error:
-            raise CheckpointError(f"{self.folder / _INDEX}: no valid weight_map") from error
+    def _read_index(self) -> dict[str, str]:
+        path = self.folder / _INDEX
+        index = read_json(path).get("weight_map")
+        if not isinstance(index, dict) or not all(isinstance(v, str) for v in index.values()):
+            raise CheckpointError(f"{path}: no valid weight_map")
         escaping = [shard for shard in index.values() if Path(shard).name != shard]
         if escaping:
-            raise CheckpointError(f"{self.folder / _INDEX}: {escaping[0]} is not a plain file name")
+            raise CheckpointError(f"{path}: {escaping[0]} is not a plain file name")
         return index
 
     def _names_in(self, shard: str) -> list[str]:
@@ -141,9 +142,7 @@ class CheckpointReader:
             raise CheckpointError(f"{path}: truncated or damaged ({error})") from error
 
     def _check_index(self) -> None:
-        if not (self.folder / _INDEX).is_file():
-            return
-        for name, shard in self._index().items():
+        for name, shard in (self._index or {}).items():
             if self._shard_of.get(name) != shard:
                 raise CheckpointError(f"{self.folder / shard}: tensor {name} is missing")
 
@@ -152,13 +151,23 @@ def read_config(folder: Path) -> dict[str, Any]:
     """`config.json` of a checkpoint.
 
     Raises:
-        CheckpointError: missing or not JSON.
+        CheckpointError: missing, or no JSON object.
     """
-    path = folder / "config.json"
+    return read_json(folder / "config.json")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file.
+
+    Raises:
+        CheckpointError: missing, not UTF-8, not JSON, or no object.
+    """
     try:
-        config: dict[str, Any] = json.loads(path.read_text("utf-8"))
+        content = json.loads(path.read_text("utf-8"))
     except FileNotFoundError as error:
         raise CheckpointError(f"{path}: missing") from error
-    except json.JSONDecodeError as error:
+    except ValueError as error:  # UnicodeDecodeError, JSONDecodeError
         raise CheckpointError(f"{path}: not JSON ({error})") from error
-    return config
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path}: holds {type(content).__name__}, not a JSON object")
+    return content

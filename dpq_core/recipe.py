@@ -126,7 +126,7 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
         raise RecipeError(f"{path}: no such recipe")
     try:
         content = yaml.safe_load(path.read_text("utf-8"))
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise RecipeError(f"{path}: not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict):
         found = type(content).__name__
@@ -160,7 +160,11 @@ def _apply(content: dict[str, Any], override: str) -> None:
         section = section.setdefault(parent, {})
         if not isinstance(section, dict):
             raise RecipeError(f"override {override!r}: {parent} is a value, not a section")
-    section[last] = _resolve_paths({last: yaml.safe_load(value)}, Path.cwd())[last]
+    try:
+        parsed = yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"override {override!r} is not YAML") from error
+    section[last] = _resolve_paths({last: parsed}, Path.cwd())[last]
 
 
 _PATH_FIELDS = {"id", "data_files", "suites_path"}
@@ -171,6 +175,6 @@ def _resolve_paths(node: Any, folder: Path, field: str = "") -> Any:
         return {key: _resolve_paths(value, folder, key) for key, value in node.items()}
     if isinstance(node, list):
         return [_resolve_paths(value, folder, field) for value in node]
-    if field in _PATH_FIELDS and isinstance(node, str) and (folder / node).exists():
+    if field in _PATH_FIELDS and isinstance(node, str) and node and (folder / node).exists():
         return str((folder / node).resolve())
     return node
