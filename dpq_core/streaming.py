@@ -160,6 +160,26 @@ def fill_parameters(
     module.load_state_dict(state, strict=False, assign=True)
 
 
+def check_tensors(folder: Path) -> None:
+    """Every parameter that `config.json` asks for is in the checkpoint, of that shape.
+
+    Raises:
+        CheckpointError: naming the first tensor that is not.
+    """
+    reader, model = CheckpointReader(folder), empty_model(folder)
+    head = model.get_output_embeddings()
+    for name, parameter in model.named_parameters():
+        if name not in reader:
+            if parameter is head.weight and model.config.tie_word_embeddings:
+                continue
+            raise CheckpointError(f"{folder}: tensor {name} is missing")
+        found, expected = reader.shape_and_type(name)[0], list(parameter.shape)
+        if found != expected:
+            raise CheckpointError(
+                f"{folder}: tensor {name} is {found}, but config.json asks for {expected}"
+            )
+
+
 def empty_model(folder: Path) -> Any:
     """The transformers model of a checkpoint's configuration, parameters without memory.
 

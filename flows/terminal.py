@@ -71,10 +71,13 @@ def show_release(release: Release) -> None:
 
 def show_ladder(rows: Sequence[Row]) -> None:
     """A row a variant."""
-    table = Table("variant", "perplexity", "increase", "bits/weight", "layer error")
+    table = Table()
+    table.add_column("variant", no_wrap=True)
+    for title in ("perplexity", "increase", "bits/w", "layer error"):
+        table.add_column(title, justify="right")
     for row in rows:
         if row.error:
-            table.add_row(row.variant, row.error)
+            table.add_row(row.variant, "failed")
             continue
         table.add_row(
             row.variant,
@@ -83,4 +86,8 @@ def show_ladder(rows: Sequence[Row]) -> None:
             f"{row.bits_per_weight:.2f}",
             f"{row.layer_error:.3g}",
         )
-    Console().print(table)
+    console = Console()
+    console.print(table)
+    for row in rows:
+        if row.error:
+            console.print(f"{row.variant}: {row.error}", highlight=False, soft_wrap=True)

@@ -7,6 +7,7 @@ from pathlib import Path
 from dpq_core.digests import code_digest, digest
 from dpq_core.reader import SIDE_FILES, CheckpointError, CheckpointReader
 from dpq_core.recipe import ModelSection
+from dpq_core.streaming import check_tensors
 from infra.store import Store
 
 
@@ -54,12 +55,13 @@ def inspect(model: ModelSection, store: Store) -> Model:
     stats = {str(path.resolve()): path.stat() for path in reader.files}
     key = digest(
         {
-            "code": code_digest("dpq_core.reader"),
+            "code": code_digest("dpq_core.streaming"),
             "files": {name: [s.st_size, s.st_mtime_ns] for name, s in stats.items()},
         }
     )
 
     def make(destination: Path) -> None:
+        check_tensors(folder)
         reader.check_finite()
         (destination / "model.json").write_text(json.dumps({"digest": reader.digest()}))
 
