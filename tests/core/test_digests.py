@@ -1,0 +1,54 @@
+"""Digests name content: the same for the same, another for another."""
+
+import sys
+
+import pytest
+
+from dpq_core.digests import code_digest, digest, file_digest
+
+
+def test_digest_does_not_depend_on_the_order_of_keys():
+    assert digest({"a": 1, "b": [2, 3]}) == digest({"b": [2, 3], "a": 1})
+    assert digest({"a": 1}) != digest({"a": "1"})
+
+
+def test_digest_refuses_what_json_cannot_say():
+    with pytest.raises(ValueError, match="JSON"):
+        digest({"a": float("nan")})
+
+
+def test_file_digest_is_sha256(tmp_path):
+    path = tmp_path / "empty"
+    path.write_bytes(b"")
+    assert file_digest(path).startswith("e3b0c44298fc1c149afbf4c8996fb924")
+
+
+@pytest.fixture
+def package(tmp_path, monkeypatch):
+    """A package `toy`: `toy.top` imports `toy.low`; `toy.apart` is not reached."""
+    sources = {
+        "__init__": "",
+        "top": "from toy.low import value\nimport json\n",
+        "low": "value = 1\n",
+        "apart": "",
+    }
+    folder = tmp_path / "toy"
+    folder.mkdir()
+    for name, source in sources.items():
+        (folder / f"{name}.py").write_text(source)
+    monkeypatch.syspath_prepend(tmp_path)
+    for name in [name for name in sys.modules if name.split(".")[0] == "toy"]:
+        monkeypatch.delitem(sys.modules, name)  # another test's
+    code_digest.cache_clear()
+    yield folder
+    code_digest.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("module", "changes"), [("top", True), ("low", True), ("apart", False), ("__init__", False)]
+)
+def test_code_digest_follows_the_imports(package, module, changes):
+    before = code_digest("toy.top")
+    (package / f"{module}.py").write_text("value = 2\n")
+    code_digest.cache_clear()
+    assert (code_digest("toy.top") != before) == changes
