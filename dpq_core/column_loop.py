@@ -18,6 +18,7 @@ from torch import Tensor
 
 from dpq_core.grid import ColumnGrid
 
+_INVERSE_BLOCK = 256
 _DAMPING_ATTEMPTS = 4  # the recipe's damping, then three times tenfold
 
 
@@ -31,8 +32,8 @@ def inverse_factor(hessian: Tensor, damp_frac: float) -> tuple[Tensor, float]:
     Columns that calibration never excited have an all-zero row in H: damping alone makes them
     regular, and they neither receive nor pass on any error.
 
-    H = R Rᵀ with R upper triangular is the Cholesky factorisation of H read backwards, and
-    U = R⁻¹: one factorisation and one triangular solve, no inverse of H.
+    Read backwards in both directions (J), H has the Cholesky factor L, J H J = L Lᵀ, and then
+    U = J L⁻¹ J: one factorisation, one triangular inverse in place, no inverse of H.
 
     Args:
         hessian: [in, in] fp32, symmetric. Not changed.
@@ -51,14 +52,24 @@ def inverse_factor(hessian: Tensor, damp_frac: float) -> tuple[Tensor, float]:
         lower, failure = torch.linalg.cholesky_ex(reversed_)
         del reversed_
         if failure == 0 and torch.isfinite(lower.diagonal()).all():
-            upper = lower.flip(0, 1)
-            del lower
-            identity = torch.eye(len(hessian), device=hessian.device)
-            return torch.linalg.solve_triangular(upper, identity, upper=True), damping
+            _invert_lower(lower)
+            return lower.flip(0, 1), damping
     raise FactorizationError(
         f"the Hessian is not positive definite with damping {damping:g} of its mean diagonal: "
         "raise calibration.samples or scheme.damp_frac"
     )
+
+
+def _invert_lower(lower: Tensor) -> None:
+    """L ← L⁻¹ for lower triangular L, in place, a block of rows at a time:
+    X[i, :i] = -L[i, i]⁻¹ (L[i, :i] X[:i, :i])."""
+    for start in range(0, len(lower), _INVERSE_BLOCK):
+        stop = min(start + _INVERSE_BLOCK, len(lower))
+        corner = lower[start:stop, start:stop]
+        identity = torch.eye(stop - start, device=lower.device)
+        corner.copy_(torch.linalg.solve_triangular(corner, identity, upper=False))
+        left = lower[start:stop, :start]
+        left.copy_(corner @ (left @ lower[:start, :start])).neg_()
 
 
 def quantize_columns(

@@ -34,26 +34,29 @@ def resolve_device(name: str) -> torch.device:
 
 
 @contextmanager
-def all_cores() -> Iterator[None]:
-    """All cores for torch's products inside: for stages that run alone."""
+def whole_machine() -> Iterator[None]:
+    """All cores for torch, and freed memory kept: for stages that run alone and are bound by time.
+
+    Torch's temporaries are large blocks, which glibc maps anew and the kernel faults in page by
+    page at every operation: that costs more than the arithmetic on them (`docs/log.md`). Inside,
+    blocks up to a gigabyte stay with the process; at the end all are given back. Elsewhere than on
+    glibc this is only about cores.
+    """
     before = torch.get_num_threads()
     torch.set_num_threads(len(os.sched_getaffinity(0)))
+    libc = ctypes.CDLL(None)
+    glibc = hasattr(libc, "mallopt") and hasattr(libc, "malloc_trim")
+    if glibc:
+        libc.mallopt(_M_MMAP_THRESHOLD, 1 << 30)
+        libc.mallopt(_M_TRIM_THRESHOLD, 1 << 30)
     try:
         yield
     finally:
         torch.set_num_threads(before)
+        if glibc:
+            libc.mallopt(_M_MMAP_THRESHOLD, _DEFAULT_THRESHOLD)
+            libc.mallopt(_M_TRIM_THRESHOLD, _DEFAULT_THRESHOLD)
+            libc.malloc_trim(0)
 
 
-def keep_freed_memory() -> None:
-    """Let glibc keep blocks up to a gigabyte instead of giving them back to the kernel.
-
-    Torch's temporaries are such blocks: mapped anew and faulted in page by page at every operation,
-    they cost more than the arithmetic on them (`docs/log.md`). Elsewhere than on glibc: nothing.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt:
-        mallopt(_M_MMAP_THRESHOLD, 1 << 30)
-        mallopt(_M_TRIM_THRESHOLD, 1 << 30)
-
-
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _DEFAULT_THRESHOLD = -1, -3, 128 << 10  # malloc.h

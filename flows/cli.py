@@ -104,9 +104,6 @@ def main() -> None:
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    from dpq_core.device import keep_freed_memory
-
-    keep_freed_memory()
     app()
 
 

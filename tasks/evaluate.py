@@ -15,7 +15,7 @@ from transformers import AutoTokenizer
 
 from dpq_core.accuracy import SuiteResult, evaluate_suites
 from dpq_core.checkpoint import load_model
-from dpq_core.device import all_cores, resolve_device
+from dpq_core.device import resolve_device, whole_machine
 from dpq_core.digests import code_digest, digest, file_digest
 from dpq_core.linear import alone_in_process
 from dpq_core.perplexity import Perplexity, perplexity_token
@@ -54,7 +54,7 @@ def measure_perplexity(recipe: Recipe, subject: Subject, windows: ArtifactRef) -
     def make(folder: Path) -> None:
         tokens = load_windows(windows, store)
         step = stepper(f"perplexity of {subject.role}", -(-len(tokens) // section.batch_size))
-        with all_cores(), alone_in_process():
+        with whole_machine(), alone_in_process():
             model = load_model(subject.folder, device)
             result = perplexity_token(model, tokens, section.batch_size, lambda _: step())
         (folder / "perplexity.json").write_text(json.dumps(dataclasses.asdict(result)))
@@ -84,7 +84,7 @@ def measure_suite(recipe: Recipe, subject: Subject, suite: str) -> SuiteResult:
 
     def make(folder: Path) -> None:
         step = stepper(f"{suite} of {subject.role}", 1)
-        with all_cores(), alone_in_process():
+        with whole_machine(), alone_in_process():
             model = load_model(subject.folder, device)
             tokenizer = AutoTokenizer.from_pretrained(subject.folder)
             result = evaluate_suites(
