@@ -20,7 +20,7 @@ import logging
 import math
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +32,8 @@ from dpq_core.errors import InputError
 
 # Its import puts the questions' code into the version of this module (`digests.code_digest`).
 from dpq_core.suites import python_docs
+
+Progress = Callable[[int, int], None]
 
 _SHIPPED = Path(python_docs.__file__).parent
 _METRICS = ("acc_norm", "acc")  # in order of preference
@@ -73,6 +75,7 @@ def evaluate_suites(
     limit: int | None = None,
     prefer_norm: bool = True,
     seed: int = 1234,
+    on_progress: Progress | None = None,
 ) -> dict[str, SuiteResult]:
     """Score `suites` one after the other, on the model's device; results by name.
 
@@ -80,6 +83,7 @@ def evaluate_suites(
     (mmlu) is scored over all documents of its suites, which is the harness's mean by size.
     `batch_size` counts requests (a question's choices), `limit` documents of each suite, `seed`
     chooses few-shot examples (the harness's own default). The model is put into `eval`.
+    `on_progress` gets the requests scored and those asked for, of the suite at hand.
 
     Raises:
         SuiteError: a name that is unknown, a suite whose data cannot be read, that has no accuracy,
@@ -96,7 +100,7 @@ def evaluate_suites(
         metrics = {suite: _metric(suite, tasks[suite], prefer_norm) for suite in tasks}
         for suite in tasks:
             _set_fewshot(suite, tasks[suite], num_fewshot, seed)
-        harness = _harness(model, tokenizer, batch_size)
+        harness = _harness(model, tokenizer, batch_size, on_progress)
         return {
             suite: _score(harness, suite, tasks[suite], metrics[suite], limit) for suite in tasks
         }
@@ -213,7 +217,12 @@ def _set_fewshot(suite: str, tasks: Mapping[str, Any], num_fewshot: int, seed: i
         task.set_fewshot_seed(seed=seed)
 
 
-def _harness(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_size: int) -> Any:
+def _harness(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    batch_size: int,
+    on_progress: Progress | None = None,
+) -> Any:
     from lm_eval.models.huggingface import HFLM  # seconds
 
     if tokenizer.bos_token_id is None and tokenizer.eos_token_id is None:
@@ -226,14 +235,24 @@ def _harness(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_s
     closing = closed[len(closed) - closed[::-1].index(plain[-1]) :]
 
     class Harness(HFLM):  # type: ignore[misc, unused-ignore]
-        """HFLM whose texts stay open, and whose progress bar is for terminals."""
+        """HFLM whose texts stay open, and whose progress is the caller's to show."""
+
+        asked = scored = 0
 
         def tok_encode(self, string: str, *args: Any, **kwargs: Any) -> list[int]:
             ids: list[int] = super().tok_encode(string, *args, **kwargs)
             return ids[: -len(closing)] if closing and ids[-len(closing) :] == closing else ids
 
         def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> Any:
-            return super().loglikelihood(requests, disable_tqdm=not sys.stderr.isatty())
+            self.asked, self.scored = len(requests), 0
+            return super().loglikelihood(requests, disable_tqdm=True)
+
+        def _model_call(self, inps: Any, *args: Any, **kwargs: Any) -> Any:
+            logits = super()._model_call(inps, *args, **kwargs)
+            self.scored += len(inps)
+            if on_progress is not None:
+                on_progress(self.scored, self.asked)
+            return logits
 
     return Harness(
         pretrained=model,

@@ -33,7 +33,7 @@ def inverse_factor(hessian: Tensor, damp_frac: float) -> tuple[Tensor, float]:
     regular, and they neither receive nor pass on any error.
 
     Read backwards in both directions (J), H has the Cholesky factor L, J H J = L Lᵀ, and then
-    U = J L⁻¹ J: one factorisation, one triangular inverse in place, no inverse of H.
+    U = J L⁻¹ J: one factorisation and one triangular inverse, both in place, no inverse of H.
 
     Args:
         hessian: [in, in] fp32, symmetric. Not changed.
@@ -49,8 +49,9 @@ def inverse_factor(hessian: Tensor, damp_frac: float) -> tuple[Tensor, float]:
         damping = damp_frac * 10**attempt
         reversed_ = hessian.flip(0, 1)
         reversed_.diagonal().add_(damping * mean)
-        lower, failure = torch.linalg.cholesky_ex(reversed_)
-        del reversed_
+        lower = reversed_.mT  # symmetric: the same matrix, in LAPACK's layout
+        failure = torch.zeros((), dtype=torch.int32, device=hessian.device)
+        torch.linalg.cholesky_ex(lower, out=(lower, failure))
         if failure == 0 and torch.isfinite(lower.diagonal()).all():
             _invert_lower(lower)
             return lower.flip(0, 1), damping

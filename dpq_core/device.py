@@ -33,30 +33,41 @@ def resolve_device(name: str) -> torch.device:
     return device
 
 
+def share_machine(threads: int) -> None:
+    """Settle this process for work beside others: torch's threads, and memory given back.
+
+    glibc keeps blocks up to 32 MiB for reuse, in every thread's arena, which adds up to more than
+    the work needs. Blocks of a megabyte and more now go back to the kernel when they are freed.
+    Elsewhere than on glibc this is only about threads.
+    """
+    torch.set_num_threads(threads)
+    _keep_freed_blocks(below=1 << 20)
+
+
 @contextmanager
 def whole_machine() -> Iterator[None]:
     """All cores for torch, and freed memory kept: for stages that run alone and are bound by time.
 
-    Torch's temporaries are large blocks, which glibc maps anew and the kernel faults in page by
-    page at every operation: that costs more than the arithmetic on them (`docs/log.md`). Inside,
-    blocks up to a gigabyte stay with the process; at the end all are given back. Elsewhere than on
-    glibc this is only about cores.
+    Torch's temporaries are large blocks. Mapped anew and faulted in page by page at every
+    operation, they cost more than the arithmetic on them (`docs/log.md`). At the end all are given
+    back, and the process shares the machine again.
     """
     before = torch.get_num_threads()
     torch.set_num_threads(len(os.sched_getaffinity(0)))
-    libc = ctypes.CDLL(None)
-    glibc = hasattr(libc, "mallopt") and hasattr(libc, "malloc_trim")
-    if glibc:
-        libc.mallopt(_M_MMAP_THRESHOLD, 1 << 30)
-        libc.mallopt(_M_TRIM_THRESHOLD, 1 << 30)
+    _keep_freed_blocks(below=1 << 30)
     try:
         yield
     finally:
-        torch.set_num_threads(before)
-        if glibc:
-            libc.mallopt(_M_MMAP_THRESHOLD, _DEFAULT_THRESHOLD)
-            libc.mallopt(_M_TRIM_THRESHOLD, _DEFAULT_THRESHOLD)
-            libc.malloc_trim(0)
+        share_machine(before)
 
 
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _DEFAULT_THRESHOLD = -1, -3, 128 << 10  # malloc.h
+def _keep_freed_blocks(below: int) -> None:
+    """Set glibc's limits (bytes), and give back what is free above them."""
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt") and hasattr(libc, "malloc_trim"):
+        libc.mallopt(_M_MMAP_THRESHOLD, below)
+        libc.mallopt(_M_TRIM_THRESHOLD, below)
+        libc.malloc_trim(0)
+
+
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h

@@ -5,11 +5,11 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import torch
 from prefect import flow
 from prefect.artifacts import create_table_artifact
 from pydantic import ValidationError
 
+from dpq_core.device import share_machine
 from dpq_core.gates import PERPLEXITY
 from dpq_core.recipe import Recipe, RecipeError
 from dpq_core.scheme import Scheme
@@ -67,7 +67,7 @@ def compare(recipe: Recipe) -> list[Row]:
     if recipe.evaluation.perplexity is None:
         raise RecipeError("compare needs evaluation.perplexity")
     variants = variant_recipes(recipe)
-    torch.set_num_threads(recipe.execution.threads_per_worker)
+    share_machine(recipe.execution.threads_per_worker)
     inputs = preflight(recipe)
     baseline = measure(_perplexity_only(recipe), inputs, _baseline(inputs))[PERPLEXITY]
     assert baseline is not None

@@ -4,12 +4,12 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from prefect import flow
 from prefect.futures import PrefectFuture
 from prefect.task_runners import ProcessPoolTaskRunner, TaskRunner, ThreadPoolTaskRunner
 
 from dpq_core.checkpoint import MANIFEST
+from dpq_core.device import share_machine
 from dpq_core.recipe import ExecutionSection, Recipe
 from infra.store import ArtifactRef
 from tasks.assemble import assemble, verify
@@ -40,7 +40,7 @@ def quantize(recipe: Recipe) -> Candidate:
     Raises:
         IntegrityError: the written checkpoint did not pass its verification.
     """
-    torch.set_num_threads(recipe.execution.threads_per_worker)
+    share_machine(recipe.execution.threads_per_worker)
     candidate = make_candidate(recipe, preflight(recipe))
     wrong = [f"{name}: {detail}" for name, detail in candidate.integrity.items() if detail]
     if wrong:
@@ -62,7 +62,7 @@ def task_runner(execution: ExecutionSection) -> TaskRunner[Any]:
     if execution.runner == "processes":
         return ProcessPoolTaskRunner(
             max_workers=execution.workers,
-            initializer=torch.set_num_threads,
+            initializer=share_machine,
             initargs=(execution.threads_per_worker,),
         )
     return ThreadPoolTaskRunner(max_workers=execution.workers)

@@ -3,10 +3,10 @@
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from prefect import flow, task
 from prefect.cache_policies import NO_CACHE
 
+from dpq_core.device import share_machine
 from dpq_core.gates import ACCURACY, MMLU, PERPLEXITY, Verdict, judge
 from dpq_core.recipe import Recipe, RecipeError
 from flows.quantize import Candidate, make_candidate
@@ -48,7 +48,7 @@ def release(recipe: Recipe) -> Release:
     """
     if recipe.evaluation.perplexity is None and not recipe.evaluation.suites:
         raise RecipeError("evaluation measures nothing: name a perplexity data set, or suites")
-    torch.set_num_threads(recipe.execution.threads_per_worker)
+    share_machine(recipe.execution.threads_per_worker)
     tracking_uri, artifact_root = tracking_store(home())
     name, tags = recipe.registered_name, {"recipe_digest": recipe.digest}
     with tracked_run(tracking_uri, recipe.registry.experiment, name, tags, artifact_root) as run:

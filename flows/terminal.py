@@ -41,7 +41,7 @@ def progress() -> Iterator[None]:
             ids[stage] = bars.add_task(stage, total=total)
             if not console.is_terminal:
                 console.print(f"{stage} …", highlight=False)
-        bars.update(ids[stage], completed=done)
+        bars.update(ids[stage], completed=done, total=total)
 
     with bars, reporting_to(report):
         yield

@@ -21,7 +21,7 @@ from dpq_core.linear import alone_in_process
 from dpq_core.perplexity import Perplexity, perplexity_token
 from dpq_core.recipe import EvaluationSection, Recipe
 from infra.store import ArtifactRef, Store
-from tasks.progress import stepper
+from tasks.progress import progress_of, stepper
 from tasks.windows import load as load_windows
 
 
@@ -83,7 +83,6 @@ def measure_suite(recipe: Recipe, subject: Subject, suite: str) -> SuiteResult:
     )
 
     def make(folder: Path) -> None:
-        step = stepper(f"{suite} of {subject.role}", 1)
         with whole_machine(), alone_in_process():
             model = load_model(subject.folder, device)
             tokenizer = AutoTokenizer.from_pretrained(subject.folder)
@@ -95,8 +94,8 @@ def measure_suite(recipe: Recipe, subject: Subject, suite: str) -> SuiteResult:
                 num_fewshot=section.num_fewshot,
                 batch_size=section.batch_size,
                 limit=section.limit,
+                on_progress=progress_of(f"{suite} of {subject.role}"),
             )[suite]
-        step()
         (folder / "suite.json").write_text(json.dumps(dataclasses.asdict(result)))
 
     artifact, _ = store.get_or_make("suites", key, make)

@@ -22,16 +22,25 @@ def reporting_to(reporter: Reporter) -> Iterator[None]:
         _reporter.reset(token)
 
 
+def progress_of(stage: str) -> Callable[[int, int], None]:
+    """A function to call with the steps of a stage that are done, and those in all."""
+    reporter = _reporter.get()
+
+    def report(done: int, total: int) -> None:
+        if reporter:
+            reporter(stage, done, total)
+
+    return report
+
+
 def stepper(stage: str, total: int) -> Callable[[], None]:
     """A function to call after each of `total` steps of a stage."""
-    reporter, done = _reporter.get(), 0
-    if reporter:
-        reporter(stage, 0, total)
+    report, done = progress_of(stage), 0
+    report(0, total)
 
     def step() -> None:
         nonlocal done
         done += 1
-        if reporter:
-            reporter(stage, done, total)
+        report(done, total)
 
     return step
