@@ -100,7 +100,7 @@ _TINY = torch.finfo(torch.float32).tiny
 
 def objective(residual: Tensor, hessian: Tensor) -> float:
     """tr(Dᵀ H D) of a transposed residual D [in, out]."""
-    return float((hessian @ residual).mul_(residual).sum(dtype=torch.float64))
+    return float((hessian @ residual).mul_(residual).sum(0).sum(dtype=torch.float64))
 
 
 def column_order(diagonal: Tensor, order: OrderName, group_size: int) -> Tensor:
@@ -125,19 +125,23 @@ def column_order(diagonal: Tensor, order: OrderName, group_size: int) -> Tensor:
 
 def _quantize_weight(
     weight: Tensor,  # [out, in] fp32
-    hessian: Tensor,  # [in, in] fp32, given away: this function must hold the only reference
+    hessian: Tensor,  # [in, in] fp32
     scheme: Scheme,
 ) -> tuple[QuantizedWeight, LayerReport]:
+    """The steps of DESIGN. Both tensors are given away: the caller keeps no reference, so that
+    each is freed as soon as it has been used."""
     assert scheme.method != "none"
     method = METHODS[scheme.method]
     grid = choose_grid(weight, scheme, hessian.diagonal())
     order = column_order(hessian.diagonal(), scheme.order, scheme.group_size)
     hessian = hessian[order[:, None], order]
-    columns = (grid if method.round_inside else grid.without_inner()).at(order)
-    ordered = weight.T[order]  # [in, out]
     factor, damp_frac = None, scheme.damp_frac
     if method.compensate:
         factor, damp_frac = inverse_factor(hessian, scheme.damp_frac)
+    ordered = weight.T[order]  # [in, out]
+    stored = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
+    del weight
+    columns = (grid if method.round_inside else grid.without_inner()).at(order)
     codes = quantize_columns(ordered.clone(), columns, factor, scheme.block_columns)
     del factor
     moved = 0
@@ -145,10 +149,10 @@ def _quantize_weight(
         moved = refine_codes(
             codes, ordered, columns, hessian, scheme.block_columns, scheme.max_passes
         )
+    del columns
+    stored[:, order] = codes.T.to(torch.uint8)
     residual = grid.at(order).decode(codes).sub_(ordered)
     error = objective(residual, hessian) / max(objective(ordered, hessian), _TINY)
-    stored = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
-    stored[:, order] = codes.T.to(torch.uint8)
     return QuantizedWeight(stored, grid), LayerReport(error, damp_frac, moved)
 
 
