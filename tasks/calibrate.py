@@ -55,7 +55,7 @@ def calibrate(
     original = recipe.calibration.propagation == "original"
     rounding = InputRounding.of(recipe.scheme, recipe.calibration)
     passes = 2 if rounding and rounding.static else 1
-    step = stepper(f"calibrate block {block}", passes * -(-len(hidden) // batch_size))
+    step = stepper("calibrate: batches of a block", passes * -(-len(hidden) // batch_size))
     statistics = calibrate_block(stream, block, hidden, rounding, batch_size, original, step)
     made = {
         name: store.get_or_make("statistics", keys.statistics(name), _saver(statistics[name]))[0]

@@ -200,7 +200,7 @@ def test_a_dead_server_is_replaced_on_its_port_and_files_of_dead_users_do_not_ke
         code = (
             "import sys, pathlib; sys.path.insert(0, sys.argv[1]); "
             "sys.path.insert(0, str(pathlib.Path(sys.argv[1], 'tests', 'infra'))); "
-            "from test_services import web, _shared\n"
+            "from test_services import web, shared_server\n"
             "with shared_server(web(), pathlib.Path(sys.argv[2])) as url: print(url)"
         )
         second = subprocess.run(
