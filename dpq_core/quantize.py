@@ -91,8 +91,20 @@ def quantize_layer(
     if scheme.method == "none":
         kept = weight.to(torch.bfloat16)
         return QuantizedLinear(kept, input_scale, LayerReport(0.0, scheme.damp_frac, 0))
-    quantized, report = _quantize_weight(weight.float(), statistics.hessian(), scheme)
-    return QuantizedLinear(quantized, input_scale, report)
+    hessian = statistics.hessian()
+    del statistics  # a caller that gave it away has its memory back
+    weight = weight.float()
+    grid = choose_grid(weight, scheme, hessian.diagonal())
+    order = column_order(hessian.diagonal(), scheme.order, scheme.group_size)
+    hessian = hessian[order[:, None], order]
+    codes, damp_frac, moved = _choose_codes(weight, hessian, grid, order, scheme)
+    ordered = weight.T[order]
+    residual = grid.at(order).decode(codes).sub_(ordered)
+    error = objective(residual, hessian) / max(objective(ordered, hessian), _TINY)
+    stored = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
+    stored[:, order] = codes.T.to(torch.uint8)
+    report = LayerReport(error, damp_frac, moved)
+    return QuantizedLinear(QuantizedWeight(stored, grid), input_scale, report)
 
 
 _TINY = torch.finfo(torch.float32).tiny
@@ -123,37 +135,27 @@ def column_order(diagonal: Tensor, order: OrderName, group_size: int) -> Tensor:
     return torch.cat([columns[leading].flatten(), tail])
 
 
-def _quantize_weight(
+def _choose_codes(
     weight: Tensor,  # [out, in] fp32
-    hessian: Tensor,  # [in, in] fp32
+    hessian: Tensor,  # [in, in] fp32, in the order π
+    grid: Grid,
+    order: Tensor,  # [in] int64, π
     scheme: Scheme,
-) -> tuple[QuantizedWeight, LayerReport]:
-    """The steps of DESIGN. Both tensors are given away: the caller keeps no reference, so that
-    each is freed as soon as it has been used."""
+) -> tuple[Tensor, float, int]:
+    """Codes [in, out] fp32 in the order π, the damping that it took, and the codes moved."""
     assert scheme.method != "none"
     method = METHODS[scheme.method]
-    grid = choose_grid(weight, scheme, hessian.diagonal())
-    order = column_order(hessian.diagonal(), scheme.order, scheme.group_size)
-    hessian = hessian[order[:, None], order]
     factor, damp_frac = None, scheme.damp_frac
     if method.compensate:
         factor, damp_frac = inverse_factor(hessian, scheme.damp_frac)
-    ordered = weight.T[order]  # [in, out]
-    stored = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
-    del weight
     columns = (grid if method.round_inside else grid.without_inner()).at(order)
-    codes = quantize_columns(ordered.clone(), columns, factor, scheme.block_columns)
+    codes = quantize_columns(weight.T[order], columns, factor, scheme.block_columns)
     del factor
-    moved = 0
-    if scheme.rounding == "gradient":
-        moved = refine_codes(
-            codes, ordered, columns, hessian, scheme.block_columns, scheme.max_passes
-        )
-    del columns
-    stored[:, order] = codes.T.to(torch.uint8)
-    residual = grid.at(order).decode(codes).sub_(ordered)
-    error = objective(residual, hessian) / max(objective(ordered, hessian), _TINY)
-    return QuantizedWeight(stored, grid), LayerReport(error, damp_frac, moved)
+    if scheme.rounding == "nearest":
+        return codes, damp_frac, 0
+    ordered = weight.T[order]
+    blocks, passes = scheme.block_columns, scheme.max_passes
+    return codes, damp_frac, refine_codes(codes, ordered, columns, hessian, blocks, passes)
 
 
 def _input_scale(statistics: InputStatistics, scheme: Scheme) -> Tensor | None:

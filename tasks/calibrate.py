@@ -58,7 +58,9 @@ def calibrate(
     step = stepper("calibrate: batches of a block", passes * -(-len(hidden) // batch_size))
     statistics = calibrate_block(stream, block, hidden, rounding, batch_size, original, step)
     made = {
-        name: store.get_or_make("statistics", keys.statistics(name), _saver(statistics[name]))[0]
+        name: store.get_or_make("statistics", keys.statistics(name), _saver(statistics.pop(name)))[
+            0
+        ]
         for name in names
     }
     if original and block + 1 < stream.block_count:

@@ -45,9 +45,10 @@ def quantize(
 
     def make(folder: Path) -> None:
         weight = CheckpointReader(model.folder).tensor(f"{layer.name}.weight")
-        inputs = load_statistics(statistics, store)
         try:
-            quantized = quantize_layer(weight.to(device), inputs.to(device), recipe.scheme)
+            quantized = quantize_layer(
+                weight.to(device), load_statistics(statistics, store).to(device), recipe.scheme
+            )
         except ValueError as error:
             raise LayerError(f"{layer.name}: {error}") from error
         save_layer(folder, quantized.cpu(), recipe.scheme)
