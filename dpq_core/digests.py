@@ -6,6 +6,7 @@ import importlib.util
 import json
 from functools import cache
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 
@@ -21,13 +22,23 @@ def file_digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-@cache
 def code_digest(module: str) -> str:
     """SHA-256 (hex) of a module's source and of all that it imports from its own package.
 
     The version of the code that computes a result: it changes when, and only when, a source file
     that the computation can reach changes.
     """
+    with _PARSING:
+        return _code_digest(module)
+
+
+# CPython 3.11 fails now and then ("AST constructor recursion depth mismatch") when two threads
+# parse at once, as layers in a thread pool would.
+_PARSING = Lock()
+
+
+@cache
+def _code_digest(module: str) -> str:
     package = module.partition(".")[0]
     sources: dict[str, str] = {}
     waiting = [module]

@@ -1,10 +1,13 @@
 """Digests name content: the same for the same, another for another."""
 
 import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 
-from dpq_core.digests import code_digest, digest, file_digest
+import dpq_core
+from dpq_core.digests import _code_digest, code_digest, digest, file_digest
 
 
 def test_digest_does_not_depend_on_the_order_of_keys():
@@ -39,9 +42,9 @@ def package(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     for name in [name for name in sys.modules if name.split(".")[0] == "toy"]:
         monkeypatch.delitem(sys.modules, name)  # another test's
-    code_digest.cache_clear()
+    _code_digest.cache_clear()
     yield folder
-    code_digest.cache_clear()
+    _code_digest.cache_clear()
 
 
 @pytest.mark.parametrize(
@@ -50,5 +53,14 @@ def package(tmp_path, monkeypatch):
 def test_code_digest_follows_the_imports(package, module, changes):
     before = code_digest("toy.top")
     (package / f"{module}.py").write_text("value = 2\n")
-    code_digest.cache_clear()
+    _code_digest.cache_clear()
     assert (code_digest("toy.top") != before) == changes
+
+
+def test_code_digest_in_many_threads_at_once():
+    modules = [f"dpq_core.{path.stem}" for path in Path(dpq_core.__file__).parent.glob("*.py")]
+    _code_digest.cache_clear()
+    with ThreadPoolExecutor(8) as pool:
+        together = list(pool.map(code_digest, modules * 4))
+    _code_digest.cache_clear()
+    assert together == [code_digest(module) for module in modules] * 4
