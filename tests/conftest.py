@@ -1,7 +1,6 @@
-"""Shared by all tests: the shipped model, and real services that the tests start themselves."""
+"""Shared by all tests: the shipped model, and a little text."""
 
 import json
-import os
 from pathlib import Path
 
 import pytest
@@ -29,19 +28,3 @@ def text_file(tmp_path_factory):
     lines = [json.dumps({"text": text}) for text in corpus.documents("validation")[:12]]
     path.write_text("\n".join(lines) + "\n")
     return path
-
-
-@pytest.fixture(scope="session")
-def services_home(tmp_path_factory):
-    """A running Prefect server, and MLflow on SQLite: every flow of the session uses them."""
-    from infra.services import services
-
-    home = tmp_path_factory.mktemp("services")
-    os.environ["DPQ_HOME"] = str(home)
-    with services(home) as running:
-        os.environ["PREFECT_API_URL"] = running.prefect_api_url
-        try:
-            yield home
-        finally:
-            del os.environ["DPQ_HOME"]
-            os.environ.pop("PREFECT_API_URL", None)

@@ -1,4 +1,4 @@
-"""A small recipe on the shipped model, and ways to run it."""
+"""Real services, a small recipe on the shipped model, and ways to run it."""
 
 import json
 import os
@@ -11,6 +11,20 @@ from typer.testing import CliRunner
 from dpq_core.recipe import parse_recipe
 from flows.cli import app
 from flows.quantize import task_runner
+from infra.services import services
+
+
+@pytest.fixture(scope="package")
+def services_home(tmp_path_factory):
+    """A running Prefect server, and MLflow on SQLite: all flows of these tests use them, and they
+    are gone before other tests start servers of their own."""
+    home = tmp_path_factory.mktemp("services")
+    os.environ["DPQ_HOME"] = str(home)
+    try:
+        with services(home):
+            yield home
+    finally:
+        del os.environ["DPQ_HOME"]
 
 
 @pytest.fixture(scope="session")
