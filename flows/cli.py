@@ -7,6 +7,7 @@ nothing else; progress and errors go to stderr.
 import dataclasses
 import json
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Iterator
@@ -94,6 +95,7 @@ def ui() -> None:
         try:
             threading.Event().wait()
         except KeyboardInterrupt:
+            signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second one would leave servers behind
             print("stopping …")
 
 
