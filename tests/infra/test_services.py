@@ -100,6 +100,22 @@ def doubled() -> int:
     return sum(double.map(list(range(20))).result())
 
 
+FLOW = """
+import sys
+from pathlib import Path
+sys.path += [sys.argv[1], f"{sys.argv[1]}/tests/infra"]
+from test_services import doubled, services
+with services(Path(sys.argv[2])):
+    print(doubled())
+"""
+
+
+def run_flow_in_a_process(root: Path) -> str:
+    """A user's flow. Not in this process, whose Prefect clients stay with the first server."""
+    command = [sys.executable, "-c", FLOW, str(REPOSITORY), str(root)]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+
 def task_runs(url: str) -> int:
     return httpx.post(f"{url}/task_runs/count", json={}).json()
 
@@ -123,7 +139,7 @@ def test_an_abandoned_prefect_server_is_adopted_shared_and_stopped_by_its_last_u
             assert second == url
         assert server_pid(root) == pid
         assert psutil.pid_exists(pid)
-        assert doubled() == 380
+        assert run_flow_in_a_process(root) == "380"
 
     assert not psutil.pid_exists(pid)
     assert not (root / "prefect" / "server.json").exists()
