@@ -32,7 +32,7 @@ from dpq_core.reader import (
     read_json,
 )
 from dpq_core.scheme import Scheme
-from dpq_core.streaming import empty_model, fill_parameters
+from dpq_core.streaming import building, check_tensors, empty_model, fill_parameters
 
 FORMAT_VERSION = 1
 MANIFEST = "dpq.json"
@@ -265,15 +265,30 @@ class QuantizedCheckpoint:
         return expected
 
 
+def check_checkpoint(folder: Path) -> None:
+    """Check every tensor of a checkpoint that `load_model` reads, but for a third party's, which
+    its own loader checks.
+
+    Raises:
+        CheckpointError: unreadable, damaged, or not finite, with the file or tensor.
+    """
+    if (folder / MANIFEST).is_file():
+        QuantizedCheckpoint(folder).verify()
+    elif "quantization_config" not in read_config(folder):
+        check_tensors(folder)
+        CheckpointReader(folder).check_finite()
+
+
 def load_model(folder: Path, device: torch.device | str = "cpu") -> Any:
     """A transformers causal LM from a native checkpoint, or a 16-bit one from any other.
 
     Raises:
         CheckpointError: see `load_quantized`.
     """
-    if (folder / MANIFEST).is_file():
-        return load_quantized(folder, device)
-    return _complete(empty_model(folder), CheckpointReader(folder), device)
+    with building:
+        if (folder / MANIFEST).is_file():
+            return load_quantized(folder, device)
+        return _complete(empty_model(folder), CheckpointReader(folder), device)
 
 
 def load_quantized(folder: str | Path, device: torch.device | str = "cpu") -> Any:

@@ -2,16 +2,19 @@
 
 import ctypes
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TypeVar
 
 import torch
 
 from dpq_core.errors import InputError
 
+_Result = TypeVar("_Result")
+
 
 class DeviceError(InputError):
-    """A device that this machine does not have."""
+    """A device that this machine does not have, or whose memory is too small."""
 
 
 def resolve_device(name: str) -> torch.device:
@@ -45,20 +48,44 @@ def share_machine(threads: int) -> None:
 
 
 @contextmanager
-def whole_machine() -> Iterator[None]:
-    """All cores for torch, and freed memory kept: for stages that run alone and are bound by time.
+def whole_machine(parts: int = 1) -> Iterator[None]:
+    """All cores for torch (or one of `parts` equal shares), and freed memory kept: for stages that
+    run alone and are bound by time.
 
     Torch's temporaries are large blocks. Mapped anew and faulted in page by page at every
     operation, they cost more than the arithmetic on them (`docs/log.md`). At the end all are given
     back, and the process shares the machine again.
     """
     before = torch.get_num_threads()
-    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // parts))
     _keep_freed_blocks(below=1 << 30)
     try:
         yield
     finally:
         share_machine(before)
+
+
+def halving_batches(run: Callable[[int], _Result], batch_size: int) -> _Result:
+    """`run(batch_size)`, started anew with half the batch whenever memory does not suffice.
+
+    Raises:
+        DeviceError: not even a batch of one fits.
+    """
+    from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size  # seconds
+
+    while True:
+        try:
+            return run(batch_size)
+        except Exception as error:
+            if not should_reduce_batch_size(error):
+                raise
+            if batch_size == 1:
+                raise DeviceError(
+                    "a batch of one does not fit into the device's memory: choose another"
+                    " execution.device, or shorter sequences"
+                ) from error
+        batch_size //= 2
+        clear_device_cache(garbage_collection=True)  # outside: the error keeps its frames' tensors
 
 
 def _keep_freed_blocks(below: int) -> None:

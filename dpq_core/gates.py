@@ -1,40 +1,52 @@
 """Gates: which differences between baseline and candidate are tolerable, and the verdict.
 
 A gate compares one number with one limit, strictly: a perplexity increase equal to the limit fails.
-What is missing or not finite fails. Integrity is not a matter of degree and has no limit.
+The number is the difference that was measured (the mission's rule) or, where `gates.confidence` is
+set, the end of its interval that looks worst. What is missing, not finite, or not measured on the
+same documents fails. Integrity is not a matter of degree and has no limit.
 """
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
 
+from dpq_core.pairing import CONFIDENCE, Difference, Evaluation, difference
 from dpq_core.recipe import GatesSection
+from dpq_core.scores import PERPLEXITIES, PERPLEXITY, PERPLEXITY_WORD, Scores
 
-PERPLEXITY = "perplexity_token"
-ACCURACY = "accuracy_average"  # plain average of the recipe's suites but MMLU
-MMLU = "accuracy.mmlu"
+MMLU = "mmlu"
+COMMONSENSE = (
+    "hellaswag",
+    "lambada_openai",
+    "boolq",
+    "arc_easy",
+    "piqa",
+    "winogrande",
+    "arc_challenge",
+    "openbookqa",
+)
 
 _DIGITS = 9  # of a loss that count: 64.1 - 63.6 is half a point, not a hair less
 
 
 @dataclass(frozen=True)
-class Metric:
-    """One measured pair. `delta` is candidate minus baseline; `limit` bounds the loss (None: the
-    metric is shown, not judged); accuracies in percent."""
+class Metric(Difference):
+    """A difference that was judged. `limit` bounds the loss, in the unit of the gates' mode (None:
+    the metric is shown, not judged). too_few: its documents cannot tell a loss of `limit`: that is
+    less than the interval reaches beyond the difference."""
 
-    baseline: float | None
-    candidate: float | None
-    delta: float | None
-    limit: float | None
-    passed: bool
+    limit: float | None = None
+    passed: bool = False
+    too_few: bool = False
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """`promoted` or `rejected`, with every reason and all the numbers."""
+    """`promoted`, `rejected`, or `inspected` where documents were left out and nothing is broken;
+    with every reason and all the numbers."""
 
-    verdict: Literal["promoted", "rejected"]
+    verdict: Literal["promoted", "rejected", "inspected"]
     reasons: tuple[str, ...]
     metrics: dict[str, Metric]
 
@@ -42,9 +54,45 @@ class Verdict:
         return asdict(self)
 
 
+def compare(
+    baseline: Evaluation, candidate: Evaluation, confidence: float = CONFIDENCE
+) -> dict[str, Difference]:
+    """All differences by the metric's name: perplexities, the suites' plain mean, each suite.
+
+    The mean is over the suites of accuracy but MMLU. It is called `commonsense_accuracy` where
+    these are the eight of the literature, else `accuracy_average`.
+    """
+    names = list(dict.fromkeys([*baseline, *candidate]))
+    rolling = [
+        name
+        for name in names
+        for scores in (baseline.get(name), candidate.get(name))
+        if isinstance(scores, Scores) and scores.metric == PERPLEXITY_WORD
+    ]
+    averaged = [name for name in names if name not in (PERPLEXITY, MMLU, *rolling)]
+    named: dict[str, list[str]] = {}
+    if PERPLEXITY in names:
+        named[PERPLEXITY] = [PERPLEXITY]
+    if averaged:
+        named[average_name(averaged)] = averaged
+    for name in names:
+        if name in rolling:
+            named[PERPLEXITY_WORD if name == "wikitext" else f"{PERPLEXITY_WORD}.{name}"] = [name]
+        elif name != PERPLEXITY:
+            named[f"accuracy.{name}"] = [name]
+    return {
+        metric: difference(baseline, candidate, suites, confidence)
+        for metric, suites in named.items()
+    }
+
+
+def average_name(suites: list[str]) -> str:
+    """What the plain mean over these suites is called."""
+    return "commonsense_accuracy" if set(suites) == set(COMMONSENSE) else "accuracy_average"
+
+
 def judge(
-    baseline: Mapping[str, float | None],
-    candidate: Mapping[str, float | None],
+    differences: Mapping[str, Difference],
     integrity: Mapping[str, str | None],
     gates: GatesSection,
     limited: bool,
@@ -52,63 +100,74 @@ def judge(
     """Apply the gates.
 
     Args:
-        baseline, candidate: metric name → value; `PERPLEXITY`, `ACCURACY` and `MMLU` are judged.
+        differences: as `compare` gives them.
         integrity: check name → None where it passed, else what is wrong.
         limited: whether documents were left out of the evaluation.
     """
-    limits = {
-        PERPLEXITY: gates.perplexity_increase,
-        ACCURACY: gates.accuracy_drop,
-        MMLU: gates.accuracy_drop,
-    }
-    names = list(dict.fromkeys([*baseline, *candidate]))
-    metrics = {
-        name: _metric(baseline.get(name), candidate.get(name), limits.get(name), gates, name)
-        for name in names
-    }
+    metrics = {name: _judged(name, d, gates) for name, d in differences.items()}
     reasons = [f"integrity: {name}: {wrong}" for name, wrong in integrity.items() if wrong]
-    failed = {name: metric for name, metric in metrics.items() if not metric.passed}
-    reasons += [_reason(name, metric, gates) for name, metric in failed.items()]
-    if not any(name in limits for name in metrics):
+    reasons += [_reason(name, m, gates) for name, m in metrics.items() if not m.passed]
+    if not any(metric.limit is not None for metric in metrics.values()):
         reasons.append("nothing was measured that a gate could judge")
+    broken = any(integrity.values()) or any(metric.wrong for metric in metrics.values())
     if limited and not gates.allow_limited:
         reasons.append(
             "evaluation.limit left documents out: such a run is for looking, not for promotion "
             "(unless gates.allow_limited is set)"
         )
+        return Verdict("rejected" if broken else "inspected", tuple(reasons), metrics)
     return Verdict("rejected" if reasons else "promoted", tuple(reasons), metrics)
 
 
-def _metric(
-    baseline: float | None,
-    candidate: float | None,
-    limit: float | None,
-    gates: GatesSection,
-    name: str,
-) -> Metric:
-    known = [v if v is not None and math.isfinite(v) else None for v in (baseline, candidate)]
-    before, after = known
-    if before is None or after is None:
-        return Metric(before, after, None, limit, passed=limit is None)
-    delta = after - before
+def _limit(name: str, gates: GatesSection) -> float | None:
+    if name == PERPLEXITY:
+        return gates.perplexity_increase
+    if name in ("commonsense_accuracy", "accuracy_average", f"accuracy.{MMLU}"):
+        return gates.accuracy_drop
+    return None
+
+
+def _judged(name: str, found: Difference, gates: GatesSection) -> Metric:
+    base = {field.name: getattr(found, field.name) for field in fields(found)}
+    limit = _limit(name, gates)
+    if found.wrong or found.delta is None or found.baseline is None:
+        return Metric(**base, limit=limit, passed=False)
     if limit is None:
-        return Metric(before, after, delta, None, passed=True)
-    loss = delta if name == PERPLEXITY else -delta
-    if gates.mode == "relative":
-        loss = 100 * loss / before if before else math.inf
-    return Metric(before, after, delta, limit, passed=round(loss, _DIGITS) < limit)
+        return Metric(**base, passed=True)
+    loss, worst = _loss(found, gates)
+    judged = loss if gates.confidence is None else worst
+    return Metric(
+        **base,
+        limit=limit,
+        passed=judged is not None and round(judged, _DIGITS) < limit,
+        too_few=worst is None or worst - loss > limit,
+    )
+
+
+def _loss(found: Difference, gates: GatesSection) -> tuple[float, float | None]:
+    """The loss, and the worst that the interval holds: positive is worse; points, or percent of
+    the baseline."""
+    assert found.delta is not None
+    assert found.baseline is not None
+    sign = 1 if found.metric in PERPLEXITIES else -1
+    unit = 1.0 if gates.mode == "absolute" else 100 / found.baseline if found.baseline else math.inf
+    ends = None if found.interval is None else [sign * unit * end for end in found.interval]
+    return sign * unit * found.delta, None if ends is None else max(ends)
 
 
 def _reason(name: str, metric: Metric, gates: GatesSection) -> str:
-    missing = [side for side in ("baseline", "candidate") if getattr(metric, side) is None]
-    if missing:
-        return f"{name}: {' and '.join(missing)} missing or not finite"
-    relative = gates.mode == "relative"
-    if name == PERPLEXITY:
-        what, unit = "increase", "%" if relative else ""
-    else:
-        what, unit = "drop", "%" if relative else " points"
-    return (
-        f"{name}: {what} from {metric.baseline:.4f} to {metric.candidate:.4f} "
-        f"({metric.delta:+.4f}) is not below the limit of {metric.limit:g}{unit}"
+    if metric.wrong:
+        return f"{name}: {metric.wrong}"
+    perplexity = metric.metric in PERPLEXITIES
+    unit = "%" if gates.mode == "relative" else "" if perplexity else " points"
+    change = (
+        f"{name}: {'increase' if perplexity else 'drop'} from {metric.baseline:.4f} to "
+        f"{metric.candidate:.4f} ({metric.delta:+.4f})"
     )
+    limit = f"the limit of {metric.limit:g}{unit}"
+    if gates.confidence is None:
+        return f"{change} is not below {limit}"
+    if metric.interval is None:
+        return f"{change}: too few windows for the interval that gates.confidence asks for"
+    low, high = metric.interval
+    return f"{change}, {gates.confidence:.0%} interval {low:+.4f} to {high:+.4f}: reaches {limit}"

@@ -8,22 +8,15 @@ be compared only between models that share a tokenizer, and never with lm-evalua
 `word_perplexity`.
 """
 
+import hashlib
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-
-@dataclass(frozen=True)
-class Perplexity:
-    """`value` is not finite when any logit that counts is NaN, or the loss overflows."""
-
-    value: float
-    nll_per_window: list[float]  # mean nats per predicted token
-    tokens: int  # predicted tokens: windows × (sequence length − 1)
+from dpq_core.scores import PERPLEXITY, Scores
 
 
 @torch.inference_mode()
@@ -31,14 +24,15 @@ def perplexity_token(
     model: PreTrainedModel,
     windows: Tensor,  # [windows, sequence_length] int64
     batch_size: int,
-    on_progress: Callable[[int], None] | None = None,
-) -> Perplexity:
+    on_progress: Callable[[int, int], None] | None = None,
+) -> Scores:
     """Score `windows`, `batch_size` at a time, on the model's device; the model is put into `eval`.
 
-    `on_progress` is called after every batch with the number of windows scored so far. The result
-    does not depend on `batch_size` but by the rounding of the model's own products. Log-softmax
-    runs in float32, one window at a time (its logits take sequence_length × vocabulary × 4 bytes);
-    sums over windows run in float64.
+    The result has an entry a window: its nats, and the tokens that were predicted. Its value is not
+    finite when any logit that counts is NaN, or the loss overflows. `on_progress` is called after
+    every batch with the windows scored so far and those in all. The result does not depend on
+    `batch_size` but by the rounding of the model's own products. Log-softmax runs in float32, one
+    window at a time (its logits take sequence_length × vocabulary × 4 bytes); sums run in float64.
 
     Raises:
         ValueError: no windows, or windows of fewer than two tokens.
@@ -49,25 +43,27 @@ def perplexity_token(
             " with at least one window of at least two tokens"
         )
     model.eval()
-    nll_per_window: list[float] = []
+    count, length = windows.shape
+    nats: list[float] = []
     for batch in windows.split(batch_size):
         tokens = batch.to(model.device)
         logits = model(input_ids=tokens, use_cache=False).logits  # [batch, sequence, vocabulary]
-        nll_per_window += [_mean_nll(*row) for row in zip(logits, tokens, strict=True)]
+        nats += [_nats(*row) for row in zip(logits, tokens, strict=True)]
         if on_progress is not None:
-            on_progress(len(nll_per_window))
-    # Windows are equally long: the mean over tokens is the mean of the windows' means.
-    mean = torch.tensor(nll_per_window, dtype=torch.float64).mean()
-    return Perplexity(
-        value=mean.exp().item(),
-        nll_per_window=nll_per_window,
-        tokens=windows.shape[0] * (windows.shape[1] - 1),
+            on_progress(len(nats), count)
+    return Scores(
+        metric=PERPLEXITY,
+        documents=[hashlib.sha256(row.numpy().tobytes()).hexdigest() for row in windows.cpu()],
+        parts=[""] * count,
+        groups=[""] * count,
+        values=nats,
+        weights=[float(length - 1)] * count,
     )
 
 
-def _mean_nll(
+def _nats(
     logits: Tensor,  # [sequence, vocabulary]
     tokens: Tensor,  # [sequence] int64
 ) -> float:
     losses = functional.cross_entropy(logits[:-1].float(), tokens[1:], reduction="none")
-    return losses.cpu().double().mean().item()
+    return losses.cpu().double().sum().item()

@@ -5,10 +5,10 @@ id, `s3://…`) is left as it is written.
 """
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from dpq_core.digests import digest
 from dpq_core.errors import InputError
@@ -65,9 +65,27 @@ class EvaluationSection(_Section):
     perplexity: PerplexitySection | None = None
     suites: list[str] = Field(default_factory=list, description="lm-evaluation-harness names")
     suites_path: str | None = Field(None, description="folder of further suite definitions (YAML)")
-    num_fewshot: int = Field(0, ge=0)
-    batch_size: int = Field(16, ge=1, description="requests a forward pass")
+    data_mirror: str | None = Field(
+        None, description="folder or s3://… of the suites' data, see `dpq mirror`; else the hub"
+    )
+    num_fewshot: dict[str, Annotated[int, Field(ge=0)]] = Field(
+        default_factory=dict, description="examples by suite; 0 where it is not named"
+    )
+    prefer_norm: bool = Field(True, description="acc_norm where a suite defines it, else acc")
+    batch_size: int = Field(
+        16, ge=1, description="requests a forward pass; halved where memory does not suffice"
+    )
     limit: int | None = Field(None, ge=1, description="first documents of each suite, for looking")
+    workers: int = Field(1, ge=1, description="suites scored at a time, each with its own model")
+    retries: int = Field(1, ge=0, description="of a suite that fails other than by bad input")
+    timeout: float | None = Field(None, gt=0, description="seconds a suite may take")
+
+    @model_validator(mode="after")
+    def _examples_are_of_suites(self) -> Self:
+        unknown = sorted(set(self.num_fewshot) - set(self.suites))
+        if unknown:
+            raise ValueError(f"num_fewshot names {unknown[0]}, which is not among the suites")
+        return self
 
 
 class GatesSection(_Section):
@@ -75,6 +93,12 @@ class GatesSection(_Section):
     accuracy_drop: float = Field(0.5, gt=0, description="points; candidate must stay below")
     mode: Literal["absolute", "relative"] = Field(
         "absolute", description="relative: both limits are percentages of the baseline's value"
+    )
+    confidence: float | None = Field(
+        None,
+        gt=0,
+        lt=1,
+        description="judge the worse end of this interval (0.95, say), not the difference itself",
     )
     allow_limited: bool = Field(False, description="judge a run whose documents were limited")
 
@@ -167,7 +191,7 @@ def _apply(content: dict[str, Any], override: str) -> None:
     section[last] = _resolve_paths({last: parsed}, Path.cwd())[last]
 
 
-_PATH_FIELDS = {"id", "data_files", "suites_path"}
+_PATH_FIELDS = {"id", "data_files", "suites_path", "data_mirror"}
 
 
 def _resolve_paths(node: Any, folder: Path, field: str = "") -> Any:

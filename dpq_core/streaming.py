@@ -10,6 +10,7 @@ import copy
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from threading import RLock
 from typing import Any
 
 import torch
@@ -157,7 +158,8 @@ def fill_parameters(
                 f"but config.json asks for {list(parameter.shape)}"
             )
     state = {name: tensors[prefix + name].to(dtype) for name in empty}
-    module.load_state_dict(state, strict=False, assign=True)
+    with building:
+        module.load_state_dict(state, strict=False, assign=True)
 
 
 def check_tensors(folder: Path) -> None:
@@ -180,6 +182,11 @@ def check_tensors(folder: Path) -> None:
             )
 
 
+# While accelerate makes empty weights, it redirects the parameters that any thread sets: whoever
+# builds or fills a model holds this.
+building = RLock()
+
+
 def empty_model(folder: Path) -> Any:
     """The transformers model of a checkpoint's configuration, parameters without memory.
 
@@ -190,5 +197,5 @@ def empty_model(folder: Path) -> Any:
         del config.quantization_config  # ours: transformers and lm-eval would look it up
     half = (torch.bfloat16, torch.float16)
     dtype = config.dtype if config.dtype in half else torch.bfloat16
-    with init_empty_weights(include_buffers=False):
+    with building, init_empty_weights(include_buffers=False):
         return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()

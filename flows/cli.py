@@ -1,27 +1,25 @@
 """The `dpq` command.
 
-Exit codes: 0 promoted (or done), 2 rejected, 1 error. With `--json`, stdout carries one object and
-nothing else; progress and errors go to stderr.
+Exit codes: 0 promoted (or done), 2 not promoted (rejected or inspected), 1 error. With `--json`,
+stdout carries one object and nothing else; progress and errors go to stderr.
 """
 
 import dataclasses
-import json
 import os
 import signal
-import sys
-import traceback
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import typer
 
-from dpq_core.errors import InputError
 from dpq_core.recipe import Recipe, load_recipe
+from flows.errors import errors, print_json
+from flows.mirror import app as mirror_app
 from infra.settings import home
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
+app.add_typer(mirror_app, name="mirror")
 
 RecipePath = Annotated[Path, typer.Argument(help="YAML file", metavar="RECIPE")]
 Overrides = Annotated[list[str] | None, typer.Option("--set", help="key.path=value, repeatable")]
@@ -32,38 +30,60 @@ _Result = TypeVar("_Result")
 
 @app.command()
 def release(recipe: RecipePath, overrides: Overrides = None, as_json: AsJson = False) -> None:
-    """Quantize, measure, gate and register: 0 promoted, 2 rejected, 1 error."""
-    with _errors(as_json):
+    """Quantize, measure, gate and register: 0 promoted, 2 rejected or inspected, 1 error."""
+    with errors(as_json):
         parsed = load_recipe(recipe, overrides)
         result = _run(parsed, lambda: _flow("release")(parsed))
         if as_json:
-            _print_json(result.as_dict())
+            print_json(result.as_dict())
         else:
             from flows.terminal import show_release
 
             show_release(result)
-        if result.verdict.verdict == "rejected":
+        if result.verdict.verdict != "promoted":
             raise typer.Exit(2)
+
+
+@app.command()
+def evaluate(
+    checkpoint: Annotated[str, typer.Argument(help="hub id or folder; 16 bits or quantized")],
+    recipe: Annotated[Path, typer.Option("--recipe", help="whose evaluation to run")],
+    against: Annotated[
+        str | None, typer.Option("--against", help="baseline to compare with, document by document")
+    ] = None,
+    overrides: Overrides = None,
+    as_json: AsJson = False,
+) -> None:
+    """Measure any checkpoint, alone or against another."""
+    with errors(as_json):
+        parsed = load_recipe(recipe, overrides)
+        report = _run(parsed, lambda: _flow("evaluate")(parsed, checkpoint, against))
+        if as_json:
+            print_json(report.as_dict())
+        else:
+            from flows.terminal import show_evaluation
+
+            show_evaluation(report)
 
 
 @app.command()
 def quantize(recipe: RecipePath, overrides: Overrides = None, as_json: AsJson = False) -> None:
     """Stop after the verified checkpoint."""
-    with _errors(as_json):
+    with errors(as_json):
         parsed = load_recipe(recipe, overrides)
         candidate = _run(parsed, lambda: _flow("quantize")(parsed))
         checkpoint, manifest = candidate.checkpoint, candidate.manifest
-        errors = [row["error"] for row in manifest["layers"]]
+        layer_errors = [row["error"] for row in manifest["layers"]]
         summary = {
             "checkpoint": str(checkpoint.folder),
             "sha256": checkpoint.sha256,
             "bytes_per_weight": manifest["bytes_per_weight"],
-            "layer_error": sum(errors) / len(errors),
-            "layers": len(errors),
+            "layer_error": sum(layer_errors) / len(layer_errors),
+            "layers": len(layer_errors),
             "skipped": manifest["skipped"],
         }
         if as_json:
-            _print_json(summary)
+            print_json(summary)
         else:
             for name, value in summary.items():
                 print(f"{name}: {value}")
@@ -72,11 +92,11 @@ def quantize(recipe: RecipePath, overrides: Overrides = None, as_json: AsJson = 
 @app.command()
 def compare(recipe: RecipePath, overrides: Overrides = None, as_json: AsJson = False) -> None:
     """Print the ladder: a row a variant of the recipe's scheme."""
-    with _errors(as_json):
+    with errors(as_json):
         parsed = load_recipe(recipe, overrides)
         rows = _run(parsed, lambda: _flow("compare")(parsed))
         if as_json:
-            _print_json({"rows": [dataclasses.asdict(row) for row in rows]})
+            print_json({"rows": [dataclasses.asdict(row) for row in rows]})
         else:
             from flows.terminal import show_ladder
 
@@ -90,7 +110,7 @@ def ui() -> None:
 
     from infra.services import ui as run_ui
 
-    with _errors(as_json=False), run_ui(home()) as addresses:
+    with errors(as_json=False), run_ui(home()) as addresses:
         print(f"Prefect  {addresses.prefect}\nMLflow   {addresses.mlflow}\nCtrl-C stops both.")
         try:
             threading.Event().wait()
@@ -110,17 +130,17 @@ def main() -> None:
     app()
 
 
-def _flow(name: str) -> Callable[[Recipe], Any]:
+def _flow(name: str) -> Callable[..., Any]:
     """A flow with the runner of its recipe. Imported late: Prefect takes seconds to import, and a
     bad recipe should not have to wait for it."""
     import importlib
 
     flow = getattr(importlib.import_module(f"flows.{name}"), name)
 
-    def run(recipe: Recipe) -> Any:
+    def run(recipe: Recipe, *arguments: Any) -> Any:
         from flows.quantize import task_runner
 
-        return flow.with_options(task_runner=task_runner(recipe.execution))(recipe)
+        return flow.with_options(task_runner=task_runner(recipe.execution))(recipe, *arguments)
 
     return run
 
@@ -133,28 +153,3 @@ def _run(recipe: Recipe, run: Callable[[], _Result]) -> _Result:
 
         with progress():
             return run()
-
-
-def _print_json(content: dict[str, Any]) -> None:
-    print(json.dumps(content, allow_nan=False))
-
-
-@contextmanager
-def _errors(as_json: bool) -> Iterator[None]:
-    """One line on stderr and exit code 1 for any error; the traceback goes to a log file."""
-    try:
-        yield
-    except (typer.Exit, KeyboardInterrupt):
-        raise
-    except Exception as error:
-        message = " ".join(str(error).split()) or type(error).__name__
-        if not isinstance(error, InputError):
-            log = home() / "logs" / "dpq.log"
-            log.parent.mkdir(parents=True, exist_ok=True)
-            with log.open("a") as file:
-                traceback.print_exc(file=file)
-            message = f"{message} (traceback in {log})"
-        print(f"error: {message}", file=sys.stderr)
-        if as_json:
-            _print_json({"verdict": "error", "reasons": [message]})
-        raise typer.Exit(1) from None

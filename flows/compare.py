@@ -1,23 +1,32 @@
 """The ladder: the same model under several schemes, one row each."""
 
 import itertools
-import math
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
 from typing import Any
 
 from prefect import flow
-from prefect.artifacts import create_table_artifact
+from prefect.artifacts import (
+    create_link_artifact,
+    create_markdown_artifact,
+    create_table_artifact,
+)
 from pydantic import ValidationError
 
 from dpq_core.device import share_machine
-from dpq_core.gates import PERPLEXITY
+from dpq_core.gates import compare as compare_scores
+from dpq_core.pairing import Difference, Evaluation
 from dpq_core.recipe import Recipe, RecipeError
 from dpq_core.scheme import Scheme
+from dpq_core.scores import PERPLEXITY
+from flows.ladder import Row, as_records, html, markdown
+from flows.measure import measure
 from flows.quantize import make_candidate
-from flows.release import measure
+from flows.release import subject_of
+from flows.report import shown_name
 from infra.settings import home
+from infra.store import Store
 from infra.tracking import tracked_run, tracking_store
-from tasks.evaluate import Subject
+from tasks.evaluate import Measured, Subject, load_evaluation
 from tasks.preflight import Inputs, preflight
 
 _PLAIN = {"order": "none", "rounding": "nearest", "scale_search": "minmax"}
@@ -44,17 +53,8 @@ STANDARD_LADDER: dict[str, dict[str, Any]] = {
 }
 
 
-@dataclass(frozen=True)
-class Row:
-    """One variant. increase: of perplexity over the 16-bit model. layer_error: mean over layers of
-    the relative output error. error: why there are no numbers."""
-
-    variant: str
-    perplexity: float | None = None
-    increase: float | None = None
-    bits_per_weight: float | None = None
-    layer_error: float | None = None
-    error: str | None = None
+class MeasurementError(RuntimeError):
+    """A baseline that could not be measured."""
 
 
 @flow(name="compare")
@@ -69,9 +69,10 @@ def compare(recipe: Recipe) -> list[Row]:
     variants = variant_recipes(recipe)
     share_machine(recipe.execution.threads_per_worker)
     inputs = preflight(recipe)
-    baseline = measure(_perplexity_only(recipe), inputs, _baseline(inputs))[PERPLEXITY]
-    assert baseline is not None
-    rows = [Row("bf16", baseline, 0.0, 16.0, 0.0)]
+    model = inputs.model
+    subject = Subject("baseline", model.folder, model.digest)
+    baseline = _load(recipe, measure(recipe, inputs.evaluation, subject))
+    rows = [_baseline_row(baseline)]
     for name, variant in variants.items():
         rows.append(_row(name, variant, inputs, baseline))
     _publish(recipe, rows)
@@ -86,46 +87,71 @@ def variant_recipes(recipe: Recipe) -> dict[str, Recipe]:
             scheme = Scheme.model_validate({**recipe.scheme.model_dump(), **overrides})
         except ValidationError as error:
             raise RecipeError(f"variants.{name}: {error.errors()[0]['msg']}") from error
-        recipes[name] = _perplexity_only(recipe.model_copy(update={"scheme": scheme}))
+        recipes[name] = recipe.model_copy(update={"scheme": scheme})
     return recipes
 
 
-def _row(name: str, recipe: Recipe, inputs: Inputs, baseline: float) -> Row:
+def _baseline_row(baseline: Evaluation) -> Row:
+    """The 16-bit model against itself.
+
+    Raises:
+        MeasurementError: its perplexity is missing, and nothing can be compared with it.
+    """
+    found = compare_scores(baseline, baseline)
+    perplexity = found[PERPLEXITY]
+    if perplexity.delta is None:
+        raise MeasurementError(f"bf16: {PERPLEXITY}: {perplexity.wrong}")
+    return Row("bf16", perplexity.baseline, 0.0, None, 16.0, 0.0, _accuracies(found))
+
+
+def _row(name: str, recipe: Recipe, inputs: Inputs, baseline: Evaluation) -> Row:
     try:
         candidate = make_candidate(recipe, inputs)
         wrong = [detail for detail in candidate.integrity.values() if detail]
         if wrong:
             return Row(name, error="; ".join(wrong))
-        checkpoint = candidate.checkpoint
-        subject = Subject(name, checkpoint.folder, checkpoint.sha256)
-        perplexity = measure(recipe, inputs, subject)[PERPLEXITY]
+        subject = subject_of(recipe, candidate, name)
+        found = compare_scores(baseline, _load(recipe, measure(recipe, inputs.evaluation, subject)))
     except Exception as error:  # of any stage: the other variants go on
         return Row(name, error=f"{type(error).__name__}: {error}")
-    if perplexity is None or not math.isfinite(perplexity):
-        return Row(name, error="perplexity is not finite")
+    perplexity = found[PERPLEXITY]
     layers = candidate.manifest["layers"]
     return Row(
         variant=name,
-        perplexity=perplexity,
-        increase=perplexity - baseline,
+        perplexity=perplexity.candidate,
+        increase=perplexity.delta,
+        interval=perplexity.interval,
         bits_per_weight=8 * candidate.manifest["bytes_per_weight"],
         layer_error=sum(row["error"] for row in layers) / len(layers),
+        accuracy=_accuracies(found),
+        error="; ".join(f"{name}: {d.wrong}" for name, d in found.items() if d.wrong) or None,
     )
 
 
-def _baseline(inputs: Inputs) -> Subject:
-    return Subject("baseline", inputs.model.folder, inputs.model.digest)
+def _accuracies(found: Mapping[str, Difference]) -> dict[str, float]:
+    """What is no perplexity per token, by its shown name."""
+    return {
+        shown_name(name, difference): difference.candidate
+        for name, difference in found.items()
+        if name != PERPLEXITY and difference.candidate is not None
+    }
 
 
-def _perplexity_only(recipe: Recipe) -> Recipe:
-    evaluation = recipe.evaluation.model_copy(update={"suites": []})
-    return recipe.model_copy(update={"evaluation": evaluation})
+def _load(recipe: Recipe, measured: Measured) -> Evaluation:
+    return load_evaluation(measured, Store(recipe.execution.store))
 
 
 def _publish(recipe: Recipe, rows: list[Row]) -> None:
-    table = [asdict(row) for row in rows]
-    create_table_artifact(table, key="ladder", description="Variants of one model")
+    """The ladder as a table, as Markdown, as a page, on the run page and in MLflow."""
+    records, text = as_records(rows), markdown(rows)
+    create_table_artifact(records, key="ladder", description="Variants of one model")
+    create_markdown_artifact(text, key="ladder-table", description="Variants of one model")
     tracking_uri, artifact_root = tracking_store(home())
     name, tags = f"{recipe.registered_name} ladder", {"recipe_digest": recipe.digest}
     with tracked_run(tracking_uri, recipe.registry.experiment, name, tags, artifact_root) as run:
-        run.log_table(table, "ladder")
+        run.log_table(records, "ladder")
+        run.log_text(text, "ladder.md")
+        about = {"model": recipe.model.id, "recipe": recipe.digest[:12], "MLflow run": run.run_id}
+        page = html(rows, name, about, recipe.gates.perplexity_increase)
+        run.log_text(page, "ladder.html")
+        create_link_artifact(run.artifact_uri("ladder.html"), "ladder.html", key="ladder-page")

@@ -7,15 +7,20 @@ from prefect import flow, task
 from prefect.cache_policies import NO_CACHE
 
 from dpq_core.device import share_machine
-from dpq_core.gates import ACCURACY, MMLU, PERPLEXITY, Verdict, judge
+from dpq_core.gates import Verdict, compare, judge
+from dpq_core.pairing import CONFIDENCE
 from dpq_core.recipe import Recipe, RecipeError
+from flows.measure import measure
 from flows.quantize import Candidate, make_candidate
-from flows.report import publish
+from flows.report import publish, publish_parts
 from infra.settings import home
+from infra.store import Store
 from infra.tracking import tracked_run, tracking_store
-from tasks.evaluate import Subject, measure_perplexity, measure_suite
-from tasks.preflight import Inputs, preflight
-from tasks.register import Registration, log_release, register
+from tasks.evaluate import Measured, Subject, load_evaluation
+from tasks.log import log_evaluation, log_release
+from tasks.model import content_digest
+from tasks.preflight import preflight
+from tasks.register import Registration, register
 
 
 @dataclass(frozen=True)
@@ -53,40 +58,34 @@ def release(recipe: Recipe) -> Release:
     name, tags = recipe.registered_name, {"recipe_digest": recipe.digest}
     with tracked_run(tracking_uri, recipe.registry.experiment, name, tags, artifact_root) as run:
         inputs = preflight(recipe)
-        model = inputs.model
-        baseline = measure(recipe, inputs, Subject("baseline", model.folder, model.digest))
+        model, data = inputs.model, inputs.evaluation
+        baseline = measure(recipe, data, Subject("baseline", model.folder, model.digest))
         candidate = make_candidate(recipe, inputs)
-        checkpoint = candidate.checkpoint
-        subject = Subject("candidate", checkpoint.folder, checkpoint.sha256)
-        verdict = gate(recipe, baseline, measure(recipe, inputs, subject), candidate)
+        measured = measure(recipe, data, subject_of(recipe, candidate, "candidate"))
+        verdict = gate(recipe, baseline, measured, candidate)
         log_release(run, recipe, model, candidate.manifest, verdict)
+        parts = log_evaluation(run, recipe, {"baseline": baseline, "candidate": measured})
+        checkpoint = candidate.checkpoint
         registration = register(tracking_uri, run.run_id, recipe, model, checkpoint, verdict)
         publish(verdict, candidate.manifest, checkpoint.folder, registration, run.url)
+        publish_parts(parts)
     return Release(verdict, str(checkpoint.folder), run.run_id, registration, candidate.manifest)
 
 
-def measure(recipe: Recipe, inputs: Inputs, subject: Subject) -> dict[str, float | None]:
-    """Metric name → value of one checkpoint: all that the recipe's evaluation names."""
-    metrics: dict[str, float | None] = {}
-    if inputs.perplexity:
-        metrics[PERPLEXITY] = measure_perplexity(recipe, subject, inputs.perplexity).value
-    suites = {
-        f"accuracy.{suite}": measure_suite(recipe, subject, suite).value
-        for suite in recipe.evaluation.suites
-    }
-    averaged = [value for name, value in suites.items() if name != MMLU]
-    if averaged:
-        metrics[ACCURACY] = sum(averaged) / len(averaged)
-    return metrics | suites
+def subject_of(recipe: Recipe, candidate: Candidate, role: str) -> Subject:
+    """A candidate to measure, under the digest that `dpq evaluate` gives the same checkpoint."""
+    folder = candidate.checkpoint.folder
+    return Subject(role, folder, content_digest(folder, Store(recipe.execution.store)))
 
 
 @task(name="gate", cache_policy=NO_CACHE)
-def gate(
-    recipe: Recipe,
-    baseline: dict[str, float | None],
-    candidate_metrics: dict[str, float | None],
-    candidate: Candidate,
-) -> Verdict:
+def gate(recipe: Recipe, baseline: Measured, measured: Measured, candidate: Candidate) -> Verdict:
     """The verdict on a candidate."""
+    store = Store(recipe.execution.store)
+    differences = compare(
+        load_evaluation(baseline, store),
+        load_evaluation(measured, store),
+        recipe.gates.confidence or CONFIDENCE,
+    )
     limited = recipe.evaluation.limit is not None
-    return judge(baseline, candidate_metrics, candidate.integrity, recipe.gates, limited)
+    return judge(differences, candidate.integrity, recipe.gates, limited)

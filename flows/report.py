@@ -1,5 +1,6 @@
 """Prefect artifacts of a release: the verdict, the gate table, the per-layer table, links."""
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,10 @@ from prefect.artifacts import (
     create_table_artifact,
 )
 
-from dpq_core.gates import Verdict
-from tasks.register import Registration, layer_rows
+from dpq_core.gates import Metric, Verdict
+from dpq_core.pairing import Difference, Evaluation, Failure
+from tasks.log import layer_rows
+from tasks.register import Registration
 
 
 def publish(
@@ -25,28 +28,93 @@ def publish(
     create_markdown_artifact(
         _summary(verdict, registration, run_url), key="verdict", description="Verdict"
     )
-    create_table_artifact(gate_rows(verdict), key="gates", description="Baseline and candidate")
+    create_table_artifact(
+        gate_rows(verdict.metrics), key="gates", description="Baseline and candidate"
+    )
     create_table_artifact(layer_rows(manifest), key="layers", description="Error of each layer")
     create_link_artifact(checkpoint.as_uri(), "checkpoint", key="checkpoint")
 
 
-def gate_rows(verdict: Verdict) -> list[dict[str, Any]]:
+def publish_parts(tables: Mapping[str, list[dict[str, Any]]]) -> None:
+    """Categories and subjects of suites that have them (MMLU), as tables."""
+    for suite, rows in tables.items():
+        key = suite.lower().replace("_", "-")  # all that Prefect allows
+        create_table_artifact(rows, key=key, description=f"Parts of {suite}, percent")
+
+
+def score_rows(evaluation: Evaluation) -> list[dict[str, Any]]:
+    """A row for each suite of one checkpoint; value None where it failed or is not finite."""
+    rows: list[dict[str, Any]] = []
+    for suite, scores in evaluation.items():
+        if isinstance(scores, Failure):
+            rows.append({"suite": suite, "value": None, "wrong": scores.reason})
+            continue
+        rows.append(
+            {
+                "suite": suite,
+                "metric": scores.metric,
+                "value": scores.value if math.isfinite(scores.value) else None,
+                "documents": len(scores),
+                "truncated": scores.truncated,
+            }
+        )
+    return rows
+
+
+def gate_rows(metrics: Mapping[str, Metric]) -> list[dict[str, str]]:
     """The gate table: a row a metric, numbers as they are shown."""
     return [
         {
-            "metric": name,
+            "metric": shown_name(name, metric),
             "baseline": _number(metric.baseline),
             "candidate": _number(metric.candidate),
             "delta": _number(metric.delta, sign="+"),
+            "interval": _interval(metric),
+            "right/wrong": _turned(metric),
             "limit": "–" if metric.limit is None else f"{metric.limit:g}",
-            "result": "shown" if metric.limit is None else ("pass" if metric.passed else "FAIL"),
+            "result": _result(metric),
         }
-        for name, metric in verdict.metrics.items()
+        for name, metric in metrics.items()
     ]
+
+
+def notes(metrics: Mapping[str, Metric]) -> list[str]:
+    """What a reader of the gate table has to know besides."""
+    return [
+        f"{name}: {metric.truncated} requests were longer than the model's window, and were cut"
+        for name, metric in metrics.items()
+        if metric.truncated
+    ]
+
+
+def shown_name(name: str, metric: Difference) -> str:
+    """A metric's name with what it counts: `accuracy.piqa (acc_norm)`."""
+    return name if metric.metric in (name, "") else f"{name} ({metric.metric})"
 
 
 def _number(value: float | None, sign: str = "") -> str:
     return "missing" if value is None else f"{value:{sign}.4f}"
+
+
+def _interval(metric: Metric) -> str:
+    if metric.interval is None:
+        return "–"
+    low, high = metric.interval
+    return f"{low:+.4f} … {high:+.4f}"
+
+
+def _turned(metric: Metric) -> str:
+    """How many answers turned right and wrong, and how likely that is of equals (McNemar)."""
+    if metric.turned_right is None:
+        return "–"
+    return f"+{metric.turned_right} −{metric.turned_wrong}, p {metric.p_value:.2g}"
+
+
+def _result(metric: Metric) -> str:
+    if metric.limit is None:
+        return "FAIL" if metric.wrong else "shown"
+    result = "pass" if metric.passed else "FAIL"
+    return f"{result}; too few documents to tell {metric.limit:g}" if metric.too_few else result
 
 
 def _summary(verdict: Verdict, registration: Registration, run_url: str) -> str:
@@ -57,6 +125,6 @@ def _summary(verdict: Verdict, registration: Registration, run_url: str) -> str:
         f"`{registration.name}` version {registration.version}, MLflow run `{run_url}`. "
         + ("No champion before." if previous is None else f"Champion before: {previous}."),
         "",
-        *(f"- {reason}" for reason in verdict.reasons),
+        *(f"- {line}" for line in [*verdict.reasons, *notes(verdict.metrics)]),
     ]
     return "\n".join(lines)

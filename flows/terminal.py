@@ -1,6 +1,7 @@
 """What a person sees: progress on stderr while a flow runs, tables at its end."""
 
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 from rich.console import Console
@@ -11,37 +12,48 @@ from rich.progress import (
     TaskID,
     TextColumn,
     TimeElapsedColumn,
+    TimeRemainingColumn,
 )
 from rich.table import Table
 
-from flows.compare import Row
+from dpq_core.gates import Metric
+from flows.evaluate import EvaluationReport
+from flows.ladder import Row, cells, columns
 from flows.release import Release
-from flows.report import gate_rows
+from flows.report import gate_rows, notes, score_rows
 from tasks.progress import reporting_to
 
-_COLOURS = {"promoted": "green", "rejected": "red"}
+_COLOURS = {"promoted": "green", "rejected": "red", "inspected": "yellow"}
+_LINE_EVERY = 60.0  # seconds, where lines take the place of bars
 
 
 @contextmanager
 def progress() -> Iterator[None]:
-    """Bars for the stages that run inside; nothing where stderr is no terminal but lines."""
+    """Bars with the time left for the stages that run inside; where stderr is no terminal, a line
+    when a stage starts and about every minute after."""
     console = Console(stderr=True)
     bars = Progress(
         TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
+        TimeRemainingColumn(elapsed_when_finished=True),
         console=console,
         disable=not console.is_terminal,
     )
     ids: dict[str, TaskID] = {}
+    lines: dict[str, float] = {}  # stage → when its last line was written
 
     def report(stage: str, done: int, total: int) -> None:
         if stage not in ids:
             ids[stage] = bars.add_task(stage, total=total)
-            if not console.is_terminal:
-                console.print(f"{stage} …", highlight=False)
         bars.update(ids[stage], completed=done, total=total)
+        now = time.monotonic()
+        if not console.is_terminal and now - lines.get(stage, -_LINE_EVERY) >= _LINE_EVERY:
+            lines[stage] = now
+            left = bars.tasks[ids[stage]].time_remaining
+            known = f": {done} of {total}, {left / 60:.0f} min left" if left else " …"
+            console.print(f"{stage}{known}", highlight=False)
 
     with bars, reporting_to(report):
         yield
@@ -51,14 +63,10 @@ def show_release(release: Release) -> None:
     """Verdict, gate table, and where everything is."""
     console = Console()
     verdict = release.verdict
-    table = Table("metric", "baseline", "candidate", "delta", "limit", "result")
-    for row in gate_rows(verdict):
-        table.add_row(*(str(value) for value in row.values()))
-    console.print(table)
-    colour = _COLOURS[verdict.verdict]
-    console.print(f"[bold {colour}]{verdict.verdict}[/]", highlight=False)
+    _show_metrics(console, verdict.metrics)
+    console.print(f"[bold {_COLOURS[verdict.verdict]}]{verdict.verdict}[/]", highlight=False)
     for reason in verdict.reasons:
-        console.print(f"  {reason}", highlight=False)
+        console.print(f"  {reason}", highlight=False, markup=False)
     registration = release.registration
     bits = 8 * release.manifest["bytes_per_weight"]
     console.print(
@@ -69,25 +77,41 @@ def show_release(release: Release) -> None:
     )
 
 
-def show_ladder(rows: Sequence[Row]) -> None:
-    """A row a variant."""
-    table = Table()
-    table.add_column("variant", no_wrap=True)
-    for title in ("perplexity", "increase", "bits/w", "layer error"):
-        table.add_column(title, justify="right")
-    for row in rows:
-        if row.error:
-            table.add_row(row.variant, "failed")
-            continue
-        table.add_row(
-            row.variant,
-            f"{row.perplexity:.4f}",
-            f"{row.increase:+.4f}",
-            f"{row.bits_per_weight:.2f}",
-            f"{row.layer_error:.3g}",
-        )
+def show_evaluation(report: EvaluationReport) -> None:
+    """A checkpoint's scores, or the gate table where it was compared."""
     console = Console()
+    if report.metrics:
+        _show_metrics(console, report.metrics)
+    else:
+        _show(console, score_rows(report.scores))
+    for reason in report.reasons:
+        console.print(f"  {reason}", highlight=False, markup=False)
+    console.print(f"MLflow run {report.run_id}", highlight=False)
+
+
+def show_ladder(rows: Sequence[Row]) -> None:
+    """A row a variant, and why some have no numbers."""
+    console = Console()
+    table = Table()
+    for number, title in enumerate(columns(rows)):
+        table.add_column(title, justify="right" if number else "left", no_wrap=not number)
+    for row in rows:
+        table.add_row(*cells(row, rows))
     console.print(table)
     for row in rows:
         if row.error:
             console.print(f"{row.variant}: {row.error}", highlight=False, soft_wrap=True)
+
+
+def _show_metrics(console: Console, metrics: Mapping[str, Metric]) -> None:
+    _show(console, gate_rows(metrics))
+    for note in notes(metrics):
+        console.print(f"  {note}", highlight=False, markup=False)
+
+
+def _show(console: Console, rows: Sequence[Mapping[str, object]]) -> None:
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    table = Table(*names)
+    for row in rows:
+        table.add_row(*(str(row.get(name, "")) for name in names))
+    console.print(table)

@@ -103,11 +103,12 @@ class Registry:
         self._client.set_registered_model_alias(name, CHAMPION, str(version))
         return previous
 
-    def reject(self, name: str, version: int, reasons: Sequence[str]) -> None:
-        """Record why `version` was not promoted, a numbered line a reason. The alias stays."""
+    def withhold(self, name: str, version: int, verdict: str, reasons: Sequence[str]) -> None:
+        """Record that `version` was not promoted (`verdict`: rejected, inspected) and why, a
+        numbered line a reason. The alias stays."""
         lines = [f"{number}. {reason}" for number, reason in enumerate(reasons, 1)]
         self._set_tag(name, version, "reasons", "\n".join(lines))
-        self._set_tag(name, version, "verdict", "rejected")
+        self._set_tag(name, version, "verdict", verdict)
 
     def _ensure_model(self, name: str) -> None:
         from mlflow.exceptions import MlflowException

@@ -126,6 +126,14 @@ class TrackedRun:
         """Log a matplotlib figure; the suffix of `path` chooses the format."""
         self._client.log_figure(self.run_id, figure, path)
 
+    def log_file(self, path: Path) -> None:
+        """Log a file under its own name."""
+        self._client.log_artifact(self.run_id, str(path))
+
+    def artifact_uri(self, path: str) -> str:
+        """Where a logged file is: what a browser or MLflow's tools open."""
+        return f"{self._client.get_run(self.run_id).info.artifact_uri}/{path}"
+
     def log_text(self, text: str, path: str) -> None:
         """Log text as the artifact `path`."""
         self._client.log_text(self.run_id, text, path)

@@ -1,31 +1,45 @@
 """Measure a checkpoint: perplexity, and each suite, one task each.
 
-Results are stored under the digest of (checkpoint, evaluation): baselines are scored once and
-shared by all candidates, and a second run scores nothing.
+Scores are stored under the digest of (checkpoint, what is asked): baselines are scored once and
+shared by all candidates, a second run scores nothing, and a run that was killed goes on with the
+suites that it had not finished.
 """
 
-import dataclasses
-import json
-import platform
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from prefect import task
 from prefect.cache_policies import NO_CACHE
+from prefect.client.schemas.objects import State, TaskRun
+from prefect.tasks import Task
 from transformers import AutoTokenizer
 
-from dpq_core.accuracy import SuiteResult, evaluate_suites
+from dpq_core import mirror
 from dpq_core.checkpoint import load_model
-from dpq_core.device import resolve_device, whole_machine
-from dpq_core.digests import code_digest, digest, file_digest
+from dpq_core.device import halving_batches, resolve_device, whole_machine
+from dpq_core.digests import code_digest, digest
+from dpq_core.errors import InputError
+from dpq_core.harness import Progress, evaluate_suite
 from dpq_core.linear import alone_in_process
-from dpq_core.perplexity import Perplexity, perplexity_token
+from dpq_core.pairing import Evaluation, Failure
+from dpq_core.perplexity import perplexity_token
 from dpq_core.recipe import EvaluationSection, Recipe
+from dpq_core.scores import PERPLEXITY, Scores, load_scores, save_scores
+from dpq_core.suites.definitions import SuiteError, SuiteSources, check_suites, loaded_suites
 from infra.store import ArtifactRef, Store
-from tasks.progress import progress_of, stepper
-from tasks.windows import load as load_windows
+from tasks import windows
+from tasks.progress import progress_of
+
+_FILE = "scores.parquet"
+
+Measured = Mapping[str, ArtifactRef | Failure]  # by suite, or perplexity_token
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class Subject:
     """A checkpoint to measure. role: baseline or candidate. digest: of its content."""
 
@@ -34,82 +48,199 @@ class Subject:
     digest: str
 
 
-@task(name="perplexity", task_run_name="perplexity of {subject.role}", cache_policy=NO_CACHE)
-def measure_perplexity(recipe: Recipe, subject: Subject, windows: ArtifactRef) -> Perplexity:
-    """`perplexity_token` of a checkpoint on stored windows."""
-    section = recipe.evaluation.perplexity
-    assert section is not None
-    store = Store(recipe.execution.store)
-    device = resolve_device(recipe.execution.device)
-    key = digest(
-        {
-            "code": [code_digest("dpq_core.perplexity"), code_digest("dpq_core.checkpoint")],
-            "checkpoint": subject.digest,
-            "windows": windows.sha256,
-            "batch_size": section.batch_size,
-            "device": device.type,
-        }
+@dataclass(frozen=True)
+class EvaluationData:
+    """What is asked. perplexity: stored windows. suites: the digest of each. mirror: a folder."""
+
+    perplexity: ArtifactRef | None
+    suites: dict[str, str]
+    mirror: Path | None
+
+
+def prepare(section: EvaluationSection, tokenizer: Any, store: Store) -> EvaluationData:
+    """Read all data that the evaluation will ask for, so that what is wrong with them shows now.
+
+    Raises:
+        DataError, MirrorError, SuiteError: one line that says what and where.
+    """
+    data = EvaluationData(
+        perplexity=windows.store_perplexity(section.perplexity, tokenizer, store)
+        if section.perplexity
+        else None,
+        suites={},
+        mirror=_local_mirror(section, store),
     )
+    if not section.suites:
+        return data
+    check_suites(section.suites, _sources(section, data))  # all names, before any data
+    with loaded_suites(section.suites, _sources(section, data), **_asking(section)) as suites:
+        data.suites.update({name: suite.digest for name, suite in suites.items()})
+    return data
 
-    def make(folder: Path) -> None:
-        tokens = load_windows(windows, store)
-        step = stepper(f"perplexity of {subject.role}", -(-len(tokens) // section.batch_size))
-        with whole_machine(), alone_in_process():
-            model = load_model(subject.folder, device)
-            result = perplexity_token(model, tokens, section.batch_size, lambda _: step())
-        (folder / "perplexity.json").write_text(json.dumps(dataclasses.asdict(result)))
 
-    artifact, _ = store.get_or_make("perplexity", key, make)
-    return Perplexity(**json.loads((store.open(artifact) / "perplexity.json").read_text()))
+@task(name="perplexity", task_run_name="perplexity of {subject.role}", cache_policy=NO_CACHE)
+def measure_perplexity(recipe: Recipe, subject: Subject, data: EvaluationData) -> ArtifactRef:
+    """`perplexity_token` of a checkpoint on stored windows."""
+    section, artifact = recipe.evaluation.perplexity, data.perplexity
+    assert section is not None
+    assert artifact is not None
+    store = Store(recipe.execution.store)
+    about = {
+        "code": code_digest("dpq_core.perplexity"),
+        "windows": artifact.sha256,
+        "batch_size": section.batch_size,
+    }
+
+    def score(model: Any) -> Scores:
+        tokens = windows.load(artifact, store)
+        report = _until(recipe.evaluation.timeout, progress_of(f"{PERPLEXITY} of {subject.role}"))
+        return halving_batches(
+            lambda batch_size: perplexity_token(model, tokens, batch_size, report),
+            section.batch_size,
+        )
+
+    return _scored(recipe, subject, about, score)
 
 
 @task(name="suite", task_run_name="{suite} of {subject.role}", cache_policy=NO_CACHE)
-def measure_suite(recipe: Recipe, subject: Subject, suite: str) -> SuiteResult:
-    """Accuracy of a checkpoint on one suite, with the answer to every document."""
+def measure_suite(
+    recipe: Recipe, subject: Subject, data: EvaluationData, suite: str
+) -> ArtifactRef:
+    """A checkpoint's scores on one suite, an entry for every document.
+
+    Raises:
+        SuiteError: the documents are no longer those that the run started with.
+    """
     section = recipe.evaluation
-    store = Store(recipe.execution.store)
+    about = {
+        "code": code_digest("dpq_core.harness"),
+        "suite": data.suites[suite],
+        "batch_size": section.batch_size,
+        "limit": section.limit,
+    }
+
+    def score(model: Any) -> Scores:
+        tokenizer = AutoTokenizer.from_pretrained(subject.folder)
+        report = _until(section.timeout, progress_of(f"{suite} of {subject.role}"))
+        with loaded_suites([suite], _sources(section, data), **_asking(section)) as suites:
+            if suites[suite].digest != data.suites[suite]:
+                raise SuiteError(f"suite {suite!r}: its data changed while the run went on")
+            return halving_batches(
+                lambda batch_size: evaluate_suite(
+                    model,
+                    tokenizer,
+                    suites[suite],
+                    batch_size=batch_size,
+                    limit=section.limit,
+                    on_progress=report,
+                ),
+                section.batch_size,
+            )
+
+    return _scored(recipe, subject, about, score)
+
+
+def measurements(
+    recipe: Recipe, data: EvaluationData
+) -> dict[str, tuple[Task[..., Any], list[Any]]]:
+    """The tasks of an evaluation and their arguments after (recipe, subject), by metric or suite,
+    with the retries that the recipe asks for."""
+    section = recipe.evaluation
+    options: dict[str, Any] = {
+        "retries": section.retries,
+        "retry_condition_fn": _may_pass_next_time,
+    }
+    tasks: dict[str, tuple[Task[..., Any], list[Any]]] = {}
+    if data.perplexity:
+        tasks[PERPLEXITY] = (measure_perplexity.with_options(**options), [data])
+    for suite in section.suites:
+        tasks[suite] = (measure_suite.with_options(**options), [data, suite])
+    return tasks
+
+
+def load_evaluation(measured: Measured, store: Store) -> Evaluation:
+    """The scores themselves."""
+    return {
+        name: found if isinstance(found, Failure) else load_scores(store.open(found) / _FILE)
+        for name, found in measured.items()
+    }
+
+
+def _scored(
+    recipe: Recipe, subject: Subject, about: dict[str, Any], score: Callable[[Any], Scores]
+) -> ArtifactRef:
+    """Scores from the store, or from the model."""
     device = resolve_device(recipe.execution.device)
     key = digest(
         {
-            "code": [code_digest("dpq_core.accuracy"), code_digest("dpq_core.checkpoint")],
+            **about,
             "checkpoint": subject.digest,
-            "suite": suite,
-            "settings": section.model_dump(
-                mode="json", include={"num_fewshot", "batch_size", "limit"}
-            ),
-            "data": _suite_data(section),
+            "loading": code_digest("dpq_core.checkpoint"),
             "device": device.type,
         }
     )
 
     def make(folder: Path) -> None:
-        with whole_machine(), alone_in_process():
-            model = load_model(subject.folder, device)
-            tokenizer = AutoTokenizer.from_pretrained(subject.folder)
-            result = evaluate_suites(
-                model,
-                tokenizer,
-                [suite],
-                suites_path=suites_folder(section),
-                num_fewshot=section.num_fewshot,
-                batch_size=section.batch_size,
-                limit=section.limit,
-                on_progress=progress_of(f"{suite} of {subject.role}"),
-            )[suite]
-        (folder / "suite.json").write_text(json.dumps(dataclasses.asdict(result)))
+        with _machine(recipe):
+            scores = score(load_model(subject.folder, device))
+        save_scores(scores, folder / _FILE)
 
-    artifact, _ = store.get_or_make("suites", key, make)
-    return SuiteResult(**json.loads((store.open(artifact) / "suite.json").read_text()))
+    return Store(recipe.execution.store).get_or_make("scores", key, make)[0]
 
 
-def suites_folder(section: EvaluationSection) -> Path | None:
-    """Folder of the recipe's own suite definitions."""
-    return Path(section.suites_path) if section.suites_path else None
+@contextmanager
+def _machine(recipe: Recipe) -> Iterator[None]:
+    """An equal share of the cores for each suite that is scored at the same time."""
+    workers = recipe.evaluation.workers
+    with ExitStack() as stack:
+        stack.enter_context(whole_machine(parts=workers))
+        if workers == 1 or recipe.execution.runner == "processes":
+            stack.enter_context(alone_in_process())
+        yield
 
 
-def _suite_data(section: EvaluationSection) -> dict[str, str]:
-    """What the suites' documents depend on, as far as it lies on this machine: the Python that
-    `python_docs` is made of, and the files beside the recipe's own definitions."""
-    folder = suites_folder(section)
-    files = [path for path in sorted(folder.rglob("*")) if path.is_file()] if folder else []
-    return {"python": platform.python_version(), **{f.name: file_digest(f) for f in files}}
+def _may_pass_next_time(_task: Any, _run: TaskRun, state: State[Any]) -> bool:
+    """Whether a retry can help: not where the input is what is wrong, or time was not enough."""
+    return not isinstance(state.result(raise_on_failure=False), InputError | TimeoutError)
+
+
+def _until(timeout: float | None, report: Progress) -> Progress:
+    """`report`, which raises TimeoutError once `timeout` seconds have passed.
+
+    Not Prefect's `timeout_seconds`: in a thread it raises wherever the code happens to be, and what
+    a library had set for the whole process a moment ago (accelerate, datasets) stays set.
+    """
+    start = time.monotonic()
+
+    def checked(done: int, total: int) -> None:
+        report(done, total)
+        passed = time.monotonic() - start
+        if timeout is not None and passed > timeout and done < total:
+            raise TimeoutError(
+                f"{done} of {total} sequences were scored in {passed:.0f} s, and"
+                f" evaluation.timeout is {timeout:g} s: raise it, or evaluation.batch_size"
+            )
+
+    return checked
+
+
+def _local_mirror(section: EvaluationSection, store: Store) -> Path | None:
+    url = section.data_mirror
+    if url is None or not section.suites:
+        return None
+    if not mirror.is_remote(url):
+        return Path(url)
+    key = digest({"files": mirror.fingerprint(url, section.suites)})
+    artifact, _ = store.get_or_make(
+        "mirror", key, lambda folder: mirror.fetch(url, folder, section.suites)
+    )
+    return store.open(artifact)
+
+
+def _sources(section: EvaluationSection, data: EvaluationData) -> SuiteSources:
+    definitions = Path(section.suites_path) if section.suites_path else None
+    return SuiteSources(definitions, data.mirror)
+
+
+def _asking(section: EvaluationSection) -> dict[str, Any]:
+    return {"num_fewshot": section.num_fewshot, "prefer_norm": section.prefer_norm}

@@ -1,9 +1,14 @@
 """Find the model, check it, and name it by its content."""
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from transformers import AutoTokenizer
+
+from dpq_core.checkpoint import check_checkpoint
 from dpq_core.digests import code_digest, digest
 from dpq_core.reader import SIDE_FILES, CheckpointError, CheckpointReader
 from dpq_core.recipe import ModelSection
@@ -13,7 +18,7 @@ from infra.store import Store
 
 @dataclass(frozen=True)
 class Model:
-    """A base checkpoint on this machine. digest: of its weights, configuration and tokenizer."""
+    """A checkpoint on this machine. digest: of its weights, configuration and tokenizer."""
 
     id: str
     folder: Path
@@ -45,27 +50,61 @@ def resolve(model: ModelSection) -> Path:
 
 
 def inspect(model: ModelSection, store: Store) -> Model:
-    """Check every tensor and take the digest: once for files that have not changed since.
+    """Find a model to quantize: every tensor is checked.
 
     Raises:
         CheckpointError: unreadable, damaged, or not finite, with the file or tensor.
     """
     folder = resolve(model)
+
+    def check() -> None:
+        check_tensors(folder)
+        CheckpointReader(folder).check_finite()
+
+    return Model(model.id, folder, content_digest(folder, store, check))
+
+
+def inspect_any(checkpoint: str, store: Store) -> Model:
+    """Find a checkpoint to measure: 16 bits, native, or a third party's.
+
+    Raises:
+        CheckpointError: as above.
+    """
+    folder = resolve(ModelSection(id=checkpoint))
+    return Model(
+        checkpoint, folder, content_digest(folder, store, lambda: check_checkpoint(folder))
+    )
+
+
+def content_digest(folder: Path, store: Store, check: Callable[[], None] = lambda: None) -> str:
+    """Digest of a checkpoint's weights, configuration and tokenizer. The files are checked and
+    read once for as long as they do not change."""
     reader = CheckpointReader(folder)
     stats = {str(path.resolve()): path.stat() for path in reader.files}
     key = digest(
         {
-            "code": code_digest("dpq_core.streaming"),
+            "code": code_digest("dpq_core.checkpoint"),
             "files": {name: [s.st_size, s.st_mtime_ns] for name, s in stats.items()},
         }
     )
 
     def make(destination: Path) -> None:
-        check_tensors(folder)
-        reader.check_finite()
+        check()
         (destination / "model.json").write_text(json.dumps({"digest": reader.digest()}))
 
     artifact, _ = store.get_or_make("model", key, make)
-    return Model(
-        model.id, folder, json.loads((store.open(artifact) / "model.json").read_text())["digest"]
-    )
+    found: str = json.loads((store.open(artifact) / "model.json").read_text())["digest"]
+    return found
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """A checkpoint's tokenizer.
+
+    Raises:
+        CheckpointError: missing or unusable.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        first_line = str(error).strip().splitlines()[0]
+        raise CheckpointError(f"{folder}: no usable tokenizer: {first_line}") from error

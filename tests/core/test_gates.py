@@ -5,17 +5,46 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dpq_core.gates import ACCURACY, PERPLEXITY, judge
+from dpq_core.gates import COMMONSENSE, compare, judge
+from dpq_core.pairing import Difference, Failure
 from dpq_core.recipe import GatesSection
+from dpq_core.scores import PERPLEXITY, Scores
 
+ACCURACY = "commonsense_accuracy"
 BASELINE = {PERPLEXITY: 8.0, ACCURACY: 64.0}
-BAD = [None, math.nan, math.inf, -math.inf]
 DEFAULT = GatesSection()
 EXACT = GatesSection(perplexity_increase=0.25, accuracy_drop=0.5)  # representable limits
 
 
-def verdict(candidate, baseline=BASELINE, integrity=None, gates=DEFAULT, limited=False):
-    return judge(baseline, candidate, integrity or {}, gates, limited)
+def differences(baseline, candidate, spread=0.0):
+    """As if measured; intervals reach `spread` to both sides."""
+    return {
+        name: Difference(
+            metric=PERPLEXITY if name == PERPLEXITY else "acc",
+            baseline=before,
+            candidate=candidate[name],
+            delta=candidate[name] - before,
+            interval=(candidate[name] - before - spread, candidate[name] - before + spread),
+        )
+        for name, before in baseline.items()
+    }
+
+
+def verdict(candidate, baseline=BASELINE, integrity=None, gates=DEFAULT, limited=False, spread=0.0):
+    found = differences(baseline, baseline | candidate, spread)
+    return judge(found, integrity or {}, gates, limited)
+
+
+def scores(values, metric="acc", name="", weights=None):
+    count = len(values)
+    return Scores(
+        metric=metric,
+        documents=[f"{name}{place}" for place in range(count)],
+        parts=[name] * count,
+        groups=[""] * count,
+        values=[float(value) for value in values],
+        weights=weights or [1.0] * count,
+    )
 
 
 def promoted(*arguments, **keywords):
@@ -76,27 +105,102 @@ def test_relative_to_zero_fails():
     assert not promoted(zero, zero, gates=gates)
 
 
-@pytest.mark.parametrize("bad", BAD, ids=str)
-@pytest.mark.parametrize("mode", ["absolute", "relative"])
-@pytest.mark.parametrize("name", [PERPLEXITY, ACCURACY])
+EVALUATION = {
+    PERPLEXITY: scores([20.0] * 12, PERPLEXITY, weights=[10.0] * 12),
+    **{suite: scores([1, 0, 1, 1], name=suite) for suite in COMMONSENSE},
+    "mmlu": scores([1, 0], name="mmlu"),
+    "wikitext": scores([30.0, 40.0], "perplexity_word", weights=[10.0, 20.0]),
+}
+PLANTED = {
+    "a failed suite": Failure("failed: ValueError: broken"),
+    "a NaN": scores([1, 0, 1, math.nan], name="boolq"),
+    "a missing document": scores([1, 0, 1], name="boolq"),
+    "another document": scores([1, 0, 1, 1], name="others"),
+    "another metric": scores([1, 0, 1, 1], "acc_norm", name="boolq"),
+}
+
+
+def of_evaluations(baseline, candidate, **keywords):
+    found = compare(baseline, candidate)
+    return judge(found, {}, keywords.get("gates", DEFAULT), keywords.get("limited", False))
+
+
+def test_the_names_of_what_is_compared():
+    result = of_evaluations(EVALUATION, EVALUATION)
+    assert result.verdict == "promoted"
+    judged = {name for name, metric in result.metrics.items() if metric.limit is not None}
+    assert judged == {PERPLEXITY, ACCURACY, "accuracy.mmlu"}
+    shown = {f"accuracy.{suite}" for suite in COMMONSENSE} | {"perplexity_word"}
+    assert set(result.metrics) == judged | shown
+    assert result.metrics[ACCURACY].baseline == 75
+    assert result.metrics[PERPLEXITY].baseline == pytest.approx(math.exp(2))
+    assert result.metrics["perplexity_word"].baseline == pytest.approx(math.exp(70 / 30))
+    fewer = {name: found for name, found in EVALUATION.items() if name != "boolq"}
+    assert "accuracy_average" in compare(fewer, fewer)
+
+
+@pytest.mark.parametrize("limited", [False, True])
 @pytest.mark.parametrize("side", ["baseline", "candidate"])
-def test_missing_or_not_finite_fails(side, name, mode, bad):
-    sides = {"baseline": BASELINE, "candidate": BASELINE}
-    result = verdict(**sides | {side: BASELINE | {name: bad}}, gates=GatesSection(mode=mode))
-    assert result.reasons == (f"{name}: {side} missing or not finite",)
+@pytest.mark.parametrize("planted", PLANTED.values(), ids=PLANTED)
+def test_a_broken_suite_is_rejected_and_never_averaged_over(side, planted, limited):
+    sides = {"baseline": EVALUATION, "candidate": EVALUATION}
+    result = of_evaluations(**sides | {side: EVALUATION | {"boolq": planted}}, limited=limited)
+    assert result.verdict == "rejected"
+    assert result.metrics[ACCURACY].delta is None
+    assert any(reason.startswith("accuracy.boolq: ") for reason in result.reasons)
+    assert any(reason.startswith(f"{ACCURACY}: boolq: ") for reason in result.reasons)
     json.dumps(result.as_dict(), allow_nan=False)
 
 
-@pytest.mark.parametrize("name", [PERPLEXITY, ACCURACY])
+@pytest.mark.parametrize("name", [PERPLEXITY, "mmlu", "wikitext", "piqa"])
 @pytest.mark.parametrize("side", ["baseline", "candidate"])
-def test_absent_on_one_side_fails(side, name):
-    sides = {"baseline": BASELINE, "candidate": BASELINE}
-    without = {key: value for key, value in BASELINE.items() if key != name}
-    assert not promoted(**sides | {side: without})
+def test_what_was_measured_on_one_side_only_fails(side, name):
+    sides = {"baseline": EVALUATION, "candidate": EVALUATION}
+    without = {key: value for key, value in EVALUATION.items() if key != name}
+    result = of_evaluations(**sides | {side: without})
+    assert result.verdict == "rejected"
+    assert any(f"{side} not measured" in reason for reason in result.reasons)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_perplexity_that_is_not_finite_fails(value):
+    broken = {PERPLEXITY: scores([20.0] * 11 + [value], PERPLEXITY, weights=[10.0] * 12)}
+    result = of_evaluations(EVALUATION, EVALUATION | broken)
+    assert result.reasons == (
+        f"{PERPLEXITY}: candidate: the scores of 1 of 12 documents are not finite",
+    )
 
 
 def test_what_was_measured_on_neither_side_is_not_judged():
-    assert promoted({PERPLEXITY: 8.0}, {PERPLEXITY: 8.0})
+    assert of_evaluations(*[{PERPLEXITY: EVALUATION[PERPLEXITY]}] * 2).verdict == "promoted"
+
+
+@pytest.mark.parametrize(
+    ("spread", "confidence", "expected"),
+    [(0.2, None, True), (0.2, 0.95, True), (0.3, None, True), (0.3, 0.95, False)],
+)
+def test_confidence_judges_the_worse_end(spread, confidence, expected):
+    gates = GatesSection(perplexity_increase=0.5, accuracy_drop=0.5, confidence=confidence)
+    candidate = {PERPLEXITY: 8.25, ACCURACY: 63.75}
+    result = verdict(candidate, gates=gates, spread=spread)
+    assert (result.verdict == "promoted") is expected
+    assert all(metric.passed is expected for metric in result.metrics.values())
+    assert all("95% interval" in reason for reason in result.reasons)
+
+
+def test_confidence_without_an_interval_fails():
+    few = {PERPLEXITY: scores([20.0] * 9, PERPLEXITY, weights=[10.0] * 9)}
+    assert of_evaluations(few, few).verdict == "promoted"
+    result = of_evaluations(few, few, gates=GatesSection(confidence=0.9))
+    assert "too few windows" in result.reasons[0]
+    assert result.metrics[PERPLEXITY].too_few
+
+
+@pytest.mark.parametrize(("spread", "too_few"), [(0.4, False), (0.6, True)])
+def test_too_few_documents_are_told(spread, too_few):
+    result = verdict({}, gates=EXACT, spread=spread)
+    assert result.metrics[ACCURACY].too_few is too_few
+    assert result.verdict == "promoted"
 
 
 finite = st.floats(1e-3, 1e4)
@@ -141,28 +245,27 @@ def test_integrity_failure_always_rejects(baseline, candidate, gates, limited):
     assert not any("files" in reason for reason in result.reasons)
 
 
-@pytest.mark.parametrize(
-    ("limited", "allow", "expected"),
-    [(False, False, True), (True, False, False), (True, True, True), (False, True, True)],
-)
-def test_limited_runs_are_for_looking(limited, allow, expected):
-    gates = GatesSection(allow_limited=allow)
-    assert promoted(BASELINE, gates=gates, limited=limited) is expected
+@pytest.mark.parametrize("candidate", [BASELINE, {PERPLEXITY: 9.0}])
+@pytest.mark.parametrize(("limited", "allow"), [(True, False), (True, True), (False, True)])
+def test_limited_runs_are_for_looking(candidate, limited, allow):
+    result = verdict(candidate, gates=GatesSection(allow_limited=allow), limited=limited)
+    judged = "promoted" if candidate is BASELINE else "rejected"
+    assert result.verdict == ("inspected" if limited and not allow else judged)
+    assert any("limit left documents" in r for r in result.reasons) is (limited and not allow)
 
 
-@pytest.mark.parametrize("measured", [{}, {"perplexity_word": 9.0, "piqa": 70.0}])
+@pytest.mark.parametrize("measured", [{}, {"wikitext": EVALUATION["wikitext"]}])
 def test_nothing_that_a_gate_judges_is_rejected(measured):
-    result = verdict(measured, measured)
+    result = of_evaluations(measured, measured)
     assert result.reasons == ("nothing was measured that a gate could judge",)
     assert all(metric.passed and metric.limit is None for metric in result.metrics.values())
 
 
 def test_other_metrics_are_shown_and_not_judged():
-    extra = {"perplexity_word": 9.0, "piqa": None}
-    result = verdict(BASELINE | {"perplexity_word": 90.0, "piqa": 1.0}, BASELINE | extra)
+    worse = {"wikitext": scores([60.0, 80.0], "perplexity_word", weights=[10.0, 20.0])}
+    result = of_evaluations(EVALUATION, EVALUATION | worse)
     assert result.verdict == "promoted"
-    assert result.metrics["perplexity_word"].delta == 81
-    assert result.metrics["piqa"].delta is None
+    assert result.metrics["perplexity_word"].delta > 50
 
 
 def test_every_reason_is_given_with_its_numbers():

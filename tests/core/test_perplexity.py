@@ -42,13 +42,18 @@ class Constant(nn.Module):
         return type("Output", (), {"logits": logits})
 
 
+def per_token(scores):
+    return [value / weight for value, weight in zip(scores.values, scores.weights, strict=True)]
+
+
 def test_agrees_with_the_loss_of_transformers_window_by_window(model, windows):
     result = perplexity_token(model, windows, 3)
     with torch.inference_mode():
         losses = [model(input_ids=w[None], labels=w[None]).loss.item() for w in windows]
-    assert result.nll_per_window == pytest.approx(losses, rel=1e-5)
+    assert per_token(result) == pytest.approx(losses, rel=1e-5)
     assert result.value == pytest.approx(math.exp(sum(losses) / len(losses)), rel=1e-5)
-    assert result.tokens == 7 * 23
+    assert result.weights == [23] * 7
+    assert len(set(result.documents)) == 7
 
 
 def test_agrees_with_probabilities_in_float64(model, windows):
@@ -70,7 +75,8 @@ def test_uniform_logits_give_the_size_of_the_vocabulary(windows, dtype):
 def test_the_batch_size_does_not_matter(model, windows, batch_size):
     result = perplexity_token(model, windows, batch_size)
     reference = perplexity_token(model, windows, 3)
-    assert result.nll_per_window == pytest.approx(reference.nll_per_window, rel=1e-5)
+    assert result.values == pytest.approx(reference.values, rel=1e-5)
+    assert result.documents == reference.documents
     assert result.value == pytest.approx(reference.value, rel=1e-5)
 
 
@@ -87,7 +93,7 @@ def test_one_broken_window_is_enough(model, windows):
     result = perplexity_token(model, windows, 3)  # the last batch has one window
     handle.remove()
     assert math.isnan(result.value)
-    assert [math.isnan(nll) for nll in result.nll_per_window] == [False] * 6 + [True]
+    assert [math.isnan(nats) for nats in result.values] == [False] * 6 + [True]
 
 
 def test_a_hopeless_model_gives_infinity_and_no_error(windows):
@@ -98,8 +104,8 @@ def test_a_hopeless_model_gives_infinity_and_no_error(windows):
 
 def test_progress_counts_windows_and_training_mode_is_left(model, windows):
     seen = []
-    perplexity_token(model.train(), windows, 3, seen.append)
-    assert seen == [3, 6, 7]
+    perplexity_token(model.train(), windows, 3, lambda *progress: seen.append(progress))
+    assert seen == [(3, 7), (6, 7), (7, 7)]
     assert not model.training
 
 

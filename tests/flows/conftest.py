@@ -75,8 +75,8 @@ def dpq(recipe_file):
     return run
 
 
-def run_flow(flow, recipe):
-    return flow.with_options(task_runner=task_runner(recipe.execution))(recipe)
+def run_flow(flow, recipe, *arguments):
+    return flow.with_options(task_runner=task_runner(recipe.execution))(recipe, *arguments)
 
 
 def dpq_process(*arguments):

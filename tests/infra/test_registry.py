@@ -89,7 +89,9 @@ def test_rejection_keeps_the_champion_and_says_why(uri, registry, name, run_id):
     good = registry.register(name, "file:///good", run_id, {})
     registry.promote(name, good)
     bad = registry.register(name, "file:///bad", run_id, {})
-    registry.reject(name, bad, ["perplexity +0.07, limit 0.05", "accuracy −0.6, limit 0.5"])
+    registry.withhold(
+        name, bad, "rejected", ["perplexity +0.07, limit 0.05", "accuracy −0.6, limit 0.5"]
+    )
     assert registry.champion(name) == good
     assert tags(uri, name, bad) == {
         "verdict": "rejected",

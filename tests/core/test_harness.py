@@ -8,11 +8,12 @@ import pytest
 import torch
 from transformers import AutoTokenizer, ByT5Tokenizer, LlamaConfig, LlamaForCausalLM
 
-from dpq_core import accuracy, corpus
-from dpq_core.accuracy import SuiteError, check_suites, evaluate_suites
-from dpq_core.suites import python_docs
+from dpq_core import corpus, device, harness
+from dpq_core.suites import definitions, python_docs
+from dpq_core.suites.definitions import SuiteError, SuiteSources, check_suites, loaded_suites
 
 SHARED = Path(__file__).parents[2].parent / "shared"
+SHIPPED = Path(lm_eval.__file__).parent / "tasks"
 STORIES = SHARED / "models/stories-260k"
 BYTES = ByT5Tokenizer(extra_ids=0)
 
@@ -33,6 +34,17 @@ metric_list:
     aggregation: mean
     higher_is_better: true
 {more}
+"""
+ROLLING = """
+task: rolling
+include: {shipped}
+dataset_path: json
+dataset_name: null
+dataset_kwargs:
+  data_files:
+    test: {data}
+training_split: null
+validation_split: null
 """
 NORM = "  - {metric: acc_norm, aggregation: mean, higher_is_better: true}"
 
@@ -71,6 +83,21 @@ def folder(tmp_path):
     return tmp_path, write
 
 
+def evaluate_suites(model, tokenizer, names, suites_path=None, num_fewshot=None, **keywords):
+    prefer_norm = keywords.pop("prefer_norm", True)
+    sources = SuiteSources(definitions=suites_path)
+    with loaded_suites(names, sources, num_fewshot, prefer_norm) as suites:
+        return {
+            name: harness.evaluate_suite(model, tokenizer, suite, **keywords)
+            for name, suite in suites.items()
+        }
+
+
+def digests(names, suites_path=None, **keywords):
+    with loaded_suites(names, SuiteSources(suites_path), **keywords) as suites:
+        return [suite.digest for suite in suites.values()]
+
+
 @torch.inference_mode()
 def log_likelihood(model, context, continuation):
     """By hand, one request at a time, float64 from the logits on."""
@@ -89,10 +116,10 @@ def test_answers_are_those_of_a_loop_by_hand(batch_size):
         scores = [log_likelihood(model, question["context"], c) for c in question["choices"]]
         by_hand.append(float(scores.index(max(scores)) == question["gold"]))
     found = result["python_docs"]
-    assert found.correct == by_hand
+    assert found.values == by_hand
     assert found.value == pytest.approx(100 * sum(by_hand) / 12)
-    assert (found.suite, found.metric, found.documents) == ("python_docs", "acc", 12)
-    assert len(set(found.doc_hashes)) == 12
+    assert (found.metric, set(found.parts), set(found.weights)) == ("acc", {"python_docs"}, {1})
+    assert len(set(found.documents)) == 12
 
 
 def test_two_models_differ_on_the_same_documents_and_nothing_is_cached():
@@ -102,8 +129,8 @@ def test_two_models_differ_on_the_same_documents_and_nothing_is_cached():
         evaluate_suites(tiny(seed), BYTES, ["python_docs"], limit=40)["python_docs"]
         for seed in (0, 1, 0)
     )
-    assert first.doc_hashes == second.doc_hashes
-    assert first.correct != second.correct
+    assert first.documents == second.documents
+    assert first.values != second.values
     assert first == again
     assert {path for path in site.rglob("*") if "__pycache__" not in path.parts} == before
 
@@ -113,7 +140,7 @@ def test_a_broken_model_has_no_accuracy():
     model.lm_head.weight.data[5] = math.nan
     result = evaluate_suites(model, BYTES, ["python_docs"], limit=4)["python_docs"]
     assert math.isnan(result.value)
-    assert all(math.isnan(answer) for answer in result.correct)
+    assert all(math.isnan(answer) for answer in result.values)
 
 
 def test_questions_are_many_distinct_and_fair():
@@ -157,21 +184,44 @@ def test_a_group_is_the_mean_over_its_documents(folder):
     (path / "both.yaml").write_text("group: both\ntask: [one, two]\n" + aggregate)
     model = tiny()
     found = evaluate_suites(model, BYTES, ["one", "two", "both"], suites_path=path)
-    assert found["both"].correct == found["one"].correct + found["two"].correct
-    assert found["both"].doc_hashes == found["one"].doc_hashes + found["two"].doc_hashes
+    assert found["both"].values == found["one"].values + found["two"].values
+    assert found["both"].documents == found["one"].documents + found["two"].documents
+    assert found["both"].parts == ["one"] * 4 + ["two"] * 2
     (path / "both.yaml").write_text("group: both\ntask: [one, two]\n")
     with pytest.raises(SuiteError, match="no mean over its documents"):
-        check_suites(["both"], path)
+        check_suites(["both"], SuiteSources(path))
 
 
 def test_changed_data_are_seen_even_when_their_time_is_not_changed(folder):
     path, write = folder
     model = tiny()
-    answers = []
+    answers, names = [], set()
     for rights in ([0, 0], [1, 1], [2, 2]):
         write("suite", rights, mtime=1e9)
         answers.append(evaluate_suites(model, BYTES, ["suite"], suites_path=path)["suite"].value)
+        names.update(digests(["suite"], path))
     assert sum(answers) == pytest.approx(100)  # each question is answered rightly exactly once
+    assert len(names) == 3
+
+
+def test_a_suite_s_digest_is_that_of_all_it_asks(folder, tmp_path_factory):
+    path, write = folder
+    write("suite", [0, 1, 2] * 2)
+    (plain,) = digests(["suite"], path)
+    assert digests(["suite"], path) == [plain]
+    moved = tmp_path_factory.mktemp("moved")
+    for file in path.iterdir():
+        text = file.read_text().replace(str(path), str(moved))
+        (moved / file.name).write_text(text)
+    assert digests(["suite"], moved) == [plain]  # the same documents in another place
+    others = [
+        *digests(["suite"], path, num_fewshot={"suite": 1}),
+        *digests(["suite"], path, num_fewshot={"suite": 2}),
+    ]
+    definition = path / "suite.yaml"
+    definition.write_text(definition.read_text() + "description: Think.\n")
+    others += digests(["suite"], path)
+    assert len({plain, *others}) == 4
 
 
 def test_few_shot_examples_are_used_or_refused(folder):
@@ -179,9 +229,9 @@ def test_few_shot_examples_are_used_or_refused(folder):
     write("shots", list(range(3)) * 5)
     write("never", [0, 1], "num_fewshot: 0")
     model = tiny()
-    evaluate_suites(model, BYTES, ["shots"], suites_path=path, num_fewshot=2)
+    evaluate_suites(model, BYTES, ["shots"], suites_path=path, num_fewshot={"shots": 2})
     with pytest.raises(SuiteError, match="'never' is zero-shot by definition"):
-        evaluate_suites(model, BYTES, ["shots", "never"], suites_path=path, num_fewshot=2)
+        evaluate_suites(model, BYTES, ["shots", "never"], path, {"shots": 2, "never": 2})
 
 
 def test_no_output_but_on_stderr_and_the_tokenizer_is_left_alone(capfd, monkeypatch):
@@ -195,53 +245,117 @@ def test_no_output_but_on_stderr_and_the_tokenizer_is_left_alone(capfd, monkeypa
 def test_unknown_names_are_told_before_any_work(monkeypatch, folder):
     path, write = folder
     write("known", [0])
-    monkeypatch.setattr(accuracy, "_packaged_index", lambda: {})  # 10 s
-    check_suites(["python_docs", "known"], path)
+    monkeypatch.setattr(definitions, "_packaged_index", lambda: {})  # 10 s
+    check_suites(["python_docs", "known"], SuiteSources(path))
     with pytest.raises(SuiteError, match="'python_doc' is unknown: did you mean python_docs"):
-        check_suites(["known", "python_doc"], path)
+        check_suites(["known", "python_doc"], SuiteSources(path))
     with pytest.raises(SuiteError, match="no such folder"):
-        check_suites(["known"], path / "absent")
+        check_suites(["known"], SuiteSources(path / "absent"))
     (path / "broken.yaml").write_text("task: [known")
     with pytest.raises(SuiteError, match=r"broken\.yaml: not a suite definition"):
-        check_suites(["known"], path)
+        check_suites(["known"], SuiteSources(path))
 
 
 def test_data_out_of_reach_name_the_way_out(folder):
     path, write = folder
     write("gone", [0])
     (path / "gone.jsonl").unlink()
-    with pytest.raises(SuiteError, match=r"'gone': its data cannot be read.*into suites_path"):
+    with pytest.raises(SuiteError, match=r"'gone': its data cannot be read.*data_mirror"):
         evaluate_suites(tiny(), BYTES, ["gone"], suites_path=path)
 
 
-def test_a_suite_without_right_answers_is_refused(folder):
+def test_word_perplexity_is_that_of_the_text_read_once(folder):
+    path, _ = folder
+    texts = ["one two three four", "a b", "long " * 30]
+    data = path / "rolling.jsonl"
+    data.write_text("".join(json.dumps({"page": text}) + "\n" for text in texts))
+    (path / "rolling.yaml").write_text(
+        ROLLING.format(shipped=SHIPPED / "wikitext/wikitext.yaml", data=data)
+    )
+    model = tiny()
+    seen = []
+    found = evaluate_suites(model, BYTES, ["rolling"], path, on_progress=lambda *p: seen.append(p))[
+        "rolling"
+    ]
+    by_hand = [-log_likelihood(model, "</s>", text) for text in texts]
+    assert found.values == pytest.approx(by_hand, rel=1e-5)
+    assert found.weights == [4, 2, 31]
+    assert found.metric == "perplexity_word"
+    assert found.value == pytest.approx(math.exp(sum(by_hand) / 37), rel=1e-5)
+    assert seen[-1] == (3, 3)
+
+
+def test_a_suite_without_a_score_we_know_is_refused(folder):
     path, write = folder
-    write("rolling", [0])
-    definition = (path / "rolling.yaml").read_text()
-    definition = definition.replace("multiple_choice", "loglikelihood_rolling")
+    write("odd", [0])
+    definition = (path / "odd.yaml").read_text().replace("multiple_choice", "loglikelihood_rolling")
     definition = definition[: definition.index("metric_list")]
     definition = definition.replace("doc_to_target: right", "doc_to_target: question")
-    (path / "rolling.yaml").write_text(definition)
-    with pytest.raises(SuiteError, match="'rolling' has no accuracy: it is loglikelihood_rolling"):
-        evaluate_suites(tiny(), BYTES, ["rolling"], suites_path=path)
+    definition += "metric_list:\n  - {metric: bits_per_byte}\n"
+    (path / "odd.yaml").write_text(definition)
+    with pytest.raises(SuiteError, match="'odd' has neither accuracy nor word perplexity"):
+        evaluate_suites(tiny(), BYTES, ["odd"], suites_path=path)
 
 
-def test_a_redefined_subject_leaves_the_group_its_others(folder):
+def test_requests_cut_to_the_window_are_counted(folder):
+    path, write = folder
+    write("suite", [0, 1])
+    model = tiny()
+    assert evaluate_suites(model, BYTES, ["suite"], path)["suite"].truncated == 0
+    model.config.max_position_embeddings = 12
+    assert evaluate_suites(model, BYTES, ["suite"], path)["suite"].truncated == 4  # "a b c", "e e"
+
+
+def test_progress_counts_every_sequence(folder):
+    path, write = folder
+    write("suite", [0, 1, 2])
+    seen = []
+    evaluate_suites(
+        tiny(), BYTES, ["suite"], path, batch_size=2, on_progress=lambda *p: seen.append(p)
+    )
+    assert seen == [(2, 9), (4, 9), (6, 9), (8, 9), (9, 9)]
+
+
+def test_memory_that_does_not_suffice_halves_the_batch(folder):
+    path, write = folder
+    write("suite", [0, 1, 2])
+    model, sizes = tiny(), []
+
+    def refuse(_, arguments):
+        sizes.append(len(arguments[0]))
+        if sizes[-1] > limit:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    def run(batch_size):
+        return evaluate_suites(model, BYTES, ["suite"], path, batch_size=batch_size)["suite"]
+
+    expected = run(8)
+    with model.model.embed_tokens.register_forward_pre_hook(refuse):
+        limit = 3
+        assert device.halving_batches(run, 8).values == expected.values
+        assert sizes == [8, 4, 2, 2, 2, 2, 1]
+        limit = 0
+        with pytest.raises(device.DeviceError, match="a batch of one"):
+            device.halving_batches(run, 8)
+
+
+def test_a_redefined_subject_leaves_the_group_its_others(folder, tmp_path):
     path, write = folder
     write("mmlu_anatomy", [0], "tag: mmlu_stem_tasks")
-    manager, from_files = accuracy._index(["mmlu", "piqa"], path)
-    names = set(accuracy._names(manager.task_index, "mmlu"))
+    sources = SuiteSources(path)
+    manager, from_files = definitions._index(["mmlu", "piqa"], sources, tmp_path / "unused")
+    names = set(definitions._members(manager.task_index, "mmlu"))
     assert len([n for n in names if manager.task_index[n].kind.name == "TASK"]) == 57
     assert manager.task_index["mmlu_anatomy"].yaml_path == path / "mmlu_anatomy.yaml"
     assert from_files == {"mmlu"}
 
 
 def test_the_harness_s_own_suites_are_known():
-    check_suites(["hellaswag", "mmlu", "lambada_openai"])  # 10 s
+    check_suites(["hellaswag", "mmlu", "lambada_openai"], SuiteSources())  # 10 s
     with pytest.raises(SuiteError, match="did you mean hellaswag"):
-        check_suites(["helaswag"])
+        check_suites(["helaswag"], SuiteSources())
     with pytest.raises(SuiteError, match="'ai2_arc' is a label of several suites"):
-        check_suites(["ai2_arc"])
+        check_suites(["ai2_arc"], SuiteSources())
 
 
 @pytest.mark.skipif(not STORIES.exists(), reason="needs ../shared/models")
@@ -249,7 +363,7 @@ def test_a_tokenizer_that_opens_texts_still_opens_them():
     tokenizer = AutoTokenizer.from_pretrained(STORIES)
     torch.manual_seed(0)
     model = LlamaForCausalLM.from_pretrained(STORIES)
-    harness = accuracy._harness(model, tokenizer, 4)
-    assert harness.tok_encode("hello") == tokenizer("hello").input_ids
-    assert harness.tok_encode("hello")[0] == tokenizer.bos_token_id
-    assert accuracy._harness(tiny(), BYTES, 4).tok_encode("a") == [100]
+    opening = harness._harness(model, tokenizer, 4)
+    assert opening.tok_encode("hello") == tokenizer("hello").input_ids
+    assert opening.tok_encode("hello")[0] == tokenizer.bos_token_id
+    assert harness._harness(tiny(), BYTES, 4).tok_encode("a") == [100]

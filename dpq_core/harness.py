@@ -1,0 +1,150 @@
+"""A model in memory, scored on suites of lm-evaluation-harness.
+
+Every document's score stays with the result, so that two models can be compared document by
+document. What the harness decides, and we decide otherwise:
+
+- Log-likelihoods are computed in float32 (its `softmax_dtype`). Left to itself it takes the model's
+  type, and in bfloat16 the choices of a question tie or swap by rounding alone.
+- A log-likelihood that is not finite makes its document's score NaN, and the accuracy with it.
+  The harness takes the first choice, and a broken model scores what the first choice scores.
+- A tokenizer that closes every text with an end-of-text token (ByT5) is kept from closing contexts
+  with it.
+- Requests that are longer than the model's window are cut from the left, as the harness does; how
+  many were is part of the result.
+- Nothing is cached: neither requests nor answers, nor data sets that come from files. No batch size
+  is searched by trying 64 sequences of the model's whole window: see `device.halving_batches`.
+"""
+
+import copy
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from dpq_core.scores import Scores
+from dpq_core.suites.definitions import Suite, SuiteError, quiet
+
+Progress = Callable[[int, int], None]
+
+
+def evaluate_suite(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    suite: Suite,
+    *,
+    batch_size: int = 16,
+    limit: int | None = None,
+    on_progress: Progress | None = None,
+) -> Scores:
+    """Score a suite on the model's device. The model is put into `eval`.
+
+    `batch_size` counts requests (a question's choices), which are sorted by length; `limit` the
+    first documents of each of the suite's tasks. `on_progress` gets the sequences run through the
+    model so far, and those in all.
+
+    Raises:
+        SuiteError: the tokenizer has no token to begin an empty context with.
+    """
+    with quiet():
+        harness = _harness(model, tokenizer, batch_size, on_progress)
+        return _score(harness, suite, limit)
+
+
+def _harness(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    batch_size: int,
+    on_progress: Progress | None = None,
+) -> Any:
+    from lm_eval.models.huggingface import HFLM  # seconds
+
+    if tokenizer.bos_token_id is None and tokenizer.eos_token_id is None:
+        raise SuiteError(
+            "the tokenizer has neither a begin-of-text nor an end-of-text token:"
+            " lm-evaluation-harness needs one for empty contexts"
+        )
+    plain = tokenizer.encode("a", add_special_tokens=False)
+    closed = tokenizer.encode("a")
+    closing = closed[len(closed) - closed[::-1].index(plain[-1]) :]
+
+    class Harness(HFLM):  # type: ignore[misc, unused-ignore]
+        """HFLM whose texts stay open, and which counts what it does."""
+
+        asked = done = truncated = 0  # sequences; requests
+
+        def tok_encode(self, string: str, *args: Any, **kwargs: Any) -> list[int]:
+            ids: list[int] = super().tok_encode(string, *args, **kwargs)
+            return ids[: -len(closing)] if closing and ids[-len(closing) :] == closing else ids
+
+        def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> Any:
+            return super().loglikelihood(requests, disable_tqdm=True)
+
+        def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> Any:
+            lengths = [len(self.tok_encode(request.args[0])) for request in requests]
+            self.asked += sum(-(-length // self.max_length) for length in lengths)
+            return super().loglikelihood_rolling(requests, disable_tqdm=True)
+
+        def _loglikelihood_tokens(
+            self, requests: Any, disable_tqdm: bool = False, override_bs: int | None = None
+        ) -> Any:
+            if override_bs is None:  # not one batch of rolling windows
+                # One-token continuations of the same context share a sequence.
+                self.asked += len({(*before, *after[:-1]) for _, before, after in requests})
+                window = self.max_length + 1
+                self.truncated += sum(len(before) + len(a) > window for _, before, a in requests)
+            return super()._loglikelihood_tokens(requests, True, override_bs)
+
+        def _model_call(self, inps: Any, *args: Any, **kwargs: Any) -> Any:
+            logits = super()._model_call(inps, *args, **kwargs)
+            self.done += len(inps)
+            if on_progress is not None:
+                on_progress(self.done, self.asked)
+            return logits
+
+    return Harness(
+        pretrained=model,
+        tokenizer=copy.deepcopy(tokenizer),  # which is given a padding token
+        batch_size=batch_size,
+        softmax_dtype="float32",
+    )
+
+
+def _score(harness: Any, suite: Suite, limit: int | None) -> Scores:
+    # Not simple_evaluate: it seeds the process's generators and describes the machine for seconds.
+    from lm_eval.evaluator import evaluate
+
+    samples = evaluate(harness, {"tasks": suite.tasks}, limit=limit, bootstrap_iters=0)["samples"]
+    ordered = [
+        (name, sample)
+        for name in suite.tasks
+        for sample in sorted(samples[name], key=lambda sample: sample["doc_id"])
+        if sample["filter"] == samples[name][0]["filter"]
+    ]
+    pairs = [_value(sample, suite) for _, sample in ordered]
+    groups = {name: _label(task) for name, task in suite.tasks.items()}
+    return Scores(
+        metric=suite.kind,
+        truncated=harness.truncated,
+        documents=[sample["doc_hash"] for _, sample in ordered],
+        parts=[name for name, _ in ordered],
+        groups=[groups[name] for name, _ in ordered],
+        values=[value for value, _ in pairs],
+        weights=[weight for _, weight in pairs],
+    )
+
+
+def _value(sample: Mapping[str, Any], suite: Suite) -> tuple[float, float]:
+    """Value and weight of a document, as in `dpq_core.scores`."""
+    if suite.kind == "perplexity_word":
+        log_likelihood, words = sample[suite.metric]
+        return -float(log_likelihood), float(words)
+    log_likelihoods = [response[0] for response in sample["filtered_resps"]]
+    finite = all(math.isfinite(value) for value in log_likelihoods)
+    return (float(sample[suite.metric]) if finite else math.nan), 1.0
+
+
+def _label(task: Any) -> str:
+    """The first of a task's labels: MMLU's categories."""
+    tag = task.get_config("tag")
+    return (tag[0] if tag else "") if isinstance(tag, list) else tag or ""

@@ -1,0 +1,99 @@
+"""Measure any checkpoint (16 bits, native W4A8, a third party's), alone or against another."""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from prefect import flow
+from prefect.artifacts import create_table_artifact
+
+from dpq_core.device import resolve_device, share_machine
+from dpq_core.gates import Metric, compare, judge
+from dpq_core.pairing import CONFIDENCE, Evaluation, Failure
+from dpq_core.recipe import Recipe, RecipeError
+from flows.measure import measure
+from flows.report import gate_rows, publish_parts, score_rows
+from infra.settings import home
+from infra.store import Store
+from infra.tracking import tracked_run, tracking_store
+from tasks.evaluate import EvaluationData, Subject, load_evaluation, prepare
+from tasks.log import log_evaluation, log_metrics, log_scores
+from tasks.model import inspect_any, load_tokenizer
+
+
+@dataclass(frozen=True)
+class EvaluationReport:
+    """Scores of a checkpoint; with a baseline, the differences and what the gates say of them."""
+
+    checkpoint: str
+    against: str | None
+    run_id: str
+    scores: Evaluation
+    metrics: dict[str, Metric]
+    reasons: tuple[str, ...]
+
+    def as_dict(self) -> dict[str, Any]:
+        """The object that `dpq evaluate --json` prints. passed: None where nothing was compared."""
+        return {
+            "checkpoint": self.checkpoint,
+            "against": self.against,
+            "run_id": self.run_id,
+            "scores": score_rows(self.scores),
+            "metrics": {name: asdict(metric) for name, metric in self.metrics.items()},
+            "passed": not self.reasons if self.against else None,
+            "reasons": list(self.reasons),
+        }
+
+
+@flow(name="evaluate")
+def evaluate(recipe: Recipe, checkpoint: str, against: str | None = None) -> EvaluationReport:
+    """Run a recipe's evaluation on `checkpoint`, and on `against` as its baseline.
+
+    Both are hub ids or folders. Scores that a release has stored are found again.
+
+    Raises:
+        RecipeError: nothing to measure. CheckpointError, DataError, MirrorError, SuiteError: one
+            line that says what and where.
+    """
+    if recipe.evaluation.perplexity is None and not recipe.evaluation.suites:
+        raise RecipeError("evaluation measures nothing: name a perplexity data set, or suites")
+    share_machine(recipe.execution.threads_per_worker)
+    resolve_device(recipe.execution.device)
+    roles = {"baseline": against, "candidate": checkpoint}
+    tracking_uri, artifact_root = tracking_store(home())
+    tags = {"recipe_digest": recipe.digest, "checkpoint": checkpoint, "against": against or ""}
+    name = f"evaluate {recipe.registered_name}"
+    with tracked_run(tracking_uri, recipe.registry.experiment, name, tags, artifact_root) as run:
+        found = {role: _inspect(recipe, role, path) for role, path in roles.items() if path}
+        measured = {role: measure(recipe, data, subject) for role, (subject, data) in found.items()}
+        store = Store(recipe.execution.store)
+        scores = {role: load_evaluation(each, store) for role, each in measured.items()}
+        metrics, reasons = _compared(recipe, scores)
+        log_scores(run, scores)
+        log_metrics(run, metrics)
+        parts = log_evaluation(run, recipe, measured)
+        create_table_artifact(score_rows(scores["candidate"]), key="scores")
+        if metrics:
+            create_table_artifact(gate_rows(metrics), key="gates")
+        publish_parts(parts)
+    return EvaluationReport(checkpoint, against, run.run_id, scores["candidate"], metrics, reasons)
+
+
+def _inspect(recipe: Recipe, role: str, checkpoint: str) -> tuple[Subject, EvaluationData]:
+    store = Store(recipe.execution.store)
+    model = inspect_any(checkpoint, store)
+    data = prepare(recipe.evaluation, load_tokenizer(model.folder), store)
+    return Subject(role, model.folder, model.digest), data
+
+
+def _compared(
+    recipe: Recipe, scores: dict[str, Evaluation]
+) -> tuple[dict[str, Metric], tuple[str, ...]]:
+    """Differences, and why the gates would not let them pass. Without a baseline: what failed."""
+    if "baseline" not in scores:
+        failed = {n: s for n, s in scores["candidate"].items() if isinstance(s, Failure)}
+        return {}, tuple(f"{name}: {failure.reason}" for name, failure in failed.items())
+    confidence = recipe.gates.confidence or CONFIDENCE
+    differences = compare(scores["baseline"], scores["candidate"], confidence)
+    limited = recipe.evaluation.limit is not None
+    verdict = judge(differences, {}, recipe.gates, limited)
+    return verdict.metrics, verdict.reasons

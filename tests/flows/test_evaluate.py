@@ -1,0 +1,273 @@
+"""Evaluation on real services: what is scored once, what is rejected, what a kill leaves."""
+
+import json
+import os
+import shutil
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import dpq_process, run_flow
+from pyarrow import parquet
+from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
+
+from dpq_core.recipe import parse_recipe
+from flows.cli import app
+from flows.evaluate import evaluate as evaluate_flow
+from flows.release import release
+from infra.store import Store
+from infra.tracking import mlflow_client, tracking_store
+
+SUITE = """
+task: {name}
+dataset_path: json
+dataset_name: null
+dataset_kwargs: {{data_files: {{test: {data}}}}}
+output_type: multiple_choice
+test_split: test
+doc_to_text: question
+doc_to_choice: answers
+doc_to_target: right
+metric_list:
+  - {{metric: acc, aggregation: mean, higher_is_better: true}}
+"""
+BROKEN = "def process_results(doc, results):\n    raise ArithmeticError('planted')\n"
+
+
+def write_suite(folder, name, documents=40):
+    rows = [
+        {"question": f"{name} {i}:", "answers": [" abc", " the", " 123"], "right": i % 3}
+        for i in range(documents)
+    ]
+    data = folder / f"{name}.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / f"{name}.yaml").write_text(SUITE.format(name=name, data=data))
+    return data
+
+
+@pytest.fixture
+def suites(tmp_path):
+    folder = tmp_path / "suites"
+    folder.mkdir()
+    for name in ("first", "second"):
+        write_suite(folder, name)
+    return folder
+
+
+@pytest.fixture
+def content(content, suites, tmp_path):
+    """The session's recipe with suites, and a store of its own without scores."""
+    evaluation = content["evaluation"] | {
+        "suites": ["first", "second"],
+        "suites_path": str(suites),
+        "batch_size": 32,
+    }
+    gates = {"perplexity_increase": 10, "accuracy_drop": 90}
+    store = shutil.copytree(content["execution"]["store"], tmp_path / "store")
+    shutil.rmtree(store / "scores", ignore_errors=True)
+    execution = content["execution"] | {"store": str(store)}
+    return content | {"evaluation": evaluation, "gates": gates, "execution": execution}
+
+
+@pytest.fixture
+def own_store(content):
+    return Path(content["execution"]["store"])
+
+
+@pytest.fixture
+def model(quickstart_model, tmp_path):
+    return shutil.copytree(quickstart_model, tmp_path / "model")
+
+
+@pytest.fixture
+def evaluate(recipe_file):
+    """`dpq evaluate CHECKPOINT … --json`: the object that it prints."""
+
+    def run(checkpoint, *arguments):
+        command = ["evaluate", str(checkpoint), "--recipe", str(recipe_file), "--json"]
+        result = CliRunner().invoke(app, [*command, *arguments])
+        assert result.exit_code == 0, result.stderr
+        return json.loads(result.stdout)
+
+    return run
+
+
+def values(report):
+    return {row["suite"]: row["value"] for row in report["scores"]}
+
+
+def score_artifacts(store):
+    complete = (store / "scores").glob("*/.artifact.json")
+    return {path.parent.name: path.stat().st_mtime_ns for path in complete}
+
+
+def test_the_same_model_twice_costs_nothing_the_second_time(evaluate, model, own_store, tmp_path):
+    first = evaluate(model)
+    scored = score_artifacts(own_store)
+    assert list(values(first)) == ["perplexity_token", "first", "second"]
+    assert [row["documents"] for row in first["scores"][1:]] == [40, 40]
+    moved = shutil.copytree(model, tmp_path / "elsewhere")
+    assert values(evaluate(moved)) == values(first)
+    assert score_artifacts(own_store) == scored
+
+
+def test_another_model_at_the_same_path_gets_answers_of_its_own(evaluate, model, own_store):
+    first, scored = evaluate(model), score_artifacts(own_store)
+    tensors = load_file(model / "model.safetensors")
+    tensors["model.norm.weight"] *= -1
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+    assert values(evaluate(model))["perplexity_token"] > 2 * values(first)["perplexity_token"]
+    assert len(score_artifacts(own_store)) == 2 * len(scored)
+
+
+def test_a_changed_document_changes_the_result(evaluate, model, suites, own_store):
+    data = suites / "first.jsonl"
+    before, scored = evaluate(model), score_artifacts(own_store)
+    stat = data.stat()
+    rows = [json.loads(line) for line in data.read_text().splitlines()]
+    rows[7]["right"] = (rows[7]["right"] + 1) % 3
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    os.utime(data, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert data.stat().st_size == stat.st_size
+    evaluate(model)
+    fresh = score_artifacts(own_store).keys() - scored.keys()
+    assert len(fresh) == 1  # the second suite and the windows are found again
+    assert values(before)["second"] == values(evaluate(model))["second"]
+
+
+def test_a_planted_degradation_is_rejected_with_the_right_reason(recipe, own_store):
+    good = run_flow(release, recipe)
+    assert good.verdict.verdict == "promoted"
+    shuffle_codes_of_a_layer(own_store)
+    shutil.rmtree(own_store / "checkpoints")
+    gates = recipe.gates.model_copy(update={"perplexity_increase": 0.05})
+    bad = run_flow(release, recipe.model_copy(update={"gates": gates}))
+    assert bad.verdict.verdict == "rejected"
+    (reason,) = bad.verdict.reasons
+    assert reason.startswith("perplexity_token: increase from ")
+    found, metric = (r.verdict.metrics["perplexity_token"] for r in (good, bad))
+    assert metric.baseline == found.baseline
+    assert metric.delta > 10 * abs(found.delta)
+    assert metric.interval[0] > 0.05
+
+
+def shuffle_codes_of_a_layer(store):
+    """Replace one layer's artifact by one that is whole, and wrong."""
+    path = next(
+        path
+        for path in sorted((store / "layers").glob("*/layer.safetensors"))
+        if load_file(path)["weight_packed"].shape[1] * 8 > 256  # mlp.down_proj
+    )
+    tensors = load_file(path)
+    shuffled = torch.randperm(len(tensors["weight_packed"]))
+    tensors["weight_packed"] = tensors["weight_packed"][shuffled].contiguous()
+    report = (path.parent / "report.json").read_text()
+    shutil.rmtree(path.parent)
+    with Store(store).writing("layers", path.parent.name) as folder:
+        save_file(tensors, folder / "layer.safetensors")
+        (folder / "report.json").write_text(report)
+
+
+def test_a_failed_suite_is_rejected_and_the_others_are_kept(recipe, suites, own_store):
+    (suites / "planted.py").write_text(BROKEN)
+    definition = suites / "first.yaml"
+    definition.write_text(
+        definition.read_text() + "process_results: !function planted.process_results\n"
+    )
+    result = run_flow(release, recipe)
+    assert result.verdict.verdict == "rejected"
+    assert result.verdict.metrics["accuracy_average"].delta is None
+    assert result.verdict.metrics["accuracy.second"].passed
+    assert any(
+        reason.startswith("accuracy.first: baseline failed: ArithmeticError: planted")
+        for reason in result.verdict.reasons
+    )
+    assert len(score_artifacts(own_store)) >= 4  # perplexity and the second suite, of both models
+
+
+def test_every_document_is_in_mlflow(recipe, services_home, tmp_path):
+    result = run_flow(release, recipe)
+    client = mlflow_client(tracking_store(services_home)[0])
+    table = parquet.read_table(
+        client.download_artifacts(result.run_id, "documents.parquet", str(tmp_path))
+    )
+    answers = {row["document"]: row for row in table.to_pylist() if row["suite"] == "first"}
+    assert len(answers) == 40
+    for name, role in (("baseline", "baseline"), ("candidate", "candidate")):
+        mean = sum(row[role] for row in answers.values()) / 40
+        metric = result.verdict.metrics["accuracy.first"]
+        assert getattr(metric, name) == pytest.approx(100 * mean)
+    assert {row["metric"] for row in table.to_pylist()} == {"acc", "perplexity_token"}
+
+
+def test_against_another_checkpoint(evaluate, recipe, quickstart_model, services_home):
+    released = run_flow(release, recipe)
+    scored = score_artifacts(Path(recipe.execution.store))
+    report = evaluate(released.checkpoint, "--against", str(quickstart_model))
+    assert score_artifacts(Path(recipe.execution.store)) == scored  # found again, all of it
+    assert report["passed"] is True
+    assert report["reasons"] == []
+    for name, metric in released.verdict.as_dict()["metrics"].items():
+        assert report["metrics"][name] == metric | {"interval": list(metric["interval"])}
+    worse = evaluate(
+        released.checkpoint,
+        *("--against", str(quickstart_model), "--set", "gates.perplexity_increase=0.000001"),
+    )
+    assert worse["passed"] is False
+    assert worse["reasons"][0].startswith("perplexity_token: increase")
+
+
+def test_a_limited_run_is_inspected(dpq):
+    limited = dpq("release", "--json", "--set", "evaluation.limit=8")
+    assert limited.exit_code == 2, limited.stderr
+    report = json.loads(limited.stdout)
+    assert report["verdict"] == "inspected"
+    assert report["metrics"]["accuracy_average"]["documents"] == 16
+    allowed = dpq(
+        "release", "--json", "--set", "evaluation.limit=8", "--set", "gates.allow_limited=true"
+    )
+    assert allowed.exit_code == 0, allowed.stderr
+
+
+def test_a_time_limit_is_named_and_leaves_the_others(evaluate, model, suites):
+    write_suite(suites, "first", documents=3000)
+    report = evaluate(model, "--set", "evaluation.timeout=0.5")
+    assert values(report)["second"] is not None
+    assert values(report)["first"] is None
+    failed = [reason for reason in report["reasons"] if reason.startswith("first: ")]
+    assert failed[0].startswith("first: failed: TimeoutError: ")
+    assert "evaluation.timeout is 0.5 s" in failed[0]
+
+
+@pytest.mark.parametrize("runner", ["threads", "processes"])
+def test_suites_at_a_time_give_the_same_scores(content, services_home, runner):
+    quick = parse_recipe(content)
+    model = quick.model.id
+    expected = run_flow(evaluate_flow, quick, model).scores
+    at_once = content["evaluation"] | {"workers": 2}
+    execution = content["execution"] | {"runner": runner}
+    execution["store"] += "-fresh"
+    other = parse_recipe(content | {"evaluation": at_once, "execution": execution})
+    assert run_flow(evaluate_flow, other, model).scores == expected
+
+
+def test_killed_between_two_suites_and_run_again(evaluate, recipe_file, model, own_store):
+    folder = Path(json.loads(recipe_file.read_text())["evaluation"]["suites_path"])
+    write_suite(folder, "second", documents=4000)
+    first = dpq_process("evaluate", model, "--recipe", recipe_file)
+    deadline = time.monotonic() + 200
+    while len(score_artifacts(own_store)) < 2:
+        assert first.poll() is None, first.communicate()[1]
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    first.kill()
+    first.communicate()
+    kept = score_artifacts(own_store)
+    assert len(kept) == 2  # perplexity and the first suite
+    report = evaluate(model)
+    now = score_artifacts(own_store)
+    assert {key: now[key] for key in kept} == kept
+    assert len(now) == 3
+    assert [row["documents"] for row in report["scores"]][1:] == [40, 4000]
