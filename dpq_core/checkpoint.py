@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from dpq_core.digests import file_digest
+from dpq_core.foreign import fill_gptq, load_compressed_tensors, unsupported
 from dpq_core.linear import W4A8Linear, expected_shapes, layer_from_tensors, layer_tensors
 from dpq_core.plan import Plan
 from dpq_core.quantize import LayerReport, QuantizedLinear
@@ -280,15 +281,24 @@ def check_checkpoint(folder: Path) -> None:
 
 
 def load_model(folder: Path, device: torch.device | str = "cpu") -> Any:
-    """A transformers causal LM from a native checkpoint, or a 16-bit one from any other.
+    """A transformers causal LM from any checkpoint: native, 16 bits, or a third party's.
 
     Raises:
-        CheckpointError: see `load_quantized`.
+        CheckpointError: see `load_quantized`, and `dpq_core.foreign`.
     """
     with building:
         if (folder / MANIFEST).is_file():
             return load_quantized(folder, device)
-        return _complete(empty_model(folder), CheckpointReader(folder), device)
+        quantization = read_config(folder).get("quantization_config")
+        method = quantization.get("quant_method") if quantization else None
+        if method == "compressed-tensors":
+            return load_compressed_tensors(folder).to(device).eval()
+        if method not in (None, "gptq"):
+            raise unsupported(folder, method)
+        model, reader = empty_model(folder), CheckpointReader(folder)
+        if quantization:
+            fill_gptq(model, reader, quantization)
+        return _complete(model, reader, device)
 
 
 def load_quantized(folder: str | Path, device: torch.device | str = "cpu") -> Any:

@@ -272,15 +272,24 @@ def _documents_digest(documents: Iterable[Any]) -> str:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """The harness prints to stdout now and then, and warns of what is meant here."""
+    """The harness prints to stdout now and then, warns of what is meant here, and draws bars of
+    its own."""
+    from lm_eval.api import task
+
     logger = logging.getLogger("lm_eval")
-    level = logger.level
+    level, bar = logger.level, task.tqdm
     logger.setLevel(logging.ERROR)
+    task.tqdm = _no_bar
     try:
         with redirect_stdout(sys.stderr):
             yield
     finally:
         logger.setLevel(level)
+        task.tqdm = bar
+
+
+def _no_bar(documents: Iterable[Any], **_: Any) -> Iterable[Any]:
+    return documents
 
 
 @contextmanager

@@ -1,0 +1,109 @@
+"""The same numbers as lm-evaluation-harness' own command line: same model, data and settings."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import lm_eval
+import pytest
+from transformers import AutoTokenizer
+
+from dpq_core.checkpoint import load_model
+from dpq_core.harness import evaluate_suite
+from dpq_core.suites.definitions import SuiteSources, loaded_suites
+
+SHARED = Path(__file__).parents[2].parent / "shared"
+MODEL, DATA = SHARED / "models/wiki-llama-12m", SHARED / "data"
+TASKS = Path(lm_eval.__file__).parent / "tasks"
+
+BATCH_SIZE, LIMIT = 8, 40
+
+# Written by hand, without `dpq_core.mirror`: the harness's definition, and the files of a split.
+SUITES = {
+    "arc_easy": (
+        "arc/arc_easy.yaml",
+        {"train": "validation", "validation": "validation", "test": "test"},
+    ),
+    "winogrande": (
+        "winogrande/default.yaml",
+        {"train": "validation", "validation": "validation"},
+    ),
+    "piqa": ("piqa/piqa.yaml", {"train": "validation", "validation": "validation"}),
+    "wikitext": (
+        "wikitext/wikitext.yaml",
+        {"train": "test", "validation": "test", "test": "test"},
+    ),
+}
+FOLDERS = {"wikitext": "wikitext2_document_level_test"}
+LIMITS = {"wikitext": 3}
+METRICS = {
+    "acc": "acc,none",
+    "acc_norm": "acc_norm,none",
+    "perplexity_word": "word_perplexity,none",
+}
+
+pytestmark = pytest.mark.skipif(not SHARED.exists(), reason="needs ../shared")
+
+
+def by_command_line(suite, folder):
+    """What `lm-eval` writes: the suite's results by the harness's names of metrics."""
+    definition, files = SUITES[suite]
+    data = {
+        split: str(DATA / FOLDERS.get(suite, suite) / f"{name}.jsonl.gz")
+        for split, name in files.items()
+    }
+    (folder / f"{suite}.yaml").write_text(
+        f"include: {TASKS / definition}\ntask: {suite}\ndataset_path: json\ndataset_name: null\n"
+        f"dataset_kwargs: {json.dumps({'data_files': data})}\n"
+    )
+    command = {
+        "--model": "hf",
+        "--model_args": f"pretrained={MODEL},softmax_dtype=float32",
+        "--tasks": suite,
+        "--include_path": folder,
+        "--limit": LIMITS.get(suite, LIMIT),
+        "--batch_size": BATCH_SIZE,
+        "--device": "cpu",
+        "--output_path": folder / "out",
+    }
+    arguments = [str(part) for pair in command.items() for part in pair]
+    lm_eval_main = "from lm_eval.__main__ import cli_evaluate; cli_evaluate()"
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "HF_HOME": str(folder / "hf"),
+        "HF_HUB_OFFLINE": "1",
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", lm_eval_main, "run", *arguments],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    (results,) = (folder / "out").rglob("results_*.json")
+    return json.loads(results.read_text())["results"][suite]
+
+
+@pytest.fixture(scope="module")
+def model():
+    return load_model(MODEL)
+
+
+@pytest.mark.parametrize("suite", SUITES)
+def test_to_the_last_digit(suite, model, tmp_path):
+    with loaded_suites([suite], SuiteSources(mirror=DATA)) as suites:
+        found = evaluate_suite(
+            model,
+            AutoTokenizer.from_pretrained(MODEL),
+            suites[suite],
+            batch_size=BATCH_SIZE,
+            limit=LIMITS.get(suite, LIMIT),
+        )
+    expected = by_command_line(suite, tmp_path)[METRICS[found.metric]]
+    unit = 1 if found.metric == "perplexity_word" else 100
+    assert found.value == pytest.approx(unit * expected, rel=1e-14)
+    assert 0 < found.value != unit
