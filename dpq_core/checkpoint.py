@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from dpq_core.digests import file_digest
-from dpq_core.foreign import fill_gptq, load_compressed_tensors, unsupported
+from dpq_core.foreign import fill_gptq, load_compressed_tensors, quantization_of, unsupported
 from dpq_core.linear import W4A8Linear, expected_shapes, layer_from_tensors, layer_tensors
 from dpq_core.plan import Plan
 from dpq_core.quantize import LayerReport, QuantizedLinear
@@ -275,7 +275,7 @@ def check_checkpoint(folder: Path) -> None:
     """
     if (folder / MANIFEST).is_file():
         QuantizedCheckpoint(folder).verify()
-    elif "quantization_config" not in read_config(folder):
+    elif quantization_of(folder) is None:
         check_tensors(folder)
         CheckpointReader(folder).check_finite()
 
@@ -289,8 +289,8 @@ def load_model(folder: Path, device: torch.device | str = "cpu") -> Any:
     with building:
         if (folder / MANIFEST).is_file():
             return load_quantized(folder, device)
-        quantization = read_config(folder).get("quantization_config")
-        method = quantization.get("quant_method") if quantization else None
+        quantization = quantization_of(folder)
+        method = quantization["quant_method"] if quantization else None
         if method == "compressed-tensors":
             return load_compressed_tensors(folder).to(device).eval()
         if method not in (None, "gptq"):

@@ -1,22 +1,19 @@
-"""Other people's quantized checkpoints, loaded to be compared with ours.
+"""Other people's quantized checkpoints, for comparison: GPTQ and compressed-tensors.
 
-compressed-tensors: by transformers and the `compressed-tensors` package, as anyone else loads them;
-linears then round their inputs as the checkpoint's scheme says. Both only warn, or say nothing,
-where tensors are missing, unused or of another shape: here that is an error.
+GPTQ (AutoGPTQ, GPTQModel) stores a linear layer [N, K] with groups of columns as
 
-GPTQ: its own package does not install beside our stack, so the weights are dequantized here, and
-16-bit linears run them (W4A16 or W8A16). For input k and output n, in the model's 16-bit type:
+    qweight [K · bits / 32, N] int32   codes along K, lowest bits first
+    qzeros  [G, N · bits / 32] int32   zero points along N; minus one unless `gptq_v2`
+    scales  [G, N] fp16, g_idx [K] int32 (needed where `desc_act` ordered the columns)
 
-    W[n, k] = scales[g, n] · (q[k, n] − z[g, n])        g = g_idx[k], or k // group_size
+    weight[n, k] = scales[g, n] · (code[k, n] − zero[g, n])        g = g_idx[k], or k // group_size
 
-`scales` are rounded to that type first, the difference is exact in it, and the product is rounded
-once: the arithmetic of the kernels that hold their scales in the model's type. Layout, with
-p = 32 / bits codes an int32, lowest bits first:
+The product is made in float32 and kept in the model's 16-bit type: arithmetic in 16 bits, as these
+checkpoints are run (W4A16). Layout: the GPTQ reference code and AutoGPTQ's `qlinear`.
 
-    qweight  int32 [in / p, out]    q, packed along the input
-    qzeros   int32 [G, out / p]     z (`gptq_v2`) or z − 1 modulo 2**bits (`gptq`, as in AutoGPTQ)
-    scales   float [G, out]
-    g_idx    int32 [in]             needed where `desc_act` ordered the inputs
+compressed-tensors is loaded by transformers with the library of that name, activations' rounding
+included. What it would load only by leaving something out is refused, and so are tensors of another
+shape, which neither of the two compares.
 """
 
 from collections.abc import Mapping
@@ -25,177 +22,245 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from compressed_tensors.quantization import apply_quantization_config
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from dpq_core.reader import CheckpointError, CheckpointReader, read_config, read_json
-from dpq_core.streaming import empty_model, fill_parameters
+from dpq_core.streaming import empty_model
 
+SUPPORTED = ("compressed-tensors", "gptq")
 _OLD_GPTQ = "quantize_config.json"  # AutoGPTQ's, before it wrote into config.json
-_NOT_RUN = ("kv_cache_scheme", "transform_config")  # of compressed-tensors
 
 
 def quantization_of(folder: Path) -> dict[str, Any] | None:
     """What a checkpoint says about its quantization, `quant_method` included; None: 16 bits.
 
     Raises:
-        CheckpointError: it is no JSON object, or does not name its method.
+        CheckpointError: `config.json` has a `quantization_config` that names no method.
     """
-    found = read_config(folder).get("quantization_config")
-    if found is None and (folder / _OLD_GPTQ).is_file():
+    config = read_config(folder)
+    if "quantization_config" not in config and (folder / _OLD_GPTQ).is_file():
         return {"quant_method": "gptq"} | read_json(folder / _OLD_GPTQ)
+    found = config.get("quantization_config")
     if found is not None and not (isinstance(found, dict) and "quant_method" in found):
         raise CheckpointError(f"{folder / 'config.json'}: quantization_config has no quant_method")
     return found
 
 
-def load_foreign(folder: Path, device: torch.device | str = "cpu") -> Any:
-    """A transformers causal LM from a third party's checkpoint; see the module for its arithmetic.
+def fill_gptq(model: nn.Module, reader: CheckpointReader, config: dict[str, Any]) -> None:
+    """Give the empty linears of `model` their dequantized weights, in its own type.
+
+    Args:
+        config: `quantization_config` of the checkpoint's `config.json`.
 
     Raises:
-        CheckpointError: a method, format or number of bits that is not supported, or a tensor that
-            is missing, unused, of another shape, or not finite.
+        CheckpointError: bits, a group size or a format that is not read; a tensor that is missing,
+            not finite, of another shape or type, or that no parameter of the model takes.
     """
-    quantization = quantization_of(folder) or {}
-    method = quantization.get("quant_method")
-    if method not in _LOADERS:
-        raise CheckpointError(
-            f"{folder}: quant_method {method!r} is not supported: known are {', '.join(_LOADERS)}, "
-            "16-bit checkpoints, and ours; give the checkpoint in one of these"
-        )
-    model = _LOADERS[method](folder, quantization)
-    for name, tensor in model.named_parameters():
-        if tensor.is_floating_point() and not torch.isfinite(tensor.float()).all():
-            raise CheckpointError(f"{folder}: {name} is not finite once loaded")
-    return model.to(device).eval()
+    layout = _gptq_layout(reader.folder, config)
+    linears = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and f"{name}.qweight" in reader
+    }
+    if not linears:
+        raise CheckpointError(f"{reader.folder}: no layer has a qweight, as GPTQ would write it")
+    _check_head(model, reader)
+    _check_all_used(reader, {*model.state_dict(), *_gptq_names(linears)})
+    reader.check_finite()
+    for name, linear in linears.items():
+        tensors = _layer(reader, name, linear, layout)
+        weight = _dequantize(tensors, layout).to(linear.weight.dtype)
+        linear.weight = nn.Parameter(weight, requires_grad=False)
 
 
-def _compressed_tensors(folder: Path, quantization: Mapping[str, Any]) -> Any:
-    for key in _NOT_RUN:
-        if quantization.get(key):
-            raise CheckpointError(
-                f"{folder}: {key} is set, which transformers does not apply in evaluation: "
-                "give a checkpoint that was made without it"
-            )
-    CheckpointReader(folder)  # says what is wrong with the files
+def load_compressed_tensors(folder: Path) -> Any:
+    """The transformers model of a compressed-tensors checkpoint, on the CPU.
+
+    Raises:
+        CheckpointError: a variant that transformers does not load, or tensors left over or out.
+    """
+    from compressed_tensors.quantization import apply_quantization_config  # slow to import
+
     expected = empty_model(folder)
+    config = _with_group_formats(folder)
     try:
-        model, loading = AutoModelForCausalLM.from_pretrained(
+        model, info = AutoModelForCausalLM.from_pretrained(
             folder,
-            config=_with_group_formats(folder),
+            config=config,
             dtype=expected.dtype,
             use_safetensors=True,
             trust_remote_code=False,
             output_loading_info=True,
         )
-        _refuse_incomplete(folder, loading)
-        compressor = model.hf_quantizer.compressor
-        compressor.decompress_model(model)  # else at the first forward, with its errors
-        apply_quantization_config(expected, compressor.quantization_config, show_progress=False)
-    except CheckpointError:
-        raise
-    except Exception as error:  # whatever two libraries raise about a file that they cannot read
+        with torch.inference_mode():  # the library unpacks at the first forward
+            model(input_ids=torch.zeros(1, 1, dtype=torch.int64))
+        scheme = model.hf_quantizer.compressor.quantization_config
+        apply_quantization_config(expected, scheme, show_progress=False)
+    except Exception as error:  # of transformers, compressed-tensors, torch
+        said = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise CheckpointError(
-            f"{folder}: transformers and compressed-tensors cannot load it "
-            f"({type(error).__name__}: {str(error).strip().partition(chr(10))[0]})"
+            f"{folder}: transformers does not load this variant of compressed-tensors: {said}:"
+            " integer weights in pack-quantized or int-quantized format load"
         ) from error
-    _refuse_misshapen(folder, model, expected)
+    for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if info[what]:
+            name = sorted(map(str, info[what]))[0]
+            raise CheckpointError(
+                f"{folder}: {len(info[what])} {what.replace('_', ' ')}, {name} the first: the"
+                " checkpoint does not fit its quantization_config"
+            )
+    _check_loaded(folder, model, expected)
     return model
 
 
 def _with_group_formats(folder: Path) -> Any:
-    """The configuration, with the checkpoint's format where a group of linears has none.
+    """The configuration, with the checkpoint's format where a group of layers names none.
 
-    The package would guess one from the scheme, and guesses wrong for 4-bit weights with FP8 inputs.
+    The library would guess one, and guesses wrong for packed weights with FP8 inputs.
     """
     config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     quantization = config.quantization_config
-    one_format = quantization.get("format") != "mixed-precision"
-    if one_format and quantization.get("quantization_status") == "compressed":
-        for group in quantization["config_groups"].values():
-            if isinstance(group, dict) and not group.get("format"):  # else a preset's name
-                group["format"] = quantization["format"]
+    if quantization.get("transform_config"):
+        raise CheckpointError(
+            f"{folder}: transform_config is set, which transformers does not apply: give a"
+            " checkpoint without rotations at run time"
+        )
+    whole = quantization.get("format")
+    if quantization.get("quantization_status") == "compressed" and whole != "mixed-precision":
+        for group in (quantization.get("config_groups") or {}).values():
+            if isinstance(group, dict):  # else the name of a preset
+                group["format"] = group.get("format") or whole
     return config
 
 
-def _refuse_incomplete(folder: Path, loading: Mapping[str, Any]) -> None:
-    for what, names in loading.items():  # missing_keys, unexpected_keys, …
-        if names:
-            first, *others = sorted(map(str, names))
-            more = f" and {len(others)} more" if others else ""
-            raise CheckpointError(
-                f"{folder}: {what.replace('_', ' ')}: {first}{more}; the quantization_config in "
-                "config.json does not describe these tensors"
-            )
+def _check_loaded(folder: Path, model: nn.Module, expected: nn.Module) -> None:
+    """Each parameter is there, finite, and of the shape that the configuration asks for.
 
-
-def _refuse_misshapen(folder: Path, model: Any, expected: Any) -> None:
-    """transformers does not compare shapes where a quantizer is at work, and scales broadcast."""
+    A scale of another shape would be broadcast.
+    """
     found = dict(model.named_parameters())
     for name, parameter in expected.named_parameters():
-        if name not in found or found[name].shape != parameter.shape:
-            shape = list(found[name].shape) if name in found else "missing"
+        loaded = found.get(name)
+        shape = None if loaded is None else list(loaded.shape)
+        scalars = loaded is not None and loaded.numel() == parameter.numel() == 1
+        if shape != list(parameter.shape) and not scalars:
             raise CheckpointError(
-                f"{folder}: {name} is {shape} once loaded, but config.json asks for "
-                f"{list(parameter.shape)}"
+                f"{folder}: {name} is {shape or 'missing'}, but config.json asks for"
+                f" {list(parameter.shape)}"
             )
+    for name, loaded in found.items():
+        if loaded.is_floating_point() and not torch.isfinite(loaded.float()).all():
+            raise CheckpointError(f"{folder}: {name} has NaN or an infinite value")
+
+
+def unsupported(folder: Path, method: object) -> CheckpointError:
+    """The error for any other `quant_method`."""
+    return CheckpointError(
+        f"{folder}: quant_method {method!r} is not read: 16 bits, our own, and"
+        f" {' and '.join(SUPPORTED)} are"
+    )
 
 
 @dataclass(frozen=True)
-class _GptqFormat:
-    """group_size: −1 is one group for all inputs. zero_offset: what the stored zero points lack."""
+class _Layout:
+    """group_size: -1 is all columns. ordered: g_idx says which group a column is in. offset: what
+    zero points were stored without."""
 
     bits: int
     group_size: int
-    desc_act: bool
-    zero_offset: int
-
-    def shapes(self, rows: int, features: int) -> dict[str, tuple[list[int], tuple[str, ...]]]:
-        """Shape and possible safetensors types of the tensors of a linear [rows, features]."""
-        codes = 32 // self.bits
-        groups = 1 if self.group_size == -1 else -(-features // self.group_size)
-        return {
-            "qweight": ([-(-features // codes), rows], ("I32",)),
-            "qzeros": ([groups, -(-rows // codes)], ("I32",)),
-            "scales": ([groups, rows], ("F16", "BF16", "F32")),
-            "g_idx": ([features], ("I32",)),
-        }
+    ordered: bool
+    offset: int
 
 
-def _gptq_format(folder: Path, quantization: Mapping[str, Any]) -> _GptqFormat:
-    bits, group_size = quantization.get("bits"), quantization.get("group_size")
-    layout = quantization.get("checkpoint_format", "gptq")
+def _gptq_layout(folder: Path, config: Mapping[str, Any]) -> _Layout:
+    bits, group_size = config.get("bits"), config.get("group_size", -1)
+    file_format = config.get("checkpoint_format", "gptq")
     if bits not in (4, 8):
-        raise CheckpointError(f"{folder}: GPTQ with bits {bits!r}: supported are 4 and 8")
+        raise CheckpointError(f"{folder}: GPTQ of {bits} bits is not read, 4 or 8 are")
     if type(group_size) is not int or not (group_size == -1 or group_size > 0):
         raise CheckpointError(
-            f"{folder}: GPTQ with group_size {group_size!r}: expected a number of inputs, or -1"
+            f"{folder}: GPTQ in groups of {group_size!r} is not read: a number of columns is, or -1"
         )
-    if layout not in ("gptq", "gptq_v2"):
+    if file_format not in ("gptq", "gptq_v2"):
         raise CheckpointError(
-            f"{folder}: GPTQ with checkpoint_format {layout!r}: supported are gptq and gptq_v2"
+            f"{folder}: GPTQ's checkpoint_format {file_format!r} is not read, gptq and gptq_v2 are"
         )
-    offset = 1 if layout == "gptq" else 0
-    return _GptqFormat(bits, group_size, bool(quantization.get("desc_act")), offset)
+    offset = 1 if file_format == "gptq" else 0
+    return _Layout(bits, group_size, bool(config.get("desc_act")), offset)
 
 
-def _gptq(folder: Path, quantization: Mapping[str, Any]) -> Any:
-    fmt = _gptq_format(folder, quantization)
-    reader, model = CheckpointReader(folder), empty_model(folder)
-    used = set(model.state_dict())
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Linear) and f"{name}.qweight" in reader:
-            tensors = _gptq_tensors(reader, name, module, fmt)
-            used |= {f"{name}.{suffix}" for suffix in tensors}
-            weight = dequantize_gptq(tensors, module.in_features, fmt, model.dtype)
-            module.weight = nn.Parameter(weight[: module.out_features], requires_grad=False)
-    _refuse_unused(reader, used)
-    head = model.get_output_embeddings()
-    tied = model.config.tie_word_embeddings and "lm_head.weight" not in reader
-    if tied:
-        head.weight = None
-    fill_parameters(model, "", reader, model.dtype)
-    if tied:
-        head.weight = model.get_input_embeddings().weight
-    return model
+def _gptq_names(linears: Mapping[str, nn.Module]) -> list[str]:
+    parts = ("qweight", "qzeros", "scales", "g_idx")
+    return [f"{name}.{part}" for name in linears for part in parts]
+
+
+def _check_head(model: Any, reader: CheckpointReader) -> None:
+    """The output head is stored in 16 bits, or said to be the input embedding."""
+    tied = model.config.tie_word_embeddings
+    if "lm_head.qweight" in reader or not (tied or "lm_head.weight" in reader):
+        raise CheckpointError(
+            f"{reader.folder}: tensor lm_head.weight is missing: a quantized output head is not"
+            " read, and config.json does not tie it to the embedding"
+        )
+
+
+def _check_all_used(reader: CheckpointReader, used: set[str]) -> None:
+    """But for biases of zeros, which AutoGPTQ adds, and the rotations that old files hold."""
+    for name in reader.names:
+        if name in used or name.endswith("rotary_emb.inv_freq"):
+            continue
+        if not name.endswith(".bias") or reader.tensor(name).any():
+            raise CheckpointError(
+                f"{reader.folder}: tensor {name} has no place in the model of config.json"
+            )
+
+
+def _layer(
+    reader: CheckpointReader, name: str, linear: nn.Linear, layout: _Layout
+) -> dict[str, Tensor]:
+    """A layer's tensors, their shapes and types checked, `g_idx` among them."""
+    rows, features = linear.out_features, linear.in_features
+    group_size = features if layout.group_size == -1 else layout.group_size
+    groups = -(-features // group_size)
+    codes = 32 // layout.bits  # in an int32
+    shapes = {
+        "qweight": [-(-features // codes), rows],
+        "qzeros": [groups, -(-rows // codes)],
+        "scales": [groups, rows],
+        "g_idx": [features],
+    }
+    if not layout.ordered and f"{name}.g_idx" not in reader:
+        del shapes["g_idx"]
+    tensors = reader.tensors(f"{name}.{part}" for part in shapes)
+    found = {part: tensors[f"{name}.{part}"] for part in shapes}
+    for part, shape in shapes.items():
+        if list(found[part].shape) != shape:
+            raise CheckpointError(
+                f"{reader.folder}: tensor {name}.{part} is {list(found[part].shape)}, but"
+                f" {layout.bits} bits in groups of {group_size} ask for {shape}"
+            )
+        if (found[part].dtype == torch.int32) == (part == "scales"):
+            kind = "floats" if part == "scales" else "int32"
+            raise CheckpointError(
+                f"{reader.folder}: tensor {name}.{part} is {found[part].dtype}, expected {kind}"
+            )
+    found["g_idx"] = found.get("g_idx", torch.arange(features) // group_size).long()
+    if found["g_idx"].min() < 0 or found["g_idx"].max() >= groups:
+        raise CheckpointError(f"{reader.folder}: {name}.g_idx points outside of {groups} groups")
+    return found
+
+
+def _dequantize(tensors: Mapping[str, Tensor], layout: _Layout) -> Tensor:
+    """[out, in] fp32, by the formula above."""
+    scales, groups = tensors["scales"].float(), tensors["g_idx"]
+    codes = _unpack(tensors["qweight"].T, layout.bits)[:, : len(groups)]  # [N, K]
+    zeros = _unpack(tensors["qzeros"], layout.bits)[:, : scales.shape[1]]  # [G, N]
+    zeros = (zeros + layout.offset) % (1 << layout.bits)  # zero is stored as the highest code
+    return scales[groups].T * (codes - zeros[groups].T)
+
+
+def _unpack(packed: Tensor, bits: int) -> Tensor:
+    """[rows, words] int32, lowest bits first → [rows, words · 32 / bits] int32."""
+    shifts = torch.arange(0, 32, bits, dtype=torch.int32)
+    return ((packed[..., None] >> shifts) & ((1 << bits) - 1)).flatten(-2)

@@ -103,18 +103,19 @@ def fingerprint(url: str, names: Sequence[str]) -> str:
     """Identity of the files of a remote mirror that `fetch` would copy; changes when they do.
 
     Raises:
-        MirrorError: the address cannot be reached.
+        MirrorError: the address cannot be reached, or has none of the files.
     """
     with _reaching(url):
         filesystem, files = _remote_files(url, names)
-        return digest({path: str(filesystem.ukey(remote)) for path, remote in files.items()})
+        # Not fsspec's `ukey`: over HTTP that is the address alone.
+        return digest({path: str(filesystem.info(remote)) for path, remote in files.items()})
 
 
 def fetch(url: str, destination: Path, names: Sequence[str]) -> None:
     """Copy what `names` need of a remote mirror (any address of fsspec) to a folder.
 
     Raises:
-        MirrorError: the address cannot be reached.
+        MirrorError: the address cannot be reached, or has none of the files.
     """
     with _reaching(url):
         filesystem, files = _remote_files(url, names)
@@ -131,19 +132,14 @@ def write_definitions(mirror: Path, names: Sequence[str], destination: Path) -> 
         MirrorError: a suite's data are missing or damaged.
     """
     _check_folder(mirror)
-    subjects = {path.stem: path for path in sorted((_shipped() / SUBJECTS).glob("mmlu_*.yaml"))}
-    groups = {path.stem[1:] for path in (_shipped() / SUBJECTS).glob("_mmlu*.yaml")}
     folders = [destination]
-    for name in names:
-        if name in MIRRORED and name != "mmlu":
-            splits = _splits(mirror, name)
-            _write(destination, name, _shipped() / MIRRORED[name].definition, splits)
-    if any(name in groups or name in subjects for name in names):
-        folders.insert(0, _shipped() / SUBJECTS)  # the groups
-        of_subject = _by_subject(_splits(mirror, "mmlu"))
-        for name, definition in subjects.items():
-            subject = str(yaml.safe_load(definition.read_text("utf-8"))["dataset_name"])
-            _write(destination, name, definition, of_subject.get(subject, {}))
+    for suite in _needed(names):
+        if suite == "mmlu":
+            folders.insert(0, _shipped() / SUBJECTS)  # the groups
+            _write_subjects(mirror, names, destination)
+        else:
+            definition = _shipped() / MIRRORED[suite].definition
+            _write(destination, suite, definition, _splits(mirror, suite))
     return folders
 
 
@@ -180,10 +176,13 @@ def _fetch_split(mirror: Path, suite: str, split: str) -> None:
     final = mirror / row.folder / f"{split}{_ENDINGS[0]}"
     final.parent.mkdir(parents=True, exist_ok=True)
     temporary = final.with_name(f".{final.name}.tmp")
-    with temporary.open("wb") as raw, gzip.GzipFile("", "wb", fileobj=raw, mtime=0) as file:
-        for document in documents:
-            file.write(json.dumps(document, ensure_ascii=False).encode() + b"\n")
-    temporary.replace(final)
+    try:
+        with temporary.open("wb") as raw, gzip.GzipFile("", "wb", fileobj=raw, mtime=0) as file:
+            for document in documents:
+                file.write(json.dumps(document, ensure_ascii=False).encode() + b"\n")
+        temporary.replace(final)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def _remote_files(url: str, names: Sequence[str]) -> tuple[Any, dict[str, str]]:
@@ -192,18 +191,37 @@ def _remote_files(url: str, names: Sequence[str]) -> tuple[Any, dict[str, str]]:
 
     filesystem, root = fsspec.core.url_to_fs(url)
     filesystem.invalidate_cache()
-    folders = {row.folder for suite, row in MIRRORED.items() if _needs(suite, names)}
+    folders = {MIRRORED[suite].folder for suite in _needed(names)}
     root = root.rstrip("/")
     found: dict[str, str] = {}
     for folder in sorted(folders):
         for remote in sorted(filesystem.glob(f"{root}/{folder}/*")):
             if remote.endswith(_ENDINGS):
                 found[f"{folder}/{remote.rpartition('/')[2]}"] = remote
+    if folders and not found:  # S3 lists a bucket that does not exist as an empty one
+        wanted = ", ".join(sorted(folders))
+        raise FileNotFoundError(f"no such bucket or folder, or no files in {wanted}")
     return filesystem, found
 
 
-def _needs(suite: str, names: Sequence[str]) -> bool:
-    return suite in names or (suite == "mmlu" and any(n.startswith("mmlu") for n in names))
+def _needed(names: Sequence[str]) -> list[str]:
+    """The table's suites that `names` need: mmlu also for its groups and its subjects."""
+    of_mmlu = _groups() | _subjects().keys()
+    return [
+        suite
+        for suite in MIRRORED
+        if suite in names or (suite == "mmlu" and not of_mmlu.isdisjoint(names))
+    ]
+
+
+def _subjects() -> dict[str, Path]:
+    """The harness's definition of each of MMLU's 57 subjects, by name (mmlu_anatomy)."""
+    return {path.stem: path for path in sorted((_shipped() / SUBJECTS).glob("mmlu_*.yaml"))}
+
+
+def _groups() -> set[str]:
+    """mmlu, mmlu_stem, …"""
+    return {path.stem[1:] for path in (_shipped() / SUBJECTS).glob("_mmlu*.yaml")}
 
 
 @contextmanager
@@ -258,7 +276,10 @@ def _splits(mirror: Path, suite: str) -> dict[str, list[dict[str, Any]]]:
             " it: make it (`dpq mirror make`), or take the suite out of evaluation.suites"
         )
     files = {split: _file(mirror, suite, split) for split in row.splits}
-    return {split: list(_documents(path, row.fields)) for split, path in files.items() if path}
+    found = {split: list(_documents(path, row.fields)) for split, path in files.items() if path}
+    if not found[row.scored]:
+        raise MirrorError(f"{files[row.scored]}: no documents, and suite {suite!r} needs them")
+    return found
 
 
 def _documents(path: Path, fields: frozenset[str]) -> Iterator[dict[str, Any]]:
@@ -271,25 +292,45 @@ def _documents(path: Path, fields: frozenset[str]) -> Iterator[dict[str, Any]]:
         ):
             for number, line in enumerate(lines, 1):
                 document = json.loads(line)
-                lacking = fields - document.keys()
+                if not isinstance(document, dict):
+                    raise MirrorError(f"{path}, line {number}: not a JSON object")
+                lacking = sorted(field for field in fields if document.get(field) is None)
                 if lacking:
-                    raise MirrorError(f"{path}, line {number}: no field {sorted(lacking)[0]!r}")
+                    raise MirrorError(f"{path}, line {number}: no field {lacking[0]!r}")
                 yield document
     except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
         raise MirrorError(f"{path}, after line {number}: damaged: {error}") from error
-    except (json.JSONDecodeError, AttributeError) as error:
-        raise MirrorError(f"{path}, line {number}: not a JSON object: {error}") from error
+    except json.JSONDecodeError as error:
+        where = f"{path}, line {number}"
+        raise MirrorError(
+            f"{where}: not a JSON object: {error.msg}, column {error.colno}"
+        ) from error
 
 
-def _by_subject(
-    splits: dict[str, list[dict[str, Any]]],
-) -> dict[str, dict[str, list[dict[str, Any]]]]:
-    """subject → split → documents."""
-    result: dict[str, dict[str, list[dict[str, Any]]]] = {}
-    for split, documents in splits.items():
-        for document in documents:
-            result.setdefault(document["subject"], {}).setdefault(split, []).append(document)
-    return result
+def _write_subjects(mirror: Path, names: Sequence[str], destination: Path) -> None:
+    """The definitions of MMLU's subjects: all where a group is wanted, which would find the
+    harness's own, of the hub, otherwise."""
+    definitions = {
+        str(yaml.safe_load(path.read_text("utf-8"))["dataset_name"]): path
+        for path in _subjects().values()
+    }
+    splits = _splits(mirror, "mmlu")
+    documents: dict[str, dict[str, list[dict[str, Any]]]] = {s: {} for s in definitions}
+    for split, rows in splits.items():
+        for row in rows:
+            subject = str(row["subject"])
+            if subject not in documents:
+                where = mirror / MIRRORED["mmlu"].folder
+                raise MirrorError(f"{where}: {split}: {subject!r} is no subject of the harness's")
+            documents[subject].setdefault(split, []).append(row)
+    grouped = not _groups().isdisjoint(names)
+    for subject, definition in definitions.items():
+        if not grouped and definition.stem not in names:
+            continue
+        if MIRRORED["mmlu"].scored not in documents[subject]:
+            path = _file(mirror, "mmlu", MIRRORED["mmlu"].scored)
+            raise MirrorError(f"{path}: no documents of the subject {subject!r}")
+        _write(destination, definition.stem, definition, documents[subject])
 
 
 def _write(

@@ -21,6 +21,7 @@ _SINGLE = "model.safetensors"
 SIDE_FILES = (
     "config.json",
     "generation_config.json",
+    "quantize_config.json",  # of old GPTQ files
     "tokenizer.json",
     "tokenizer.model",
     "tokenizer_config.json",

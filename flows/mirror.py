@@ -1,7 +1,8 @@
 """`dpq mirror`: the suites' data without a hub."""
 
+import sys
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
@@ -9,7 +10,7 @@ from typing import Annotated
 import typer
 
 from dpq_core import mirror
-from dpq_core.mirror import MirroredSplit
+from dpq_core.mirror import MirroredSplit, MirrorError
 from dpq_core.suites.mirrored import MIRRORED
 from flows.errors import errors, print_json
 
@@ -35,7 +36,7 @@ def check(
 
 @app.command()
 def make(
-    folder: Annotated[Path, typer.Argument(metavar="DIR")],
+    folder: Annotated[str, typer.Argument(metavar="DIR")],
     suites: Annotated[
         list[str] | None, typer.Option("--suite", help="only this one, repeatable")
     ] = None,
@@ -43,7 +44,16 @@ def make(
 ) -> None:
     """Fetch the suites from the Hugging Face hub: 0 all official, 2 something missing."""
     with errors(as_json):
-        _show(mirror.make(folder, suites or list(MIRRORED)), as_json)
+        if mirror.is_remote(folder):
+            raise MirrorError(f"{folder}: mirrors are made in a folder: make one and copy it there")
+        _show(_told(mirror.make(Path(folder), suites or list(MIRRORED))), as_json)
+
+
+def _told(splits: Iterable[MirroredSplit]) -> Iterator[MirroredSplit]:
+    """The same, a line each on stderr as they come: the hub takes minutes."""
+    for split in splits:
+        print(f"{split.suite} {split.split}: {split.status}", file=sys.stderr)
+        yield split
 
 
 def _show(splits: Iterable[MirroredSplit], as_json: bool) -> None:
@@ -56,13 +66,14 @@ def _show(splits: Iterable[MirroredSplit], as_json: bool) -> None:
         rows = [asdict(split) | {"needed": split.needed, "status": split.status} for split in found]
         print_json({"complete": all(split.fine for split in found), "splits": rows})
     else:
-        table = Table("suite", "split", "for", "documents", "official", "digest", "status")
+        names = ("suite", "split", "for", "documents", "official", "digest", "status")
+        table = Table(*names, box=None, padding=(0, 2, 0, 0))  # for 80 columns
         for column in table.columns[:-1]:
             column.no_wrap = True
         for split in found:
             count = "–" if split.documents is None else f"{split.documents:,}"
-            use = "scoring" if split.needed else "examples"
-            name = (split.digest or "–")[:12]
+            use = "score" if split.needed else "few-shot"
+            name = (split.digest or "–")[:8]
             official = f"{split.official:,}"
             table.add_row(split.suite, split.split, use, count, official, name, split.status)
         Console().print(table)

@@ -1,5 +1,6 @@
 """What a person sees: progress on stderr while a flow runs, tables at its end."""
 
+import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -24,6 +25,7 @@ from flows.report import gate_rows, notes, score_rows
 from tasks.progress import reporting_to
 
 _COLOURS = {"promoted": "green", "rejected": "red", "inspected": "yellow"}
+_UNLIMITED = 200  # characters a line, where stdout is a file
 _LINE_EVERY = 60.0  # seconds, where lines take the place of bars
 
 
@@ -61,7 +63,7 @@ def progress() -> Iterator[None]:
 
 def show_release(release: Release) -> None:
     """Verdict, gate table, and where everything is."""
-    console = Console()
+    console = _console()
     verdict = release.verdict
     _show_metrics(console, verdict.metrics)
     console.print(f"[bold {_COLOURS[verdict.verdict]}]{verdict.verdict}[/]", highlight=False)
@@ -79,7 +81,7 @@ def show_release(release: Release) -> None:
 
 def show_evaluation(report: EvaluationReport) -> None:
     """A checkpoint's scores, or the gate table where it was compared."""
-    console = Console()
+    console = _console()
     if report.metrics:
         _show_metrics(console, report.metrics)
     else:
@@ -90,17 +92,25 @@ def show_evaluation(report: EvaluationReport) -> None:
 
 
 def show_ladder(rows: Sequence[Row]) -> None:
-    """A row a variant, and why some have no numbers."""
-    console = Console()
+    """A row a variant, and why some have no numbers. A suite's own column is on the page alone."""
+    console = _console()
+    titles = columns(rows)
+    shown = [i for i, title in enumerate(titles) if not title.startswith("accuracy.")]
     table = Table()
-    for number, title in enumerate(columns(rows)):
-        table.add_column(title, justify="right" if number else "left", no_wrap=not number)
+    for number in shown:
+        table.add_column(titles[number], justify="right" if number else "left", overflow="fold")
     for row in rows:
-        table.add_row(*cells(row, rows))
+        texts = cells(row, rows)
+        table.add_row(*(texts[number] for number in shown))
     console.print(table)
     for row in rows:
         if row.error:
             console.print(f"{row.variant}: {row.error}", highlight=False, soft_wrap=True)
+
+
+def _console() -> Console:
+    """Tables in full where nobody's window limits them."""
+    return Console() if sys.stdout.isatty() else Console(width=_UNLIMITED)
 
 
 def _show_metrics(console: Console, metrics: Mapping[str, Metric]) -> None:
@@ -111,7 +121,9 @@ def _show_metrics(console: Console, metrics: Mapping[str, Metric]) -> None:
 
 def _show(console: Console, rows: Sequence[Mapping[str, object]]) -> None:
     names = list(dict.fromkeys(name for row in rows for name in row))
-    table = Table(*names)
+    table = Table()
+    for name in names:
+        table.add_column(name, overflow="fold")
     for row in rows:
         table.add_row(*(str(row.get(name, "")) for name in names))
     console.print(table)

@@ -1,18 +1,26 @@
 """Other people's checkpoints: written by other code than ours, read as their formats say."""
 
+import copy
 import json
 
 import numpy as np
 import pytest
 import torch
+from compressed_tensors.compressors import ModelCompressor
 from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
-from compressed_tensors.quantization import QuantizationConfig, preset_name_to_scheme
+from compressed_tensors.quantization import (
+    QuantizationArgs,
+    QuantizationConfig,
+    QuantizationScheme,
+    apply_quantization_config,
+    preset_name_to_scheme,
+)
 from safetensors.torch import load_file, save_file
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from dpq_core.checkpoint import check_checkpoint, load_model
-from dpq_core.foreign import _unpack
-from dpq_core.reader import CheckpointError
+from dpq_core.foreign import _dequantize, _Layout, _unpack
+from dpq_core.reader import CheckpointError, CheckpointReader
 
 CONFIG = LlamaConfig(
     vocab_size=259,
@@ -39,7 +47,7 @@ def logits(model):
 
 def write(folder, tensors, quantization):
     folder.mkdir(exist_ok=True)
-    tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    tensors = {name: tensor.clone().contiguous() for name, tensor in tensors.items()}
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     config = CONFIG.to_dict() | {"dtype": "bfloat16", "architectures": ["LlamaForCausalLM"]}
     config["quantization_config"] = quantization
@@ -176,6 +184,38 @@ def awq(tensors, config):
     config["quant_method"] = "awq"
 
 
+def no_method(tensors, config):
+    del config["quant_method"]
+
+
+def marlin(tensors, config):
+    config["checkpoint_format"] = "marlin"
+
+
+def no_columns(tensors, config):
+    config["group_size"] = 0
+
+
+def no_index(tensors, config):
+    del tensors[f"{LAYER}.g_idx"]
+
+
+def float_codes(tensors, config):
+    tensors[f"{LAYER}.qweight"] = tensors[f"{LAYER}.qweight"].float()
+
+
+def spare_bias(tensors, config):
+    tensors[f"{LAYER}.bias"] = torch.ones(256)
+
+
+def no_head(tensors, config):
+    del tensors["lm_head.weight"]
+
+
+def not_finite(tensors, config):
+    tensors["model.norm.weight"][7] = torch.nan
+
+
 @pytest.mark.parametrize(
     ("damage", "expected"),
     [
@@ -187,6 +227,14 @@ def awq(tensors, config):
         (wild_index, rf"{LAYER}\.g_idx points outside of 4 groups"),
         (three_bits, "GPTQ of 3 bits is not read, 4 or 8 are"),
         (no_layers, "no layer has a qweight"),
+        (no_method, r"config\.json: quantization_config has no quant_method"),
+        (marlin, "checkpoint_format 'marlin' is not read, gptq and gptq_v2 are"),
+        (no_columns, "groups of 0 is not read"),
+        (no_index, rf"tensor {LAYER}\.g_idx is missing"),
+        (float_codes, rf"{LAYER}\.qweight is torch\.float32, expected int32"),
+        (spare_bias, rf"tensor {LAYER}\.bias has no place in the model"),
+        (no_head, r"tensor lm_head\.weight is missing"),
+        (not_finite, r"tensor model\.norm\.weight has NaN"),
         (awq, "quant_method 'awq' is not read: 16 bits, our own, and compressed-tensors and gptq"),
     ],
 )
@@ -198,6 +246,59 @@ def test_what_is_not_as_the_format_says_is_refused(model, tmp_path, damage, expe
     write(folder, tensors, config)
     with pytest.raises(CheckpointError, match=expected):
         load_model(folder)
+
+
+def test_biases_of_zeros_that_autogptq_adds_are_left_out(model, tmp_path):
+    folder = write_gptq(tmp_path / "gptq", model)
+    tensors = load_file(folder / "model.safetensors")
+    tensors |= {f"{LAYER}.bias": torch.zeros(256), "rotary_emb.inv_freq": torch.ones(3)}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    assert torch.equal(logits(load_model(folder)), logits(model))
+
+
+def test_settings_in_a_file_of_their_own(model, tmp_path):
+    """As AutoGPTQ wrote them at first; they are then part of the checkpoint's identity."""
+    folder = write_gptq(tmp_path / "gptq", model)
+    config = json.loads((folder / "config.json").read_text())
+    settings = config.pop("quantization_config")
+    del settings["quant_method"]
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match="is missing"):
+        load_model(folder)
+    digest = CheckpointReader(folder).digest()
+    (folder / "quantize_config.json").write_text(json.dumps(settings))
+    check_checkpoint(folder)
+    assert torch.equal(logits(load_model(folder)), logits(model))
+    assert CheckpointReader(folder).digest() != digest
+
+
+@pytest.mark.parametrize(("offset", "stored"), [(1, 0xEDCBA98F), (0, 0xFEDCBA90)])
+def test_zero_points_of_each_format(offset, stored):
+    """0, 9, 10, … 15, lowest bits first. Version 1 stores them less one, and zero as the highest
+    code, as AutoGPTQ reads it."""
+    tensors = {
+        "qweight": torch.zeros(1, 8, dtype=torch.int32),
+        "qzeros": torch.from_numpy(np.array([[stored]], dtype=np.uint32).view(np.int32)),
+        "scales": torch.ones(1, 8),
+        "g_idx": torch.zeros(8, dtype=torch.int64),
+    }
+    layout = _Layout(bits=4, group_size=8, ordered=False, offset=offset)
+    weight = _dequantize(tensors, layout)
+    assert weight[:, 0].tolist() == [0, -9, -10, -11, -12, -13, -14, -15]
+
+
+def test_the_shipped_model(quickstart_model, tmp_path):
+    """Tied to its embedding, five blocks, biased by nothing: as `write` does not make them."""
+    model = AutoModelForCausalLM.from_pretrained(quickstart_model, dtype=torch.bfloat16).eval()
+    folder = write_gptq(tmp_path / "gptq", model, group_size=128, act_order=True)
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["lm_head.weight"]
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    ours = json.loads((quickstart_model / "config.json").read_text())
+    ours["quantization_config"] = config["quantization_config"]
+    (folder / "config.json").write_text(json.dumps(ours))
+    assert torch.equal(logits(load_model(folder)), logits(model))
 
 
 # compressed-tensors, packed by its own library.
@@ -223,7 +324,9 @@ def write_compressed(folder, model, symmetric=True):
         scale = (groups.abs().amax(-1) / 7).bfloat16()
         zeros = torch.zeros(scale.shape, dtype=torch.int8)
         if not symmetric:
-            zeros += torch.arange(zeros.numel()).reshape(zeros.shape).remainder(5).to(torch.int8) - 2
+            zeros += (
+                torch.arange(zeros.numel()).reshape(zeros.shape).remainder(5).to(torch.int8) - 2
+            )
         codes = (groups / scale.float()[..., None]).round() + zeros[..., None]
         codes = codes.clamp(-8, 7).to(torch.int8)
         layer = name.removesuffix("weight")
@@ -258,6 +361,59 @@ def test_compressed_tensors_has_the_logits_of_fake_quantization(model, tmp_path,
     assert not torch.equal(found, weights_only)
 
 
+WEIGHTS_4 = QuantizationArgs(num_bits=4, strategy="group", group_size=128)
+WEIGHTS_8 = QuantizationArgs(num_bits=8, strategy="channel")
+STATIC_FP8 = QuantizationArgs(num_bits=8, type="float", strategy="tensor")
+DYNAMIC_INT8 = QuantizationArgs(num_bits=8, strategy="token", dynamic=True)
+
+
+@pytest.mark.parametrize(
+    ("weights", "inputs", "file_format"),
+    [
+        (WEIGHTS_4, STATIC_FP8, "pack-quantized"),
+        (WEIGHTS_4, None, "pack-quantized"),
+        (WEIGHTS_8, DYNAMIC_INT8, "int-quantized"),
+    ],
+    ids=["w4a8-static", "w4a16", "w8a8-dynamic"],
+)
+def test_checkpoints_that_the_library_writes_itself(model, tmp_path, weights, inputs, file_format):
+    scheme = QuantizationScheme(
+        targets=["Linear"], weights=weights, input_activations=inputs, format=file_format
+    )
+    config = QuantizationConfig(config_groups={"group_0": scheme}, ignore=["lm_head"])
+    theirs = copy.deepcopy(model)
+    apply_quantization_config(theirs, config)
+    for name, module in theirs.named_modules():
+        if not name.endswith("proj"):
+            continue
+        group_size = weights.group_size or module.in_features
+        groups = module.weight.detach().float().unflatten(1, (-1, group_size))
+        scale = (groups.abs().amax(-1) / 2 ** (weights.num_bits - 1)).bfloat16()
+        module.weight_scale.data = scale
+        if inputs is STATIC_FP8:
+            module.input_scale.data.fill_(2**-7)
+        top = 2 ** (weights.num_bits - 1)
+        codes = (groups.bfloat16() / scale[..., None]).round().clamp(-top, top - 1)
+        ours = model.get_submodule(name)
+        ours.weight.data = (codes * scale[..., None]).flatten(1)
+        ours.register_forward_pre_hook(lambda _, arguments: (rounded(*arguments, inputs),))
+    compressor = ModelCompressor.from_pretrained_model(theirs)
+    compressor.compress_model(theirs)
+    theirs.save_pretrained(tmp_path)
+    compressor.update_config(tmp_path)
+    assert torch.equal(logits(load_model(tmp_path)), logits(model))
+
+
+def rounded(x, inputs):
+    """Activations rounded as `inputs` says, in their own type."""
+    if inputs is None:
+        return x
+    if inputs is STATIC_FP8:
+        return (x / 2**-7).clamp(-448, 448).to(torch.float8_e4m3fn).to(x.dtype) * 2**-7
+    scale = x.abs().amax(-1, keepdim=True) / 127.5
+    return (x / scale).clamp(-128, 127).round() * scale
+
+
 def test_a_variant_that_does_not_load_is_refused(model, tmp_path):
     folder = write_compressed(tmp_path / "packed", model)
     config = json.loads((folder / "config.json").read_text())
@@ -265,6 +421,49 @@ def test_a_variant_that_does_not_load_is_refused(model, tmp_path):
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(CheckpointError, match="does not load this variant of compressed-tensors"):
         load_model(folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "expected"),
+    [
+        (f"{LAYER}.weight_scale", lambda t: t[:1], r"is \[1, 1\], but .* asks for \[256, 1\]"),
+        ("model.embed_tokens.weight", lambda t: t.repeat(2, 1), r"is \[518, 128\], but"),
+        ("model.norm.weight", lambda t: t * torch.nan, "has NaN"),
+    ],
+)
+def test_what_the_libraries_do_not_look_at_is_refused(model, tmp_path, name, change, expected):
+    folder = write_compressed(tmp_path / "packed", model)
+    tensors = load_file(folder / "model.safetensors")
+    tensors[name] = change(tensors[name]).contiguous()
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=f"{name} {expected}"):
+        load_model(folder)
+
+
+def with_quantization(folder, change):
+    config = json.loads((folder / "config.json").read_text())
+    change(config["quantization_config"])
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def test_rotations_at_run_time_are_refused(model, tmp_path):
+    folder = write_compressed(tmp_path / "packed", model)
+    apply = {"targets": ["Linear"], "location": "input"}
+    rotation = {"config_groups": {"u": {"type": "hadamard", "apply": [apply]}}}
+    with_quantization(folder, lambda quantization: quantization.update(transform_config=rotation))
+    with pytest.raises(CheckpointError, match="transform_config is set"):
+        load_model(folder)
+
+
+def test_the_format_of_the_whole_is_that_of_its_groups(model, tmp_path):
+    folder = write_compressed(tmp_path / "packed", model)
+    before = logits(load_model(folder))
+    with_quantization(folder, lambda quantization: group_of(quantization).pop("format"))
+    assert torch.equal(logits(load_model(folder)), before)
+
+
+def group_of(quantization):
+    return quantization["config_groups"]["group_0"]
 
 
 def test_compressed_tensors_that_are_missing_are_told(model, tmp_path):

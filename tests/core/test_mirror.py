@@ -37,6 +37,11 @@ def write(folder, name, rows, packed=True):
     return path
 
 
+def read(path):
+    with gzip.open(path, "rt", encoding="utf-8") as lines:
+        return [json.loads(line) for line in lines]
+
+
 @pytest.fixture
 def folder(tmp_path):
     folder = tmp_path / "mirror"
@@ -151,6 +156,10 @@ def unpacked(path):
     path.write_bytes(b"no gzip at all")
 
 
+def no_label(path):
+    write(path.parents[1], "piqa/validation", [piqa(0), piqa(1, None)])
+
+
 @pytest.mark.parametrize(
     ("damage", "expected"),
     [
@@ -163,6 +172,7 @@ def unpacked(path):
         (garble, r"validation\.jsonl\.gz, line 1: not a JSON object"),
         (no_object, r"validation\.jsonl\.gz, line 1: not a JSON object"),
         (unpacked, r"validation\.jsonl\.gz, after line 0: damaged"),
+        (no_label, r"validation\.jsonl\.gz, line 2: no field 'label'"),
     ],
 )
 def test_what_is_damaged_is_told_before_any_work(folder, damage, expected):
@@ -173,6 +183,25 @@ def test_what_is_damaged_is_told_before_any_work(folder, damage, expected):
     (row,) = [row for row in check(folder) if row.suite == "piqa" and row.needed]
     assert row.wrong
     assert not row.fine
+
+
+def test_an_empty_file_is_told(folder):
+    write(folder, "piqa/validation", [])
+    with pytest.raises(MirrorError, match=r"validation\.jsonl\.gz: no documents"):
+        check_suites(["piqa"], SuiteSources(mirror=folder))
+
+
+def test_subjects_that_are_missing_or_unknown_are_told(folder):
+    rows = read(with_all_subjects(folder) / "mmlu/test.jsonl.gz")
+    write(folder, "mmlu/test", [*rows, mmlu("astrology", 1)])
+    with pytest.raises(MirrorError, match="test: 'astrology' is no subject"):
+        check_suites(["mmlu"], SuiteSources(mirror=folder))
+    write(folder, "mmlu/test", [row for row in rows if row["subject"] != "anatomy"])
+    for name in ("mmlu", "mmlu_stem", "mmlu_anatomy"):
+        with pytest.raises(MirrorError, match=r"test\.jsonl\.gz: no documents of .* 'anatomy'"):
+            check_suites([name], SuiteSources(mirror=folder))
+    with loaded(folder, ["mmlu_virology"]) as suites:
+        assert len(documents(suites["mmlu_virology"])) == 3
 
 
 def test_check_counts_and_names(folder):
@@ -243,6 +272,40 @@ def test_a_remote_mirror_is_copied_and_known_by_its_files(folder, tmp_path):
     assert fingerprint(url, ["piqa"]) != before
     with pytest.raises(MirrorError, match=r"nowhere://x: .*AWS_ENDPOINT_URL"):
         fetch("nowhere://x", copy, ["piqa"])
+    for act in (fingerprint, lambda url, names: fetch(url, copy, names)):
+        with pytest.raises(
+            MirrorError, match="other: no such bucket or folder, or no files in piq"
+        ):
+            act("memory://bucket/other", ["piqa"])
+        act("memory://bucket/other", ["python_docs", "mmlu_pro"])  # need nothing of it
+
+
+def test_what_is_interrupted_leaves_nothing(hub, tmp_path, monkeypatch):
+    monkeypatch.setattr(mirror.gzip.GzipFile, "write", lambda *_: 1 / 0)
+    (row, _) = make(tmp_path / "made", ["piqa"])
+    assert row.wrong == "not fetched: division by zero"
+    assert not [path for path in (tmp_path / "made").rglob("*") if path.is_file()]
+
+
+@needs_shared
+def test_five_examples_of_mmlu_are_those_of_the_file(tmp_path):
+    for split in ("test", "dev"):
+        rows = read(SHARED / f"mmlu/{split}.jsonl.gz")
+        write(tmp_path, split, [r for r in rows if r["subject"] == "anatomy"], packed=False)
+    (tmp_path / "mmlu_anatomy.yaml").write_text(
+        f"include: {mirror._shipped() / 'mmlu/default/mmlu_anatomy.yaml'}\ntask: mmlu_anatomy\n"
+        f"dataset_path: json\ndataset_name: null\ndataset_kwargs: {{data_files: "
+        f"{{test: {tmp_path / 'test.jsonl'}, dev: {tmp_path / 'dev.jsonl'}}}}}\nnum_fewshot: 5\n"
+    )
+    manager = TaskManager(include_path=tmp_path, include_defaults=False)
+    task = manager.load(["mmlu_anatomy"])["tasks"]["mmlu_anatomy"]
+    with loaded(SHARED, ["mmlu_anatomy"], {"mmlu_anatomy": 5}) as suites:
+        asked = []
+        for each in (task, suites["mmlu_anatomy"].tasks["mmlu_anatomy"]):
+            each.build_all_requests()
+            asked.append([request.args for request in each.instances])
+    assert asked[0] == asked[1]
+    assert len(asked[0]) == 4 * 135
 
 
 @needs_shared

@@ -55,6 +55,9 @@ def test_defaults_and_values(recipe_file):
         ("calibration.samples=0", ["calibration.samples", "got 0"]),
         ("gates.perplexity_increase=0", ["gates.perplexity_increase", "got 0"]),
         ("evaluation.suites=piqa", ["evaluation.suites", "'piqa'"]),
+        ("evaluation.batch_size=auto", ["evaluation.batch_size", "'auto'"]),
+        ("evaluation.num_fewshot={piqa: 5}", ["num_fewshot names piqa", "not among the suites"]),
+        ("gates.confidence=95", ["gates.confidence", "got 95"]),
     ],
 )
 def test_error_names_file_field_and_value_on_one_line(recipe_file, override, parts):

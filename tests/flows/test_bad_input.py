@@ -45,6 +45,8 @@ def unknown_family(model):
         ("model.id=nobody/no-such-model", "nobody/no-such-model"),
         ("execution.device=cuda:9", "cuda:9"),
         ("evaluation.suites=[no_such_suite]", "no_such_suite"),
+        ("evaluation={suites: [piqa], data_mirror: /no/such/mirror}", "/no/such/mirror"),
+        ("evaluation={suites: [piqa], data_mirror: 's3:///'}", "data_mirror s3:///"),
         ("calibration.dataset.text_column=body", "body"),
         ("calibration.sequence_length=100000", "100000"),
         ("scheme.method=gptq", "gptq"),
