@@ -5,15 +5,26 @@
 Products of two E4M3 (or INT8) values are exact in FP32, so an FP32 product of the rounded operands
 has exactly the arithmetic of the 8-bit units, on any device. This module is the reference that the
 fast runtimes are held against.
+
+`W4A8Linear` states the formula in plain torch, and that is what runs on accelerators and in FP32
+models. BF16 models on a CPU take one pass over their tokens instead: a few hundred at a time, which
+stay in the cache, are rounded, multiplied by the BF16 units (operands that BF16 represents, FP32
+sums) and scaled. The only difference is the order of the sums. It depends on neither the batch (of
+two tokens or more) nor the threads where that was tried; MKL does not promise it.
 """
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+import ctypes
+import functools
+from collections.abc import Mapping
+from typing import Any
 
+import numba
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from dpq_core.formats import round_to
+from dpq_core.formats import NumberFormat, round_to
 from dpq_core.grid import SYMMETRIC_ZERO_POINT, Grid
 from dpq_core.packing import pack_codes, pack_zero_points, unpack_codes, unpack_zero_points
 from dpq_core.quantize import LayerReport, QuantizedLinear, QuantizedWeight
@@ -118,60 +129,204 @@ class W4A8Linear(nn.Module):
         """x [..., in] → [..., out] in x's type."""
         if self.inner is None:  # 16-bit arithmetic: an ordinary linear
             return nn.functional.linear(x, self.weight8.to(x.dtype), self.bias)
-        x8, input_scale = self._quantize_input(x.float())
-        exact = self.activations != "none" or x.dtype == torch.bfloat16
-        with _bf16_units() if _alone and exact else nullcontext():
-            y = nn.functional.linear(x8, self.weight8.float())
-        y = y * self.channel_scale * input_scale
+        scale = self._input_scale(x)
+        if self._can_fuse(x):
+            return self._fused(x, scale)
+        x8 = x.float() if scale is None else round_to(x.float() / scale, self.inner)
+        y = nn.functional.linear(x8, self.weight8.float()) * self.channel_scale
+        if scale is not None:
+            y = y * scale
         if self.bias is not None:
             y = y + self.bias
         return y.to(x.dtype)
 
-    def _quantize_input(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """x8 and the scale that brings it back: a scalar, or one a token [..., 1]."""
-        assert self.inner is not None
+    def _input_scale(self, x: Tensor) -> Tensor | None:
+        """sx: a scalar, or one a token [..., 1]; None where inputs are not rounded."""
         if self.activations == "none":
-            return x, x.new_ones(())
-        scale = self.input_scale
-        if scale is None:
-            scale = token_scale(x, self.inner.maximum)
-        return round_to(x / scale, self.inner), scale
+            return None
+        assert self.inner is not None
+        if self.input_scale is not None:
+            return self.input_scale
+        return token_scale(x, self.inner.maximum)
+
+    def _can_fuse(self, x: Tensor) -> bool:
+        both_bf16 = x.dtype == self.weight8.dtype == torch.bfloat16
+        return _bf16_product is not None and x.is_cpu and both_bf16 and not x.requires_grad
+
+    def _fused(
+        self,
+        x: Tensor,  # [..., in] bf16
+        scale: Tensor | None,  # fp32, scalar or [..., 1]
+    ) -> Tensor:
+        """`forward` by `_forward_rows`. A single token is multiplied in another order than many."""
+        assert self.inner is not None
+        rows = x.reshape(-1, self.in_features)
+        y = x.new_empty(len(rows), self.out_features)
+        scales = torch.ones(1, 1) if scale is None else scale.reshape(-1, 1)
+        bias = torch.empty(0) if self.bias is None else self.bias.detach().float()
+        threads = _start_threads(torch.get_num_threads())
+        numba.set_num_threads(threads)
+        _forward_rows(
+            _bits_of(rows),
+            scales.expand(len(rows), 1).contiguous().numpy(),
+            scale is not None,
+            *_rounding(self.inner),
+            _bits_of(self.weight8),
+            self.channel_scale.numpy(),
+            bias.numpy(),
+            _bits_of(y),
+            _parts(len(rows), self.in_features, threads),
+        )
+        return y.view(*x.shape[:-1], self.out_features)
 
     def extra_repr(self) -> str:
         inner = self.inner.name if self.inner else "16 bit"
         return f"{self.in_features}, {self.out_features}, {inner}, {self.activations} activations"
 
 
-_alone = False
-
-
-@contextmanager
-def alone_in_process() -> Iterator[None]:
-    """Promise that no other thread multiplies FP32 matrices: lets a CPU's BF16 units do the work.
-
-    Operands that BF16 represents give the same exact products there, summed in FP32 as well, three
-    times as fast. oneDNN only takes the choice for the whole process, hence the promise.
-    """
-    global _alone
-    before, _alone = _alone, True
-    try:
-        yield
-    finally:
-        _alone = before
-
-
-@contextmanager
-def _bf16_units() -> Iterator[None]:
-    matmul = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
-    before = matmul.fp32_precision
-    matmul.fp32_precision = "bf16"
-    try:
-        yield
-    finally:
-        matmul.fp32_precision = before
-
-
 def token_scale(x: Tensor, maximum: float) -> Tensor:
-    """Dynamic scale of each token: its largest magnitude meets `maximum`. [..., in] → [..., 1]."""
-    amax = x.abs().amax(-1, keepdim=True)
+    """Dynamic scale of each token, FP32: its largest magnitude meets `maximum`.
+
+    [..., in] → [..., 1].
+    """
+    amax = x.abs().amax(-1, keepdim=True).float()
     return torch.where(amax > 0, amax / maximum, torch.ones_like(amax))
+
+
+# The BF16 units of a CPU. Torch's operators multiply BF16 into BF16 only; the MKL that comes with
+# it sums and returns FP32: C-interface `cblas_gemm_bf16bf16f32`. Absent from a torch without MKL.
+_bf16_product: Any = getattr(ctypes.CDLL(torch._C.__file__), "cblas_gemm_bf16bf16f32", None)
+if _bf16_product is not None:
+    _int, _float, _address = ctypes.c_int, ctypes.c_float, ctypes.c_int64
+    _bf16_product.restype = None
+    _bf16_product.argtypes = [
+        *[_int] * 6,  # layout, transpositions of A and B, rows, columns, summands
+        *[_float, _address, _int, _address, _int],  # alpha, A and its stride, B and its stride
+        *[_float, _address, _int],  # beta, C and its stride
+    ]
+_ROW_MAJOR, _AS_IS, _TRANSPOSED = 101, 111, 112  # cblas.h
+
+
+def _bits_of(x: Tensor) -> NDArray[np.int16]:
+    """BF16 as NumPy takes it. Shares memory where x is contiguous."""
+    return x.detach().contiguous().view(torch.int16).numpy()
+
+
+def _rounding(fmt: NumberFormat) -> tuple[np.float32, np.int32, np.int32]:
+    """The format's maximum, and what picks the step of its grid from the bits of a value in FP32.
+
+    A float's step follows the exponent, down to that of its smallest normal number, 2**-6. That of
+    the integers is the step below 2**4, the same everywhere.
+    """
+    mask, lowest = (_EXPONENT, 2.0**-6) if fmt.is_float else (0, 2.0**3)
+    return np.float32(fmt.maximum), np.int32(mask), np.float32(lowest).view(np.int32)
+
+
+_SIGN, _EXPONENT = np.int32(-0x8000_0000), 0x7F80_0000  # of FP32
+_STEPS_UP = np.int32(20 << 23 | 1 << 22)  # times 1.5 · 2**20, for 23 − 3 bits of mantissa
+
+
+@functools.cache
+def _start_threads(threads: int) -> int:
+    """Numba's threads, of the OpenMP runtime that torch uses; how many of `threads` it can take.
+
+    Starting them changes the number that torch takes, which is put back.
+    """
+    numba.config.THREADING_LAYER = "omp"
+    possible = min(threads, numba.config.NUMBA_NUM_THREADS)
+    numba.set_num_threads(possible)
+    torch.set_num_threads(threads)
+    return int(possible)
+
+
+def _parts(rows: int, features: int, threads: int) -> int:
+    """Shares of the rows: at least one a thread, small enough for the cache, 64 rows and more.
+
+    Each share packs the weight anew: wide layers, whose weight fills the cache anyway, are better
+    off with large shares.
+    """
+    limit = 256 if features <= 512 else 1024
+    return max(1, min(max(-(-rows // limit), threads), rows // 64))
+
+
+@numba.njit(inline="always")
+def _bits(value: Any) -> Any:
+    return np.float32(value).view(np.int32)
+
+
+@numba.njit(inline="always")
+def _real(bits: Any) -> Any:
+    return np.int32(bits).view(np.float32)
+
+
+@numba.njit(error_model="numpy")
+def _round_rows(
+    x: NDArray[np.int16],  # [rows, in] bf16
+    scale: NDArray[np.float32],  # [rows, 1]
+    maximum: np.float32,
+    mask: np.int32,
+    lowest: np.int32,
+) -> NDArray[np.int16]:
+    """`round_to(x / scale)` in BF16; `maximum`, `mask` and `lowest` are of `_rounding`.
+
+    Adding and subtracting 1.5 · 2**23 steps leaves FP32 no bits below a step, and rounds to
+    nearest, ties to even; the sign of zero is put back.
+    """
+    x8 = np.empty_like(x)
+    for row in range(x.shape[0]):
+        for column in range(x.shape[1]):
+            quotient = _real(np.int32(x[row, column]) << 16) / scale[row, 0]
+            clamped = min(max(quotient, -maximum), maximum)
+            bits = _bits(clamped)
+            steps = _real(max(np.int32(bits & mask), lowest) + _STEPS_UP)
+            x8[row, column] = (_bits((clamped + steps) - steps) | (bits & _SIGN)) >> 16
+    return x8
+
+
+@numba.njit(error_model="numpy")
+def _scale_rows(
+    sums: NDArray[np.float32],  # [rows, out]
+    channel_scale: NDArray[np.float32],  # [out]
+    scale: NDArray[np.float32],  # [rows, 1]
+    bias: NDArray[np.float32],  # [out], or empty
+    y: NDArray[np.int16],  # [rows, out] bf16, written
+) -> None:
+    """y = sums · channel_scale · scale + bias, rounded to BF16."""
+    for row in range(sums.shape[0]):
+        for column in range(sums.shape[1]):
+            value = sums[row, column] * channel_scale[column] * scale[row, 0]
+            if bias.size:
+                value += bias[column]
+            bits = _bits(value)
+            nearest_even = np.int32(bits + 0x7FFF + (bits >> 16 & 1)) >> 16
+            y[row, column] = nearest_even if value == value else 0x7FC0
+
+
+@numba.njit(nogil=True, parallel=True, error_model="numpy")
+def _forward_rows(
+    x: NDArray[np.int16],  # [rows, in] bf16
+    scale: NDArray[np.float32],  # [rows, 1]
+    rounds: bool,  # whether x is rounded
+    maximum: np.float32,
+    mask: np.int32,
+    lowest: np.int32,
+    weight: NDArray[np.int16],  # [out, in] bf16
+    channel_scale: NDArray[np.float32],  # [out]
+    bias: NDArray[np.float32],  # [out], or empty
+    y: NDArray[np.int16],  # [rows, out] bf16, written
+    parts: int,
+) -> None:
+    """`W4A8Linear.forward` of many tokens, in `parts` shares. NumPy holds BF16 as int16."""
+    (rows, features), out = x.shape, len(weight)
+    for part in numba.prange(parts):
+        share = slice(part * rows // parts, (part + 1) * rows // parts)
+        x8, scales = x[share], scale[share]
+        if rounds:
+            x8 = _round_rows(x8, scales, maximum, mask, lowest)
+        sums = np.empty((len(x8), out), np.float32)
+        _bf16_product(
+            _ROW_MAJOR, _AS_IS, _TRANSPOSED, len(x8), out, features,
+            1.0, x8.ctypes.data, features, weight.ctypes.data, features,
+            0.0, sums.ctypes.data, out,
+        )  # fmt: skip
+        _scale_rows(sums, channel_scale, scales, bias, y[share])

@@ -6,8 +6,7 @@ suites that it had not finished.
 """
 
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,6 @@ from dpq_core.device import halving_batches, resolve_device, whole_machine
 from dpq_core.digests import code_digest, digest
 from dpq_core.errors import InputError
 from dpq_core.harness import Progress, evaluate_suite
-from dpq_core.linear import alone_in_process
 from dpq_core.pairing import Evaluation, Failure
 from dpq_core.perplexity import perplexity_token
 from dpq_core.recipe import EvaluationSection, Recipe
@@ -181,22 +179,11 @@ def _scored(
     )
 
     def make(folder: Path) -> None:
-        with _machine(recipe):
+        with whole_machine(parts=recipe.evaluation.workers):
             scores = score(load_model(subject.folder, device))
         save_scores(scores, folder / _FILE)
 
     return Store(recipe.execution.store).get_or_make("scores", key, make)[0]
-
-
-@contextmanager
-def _machine(recipe: Recipe) -> Iterator[None]:
-    """An equal share of the cores for each suite that is scored at the same time."""
-    workers = recipe.evaluation.workers
-    with ExitStack() as stack:
-        stack.enter_context(whole_machine(parts=workers))
-        if workers == 1 or recipe.execution.runner == "processes":
-            stack.enter_context(alone_in_process())
-        yield
 
 
 def _may_pass_next_time(_task: Any, _run: TaskRun, state: State[Any]) -> bool:

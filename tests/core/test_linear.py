@@ -1,12 +1,15 @@
 """W4A8Linear against DESIGN's formula in float64, and the tensors of a layer in storage."""
 
 import itertools
+from concurrent.futures import ThreadPoolExecutor
 
 import ml_dtypes
 import numpy as np
 import pytest
 import torch
 
+from dpq_core import linear
+from dpq_core.formats import FORMATS, round_to
 from dpq_core.hessian import InputStatistics
 from dpq_core.linear import (
     W4A8Linear,
@@ -15,7 +18,7 @@ from dpq_core.linear import (
     layer_tensors,
     token_scale,
 )
-from dpq_core.quantize import QuantizedWeight, quantize_layer
+from dpq_core.quantize import LayerReport, QuantizedLinear, QuantizedWeight, quantize_layer
 from dpq_core.scheme import Scheme
 
 ROWS, FEATURES = 24, 40  # with groups of 16, a short last one
@@ -134,6 +137,136 @@ def test_dynamic_tokens_do_not_see_each_other():
     alone = module(x)[0]
     x[1:] *= 1000
     assert torch.equal(module(x)[0], alone)
+
+
+fused = pytest.mark.skipif(linear._bf16_product is None, reason="this torch comes without MKL")
+EVERY_BF16 = torch.arange(1 << 16, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
+INNER = {"e4m3": ("e4m3", 448), "e4m3_240": ("e4m3", 240), "int8": ("int8", 448)}
+
+
+def of_weight(weight, bias=None, input_scale=1.0, **changes):
+    """A module of a 16-bit weight, as a layer whose activations alone are rounded."""
+    layer = QuantizedLinear(weight.bfloat16(), torch.tensor(input_scale), LayerReport(0, 0, 0))
+    return W4A8Linear(layer, bias, Scheme(method="none", **changes))
+
+
+def both_ways(module, x, monkeypatch):
+    """The fused pass, and the plain torch that defines it."""
+    y = module(x)
+    with monkeypatch.context() as patch:
+        patch.setattr(linear, "_bf16_product", None)
+        return y, module(x)
+
+
+def exact_sums(rows, with_bias, **changes):
+    """Small whole numbers, whose sums are exact in any order, and channel scales; x is [rows, 80].
+
+    Some values of x saturate, or are rounded."""
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randint(-7, 8, (48, 80), generator=generator)
+    x = torch.randint(-40, 41, (rows, 80), generator=generator).bfloat16()
+    x[1::7] *= 16
+    bias = normal(48, seed=3).bfloat16() if with_bias else None
+    module = of_weight(weight, bias, **changes)
+    module.channel_scale = torch.rand(48, generator=generator)
+    return module, x
+
+
+@fused
+@pytest.mark.parametrize("scale", [1.0, 0.3, 7.7e-3, 2.0**-9, 1e30, 3e-39])
+@pytest.mark.parametrize("name", INNER)
+def test_fused_pass_rounds_every_bf16_input(name, scale):
+    inner, fp8_max = INNER[name]
+    finite = torch.where(EVERY_BF16.isfinite(), EVERY_BF16, 0).view(-1, 64)
+    module = of_weight(torch.eye(64), None, scale, inner=inner, fp8_max=fp8_max)
+    x8 = round_to(finite.float() / torch.tensor(scale), FORMATS[name])
+    assert torch.equal(module(finite), (x8 * torch.tensor(scale)).bfloat16())
+
+
+@fused
+@pytest.mark.parametrize("name", INNER)
+def test_rounding_of_the_fused_pass_keeps_nan_and_the_sign_of_zero(name):
+    x = EVERY_BF16.view(-1, 64)
+    scale = np.full((len(x), 1), 0.3, np.float32)
+    bits = linear._round_rows(linear._bits_of(x), scale, *linear._rounding(FORMATS[name]))
+    x8 = torch.from_numpy(bits).view(torch.bfloat16).float()
+    expected = round_to(x.float() / torch.tensor(0.3), FORMATS[name])
+    assert torch.equal(x8.isnan(), expected.isnan())
+    number = ~expected.isnan()
+    assert torch.equal(x8[number], expected[number])
+    assert torch.equal(x8.signbit()[number], expected.signbit()[number])
+
+
+@fused
+@pytest.mark.parametrize("with_bias", [False, True])
+@pytest.mark.parametrize("activations", ["static", "dynamic", "none"])
+@pytest.mark.parametrize("inner", ["e4m3", "int8"])
+@pytest.mark.parametrize("rows", [1, 2, 63, 700])
+def test_fused_pass_is_the_definition(rows, inner, activations, with_bias, monkeypatch):
+    changes = {"inner": inner, "activations": activations}
+    if activations == "static":
+        changes["input_scale"] = 0.25
+    module, x = exact_sums(rows, with_bias, **changes)
+    if activations == "dynamic":
+        module.input_scale = None
+        x[:, 0] = 448 if inner == "e4m3" else 127  # scales of one: the sums stay exact
+        x.clamp_(-127, 127) if inner == "int8" else x.clamp_(-448, 448)
+    y, defined = both_ways(module, x, monkeypatch)
+    assert y.dtype == torch.bfloat16
+    assert torch.equal(y, defined)
+
+
+@fused
+def test_fused_pass_takes_any_shape_and_stride(monkeypatch):
+    module, x = exact_sums(120, with_bias=True)
+    for view in (
+        x[0],
+        x.view(4, 30, 80),
+        x.view(4, 30, 80).transpose(0, 1),
+        x[::3],
+        x.flip(1).T.contiguous().T,
+        x[:0],
+    ):
+        y, defined = both_ways(module, view, monkeypatch)
+        assert y.shape == (*view.shape[:-1], 48)
+        assert torch.equal(y, defined)
+
+
+@fused
+def test_fused_pass_saturates_infinity_and_spreads_nan_over_its_own_token(monkeypatch):
+    module, x = exact_sums(10, with_bias=False)
+    x[3, 5], x[4, 6], x[7, 0] = torch.inf, -torch.inf, torch.nan
+    y, defined = both_ways(module, x, monkeypatch)
+    assert y[7].isnan().all()
+    others = torch.arange(10) != 7
+    assert y[others].isfinite().all()
+    assert torch.equal(y[others], defined[others])
+
+
+@fused
+def test_fused_pass_depends_on_neither_batch_nor_threads():
+    scheme = Scheme(group_size=16)
+    module = W4A8Linear(quantized(scheme), None, scheme)
+    x = normal(1000, FEATURES, seed=4).bfloat16()
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        y = module(x)
+        torch.set_num_threads(2)
+        assert torch.equal(module(x), y)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+    for first, last in ((0, 2), (5, 70), (300, 999)):
+        assert torch.equal(module(x[first:last]), y[first:last])
+
+
+@fused
+def test_fused_pass_in_many_threads_at_once():
+    module, x = exact_sums(500, with_bias=True)
+    y = module(x)
+    with ThreadPoolExecutor(4) as pool:
+        assert all(torch.equal(other, y) for other in pool.map(module, [x] * 20))
 
 
 SCHEMES = [
