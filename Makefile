@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: release test test-fast lint format ui train bench-memory bench-evaluate constraints clean
+.PHONY: release test test-fast lint format ui train bench-memory bench-evaluate bench-bits constraints clean
 
 release: $(READY)  ## run the release pipeline; succeeds when it reaches a verdict, and says which
 	@$(BIN)/dpq release $(RECIPE); code=$$?; [ $$code -eq 0 ] || [ $$code -eq 2 ]
@@ -38,6 +38,9 @@ bench-memory: $(READY)  ## peak memory of quantizing a 1.1-billion-parameter Lla
 
 bench-evaluate: $(READY)  ## time of a fake-quantized forward beside the BF16 model's
 	$(BIN)/python tests/bench/fake_quant.py
+
+bench-bits: $(READY)  ## perplexity against bits per weight: by plan, at random, by position
+	$(BIN)/python tests/bench/bits_curve.py $(RECIPE)
 
 constraints: $(READY)  ## pin what is installed now
 	$(BIN)/pip freeze --exclude-editable > constraints.txt

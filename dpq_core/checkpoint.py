@@ -4,7 +4,8 @@
     model.safetensors.index.json         tensor → shard, as in transformers
     config.json, tokenizer files, …      the base model's, with `quantization_config` added
     dpq.json                             the manifest, written last: format version, base model,
-                                         scheme, per-layer report, SHA-256 and size of every file
+                                         scheme, each layer's report and where its scheme differs,
+                                         SHA-256 and size of every file
 
 A folder without `dpq.json` is not a checkpoint; another format version is refused.
 """
@@ -12,7 +13,7 @@ A folder without `dpq.json` is not a checkpoint; another format version is refus
 import dataclasses
 import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,22 +36,29 @@ from dpq_core.reader import (
 from dpq_core.scheme import Scheme
 from dpq_core.streaming import building, check_tensors, empty_model, fill_parameters
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST = "dpq.json"
 _SHARD_BYTES = 256 << 20  # bounds the writer's memory
 
 
-def save_layer(folder: Path, layer: QuantizedLinear, scheme: Scheme) -> None:
-    """One quantized layer as `layer.safetensors` and `report.json`."""
-    save_file(layer_tensors(layer, scheme), folder / "layer.safetensors")
-    (folder / "report.json").write_text(json.dumps(dataclasses.asdict(layer.report)))
+def save_layer(folder: Path, layer: QuantizedLinear) -> None:
+    """One quantized layer as `layer.safetensors` and `layer.json` (its scheme and report)."""
+    save_file(layer_tensors(layer), folder / "layer.safetensors")
+    about = {
+        "features": layer.features,
+        "scheme": layer.scheme.model_dump(mode="json"),
+        "report": dataclasses.asdict(layer.report),
+    }
+    (folder / "layer.json").write_text(json.dumps(about))
 
 
-def load_layer(folder: Path, features: int, scheme: Scheme) -> QuantizedLinear:
+def load_layer(folder: Path) -> QuantizedLinear:
     """Inverse of `save_layer`."""
-    layer = layer_from_tensors(load_file(folder / "layer.safetensors"), features, scheme)
-    report = LayerReport(**json.loads((folder / "report.json").read_text()))
-    return dataclasses.replace(layer, report=report)
+    about = json.loads((folder / "layer.json").read_text())
+    scheme = Scheme.model_validate(about["scheme"])
+    tensors = load_file(folder / "layer.safetensors")
+    layer = layer_from_tensors(tensors, about["features"], scheme)
+    return dataclasses.replace(layer, report=LayerReport(**about["report"]))
 
 
 def write_checkpoint(
@@ -84,14 +92,15 @@ def write_checkpoint(
             continue
         item = planned[name]
         quantized = layer(item.name)
-        tensors = layer_tensors(quantized, scheme)
+        tensors = layer_tensors(quantized)
         for suffix, tensor in tensors.items():
             shards.add(f"{item.name}.{suffix}", tensor)
         row: dict[str, Any] = {"name": item.name, "shape": [item.rows, item.features]}
         row |= {"bytes": sum(t.nbytes for t in tensors.values())}
+        row["scheme"] = _changes(scheme, item.scheme)
         rows.append(row | dataclasses.asdict(quantized.report))
     shards.close()
-    _write_side_files(folder, source.folder, scheme, dtype)
+    _write_side_files(folder, source.folder, scheme, dtype, rows)
     order = {item.name: position for position, item in enumerate(plan.layers)}
     rows.sort(key=lambda row: order[row["name"]])
     weights = sum(item.weights for item in plan.layers)
@@ -109,6 +118,14 @@ def write_checkpoint(
     }
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
     return manifest
+
+
+def _changes(scheme: Scheme, own: Scheme) -> dict[str, Any]:
+    """The fields in which a layer's scheme differs from the checkpoint's."""
+    base = scheme.model_dump(mode="json")
+    return {
+        name: value for name, value in own.model_dump(mode="json").items() if base[name] != value
+    }
 
 
 class _ShardWriter:
@@ -149,7 +166,13 @@ class _ShardWriter:
         return self._folder / f"shard-{number:05}.part"
 
 
-def _write_side_files(folder: Path, source: Path, scheme: Scheme, dtype: torch.dtype) -> None:
+def _write_side_files(
+    folder: Path,
+    source: Path,
+    scheme: Scheme,
+    dtype: torch.dtype,
+    rows: Sequence[Mapping[str, Any]],
+) -> None:
     for name in SIDE_FILES:
         if (source / name).is_file():
             shutil.copyfile(source / name, folder / name)
@@ -159,6 +182,7 @@ def _write_side_files(folder: Path, source: Path, scheme: Scheme, dtype: torch.d
         "quant_method": "dpq",
         "format_version": FORMAT_VERSION,
         **scheme.model_dump(mode="json"),
+        "layers": {row["name"]: row["scheme"] for row in rows if row["scheme"]},
     }
     (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
@@ -196,8 +220,11 @@ class QuantizedCheckpoint:
         self.manifest = read_manifest(folder)
         try:
             self.scheme = Scheme.model_validate(self.manifest["scheme"])
-            self.shapes: dict[str, list[int]] = {
-                row["name"]: row["shape"] for row in self.manifest["layers"]
+            rows = {row["name"]: row for row in self.manifest["layers"]}
+            self.shapes: dict[str, list[int]] = {name: row["shape"] for name, row in rows.items()}
+            base = self.scheme.model_dump()
+            self.schemes = {
+                name: Scheme.model_validate({**base, **row["scheme"]}) for name, row in rows.items()
             }
         except (ValueError, TypeError, KeyError) as error:
             raise CheckpointError(f"{folder / MANIFEST}: no valid scheme and layers") from error
@@ -223,10 +250,10 @@ class QuantizedCheckpoint:
     def layer(self, name: str) -> QuantizedLinear:
         """A quantized layer by name."""
         rows, features = self.shapes[name]
-        suffixes = expected_shapes(rows, features, self.scheme)
+        suffixes = expected_shapes(rows, features, self.schemes[name])
         tensors = self.reader.tensors(f"{name}.{suffix}" for suffix in suffixes)
         by_suffix = {full.removeprefix(f"{name}."): tensor for full, tensor in tensors.items()}
-        return layer_from_tensors(by_suffix, features, self.scheme)
+        return layer_from_tensors(by_suffix, features, self.schemes[name])
 
     def verify(self) -> None:
         """Every file has its digest; every tensor is there, of its shape and type, and finite.
@@ -257,7 +284,7 @@ class QuantizedCheckpoint:
             layer = name.removesuffix(".weight")
             if layer in self.shapes:
                 rows, features = self.shapes[layer]
-                stored = expected_shapes(rows, features, self.scheme)
+                stored = expected_shapes(rows, features, self.schemes[layer])
                 expected |= {f"{layer}.{suffix}": entry for suffix, entry in stored.items()}
             else:
                 expected[name] = (list(parameter.shape), None)
@@ -314,7 +341,6 @@ def load_quantized(folder: str | Path, device: torch.device | str = "cpu") -> An
         linear = W4A8Linear(
             checkpoint.layer(name),
             checkpoint.reader.tensor(bias) if bias in checkpoint.reader else None,
-            checkpoint.scheme,
         )
         model.set_submodule(name, linear)
     return _complete(model, checkpoint.reader, device)

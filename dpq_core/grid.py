@@ -107,7 +107,8 @@ def choose_grid(weight: Tensor, scheme: Scheme, importance: Tensor | None) -> Gr
     """
     weight = weight.float()
     inner = scheme.inner_format
-    channel_scale = _channel_scale(weight, scheme)
+    maximum = inner.maximum * RANGE_MARGIN if inner else 1.0
+    channel_scale = choose_channel_scale(weight, scheme, maximum)
     groups = _split_groups(weight / channel_scale, scheme.group_size)
     loop_inner = inner if scheme.rounds_inside else None
     image = round_to(groups, loop_inner) if loop_inner else groups
@@ -126,14 +127,14 @@ def choose_grid(weight: Tensor, scheme: Scheme, importance: Tensor | None) -> Gr
     return Grid(channel_scale, group_scale, zero_point.to(torch.uint8), scheme.group_size, inner)
 
 
-def _channel_scale(weight: Tensor, scheme: Scheme) -> Tensor:
-    inner = scheme.inner_format
-    if inner is None:
+def choose_channel_scale(weight: Tensor, scheme: Scheme, maximum: float) -> Tensor:
+    """s8 [out, 1]: the largest magnitude of a row (or of the weight) meets `maximum`."""
+    if scheme.inner_format is None:
         return weight.new_ones(weight.shape[0], 1)
     amax = weight.abs().amax(1, keepdim=True)
     if scheme.channel_scale == "tensor":
         amax = amax.max().expand_as(amax)
-    scale = amax / (inner.maximum * RANGE_MARGIN)
+    scale = amax / maximum
     scale = torch.where(scale > 0, scale, torch.ones_like(scale))
     return power_of_two_above(scale) if scheme.power_of_two else scale.clone()
 

@@ -15,6 +15,7 @@ two tokens or more) nor the threads where that was tried; MKL does not promise i
 
 import ctypes
 import functools
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -27,20 +28,23 @@ from torch import Tensor, nn
 from dpq_core.formats import NumberFormat, round_to
 from dpq_core.grid import SYMMETRIC_ZERO_POINT, Grid
 from dpq_core.packing import pack_codes, pack_zero_points, unpack_codes, unpack_zero_points
-from dpq_core.quantize import LayerReport, QuantizedLinear, QuantizedWeight
+from dpq_core.quantize import LayerReport, QuantizedLinear, QuantizedWeight, RoundedWeight
 from dpq_core.scheme import Scheme
 
 _STORED_REPORT = LayerReport(error=float("nan"), damp_frac=float("nan"), codes_moved=0)
 
 
-def layer_tensors(layer: QuantizedLinear, scheme: Scheme) -> dict[str, Tensor]:
+def layer_tensors(layer: QuantizedLinear) -> dict[str, Tensor]:
     """The tensors that a checkpoint stores for a layer, by the name that follows the layer's."""
     tensors: dict[str, Tensor] = {}
-    if isinstance(layer.weight, QuantizedWeight):
+    if isinstance(layer.weight, RoundedWeight):
+        tensors["weight"] = layer.weight.values
+        tensors["channel_scale"] = layer.weight.channel_scale
+    elif isinstance(layer.weight, QuantizedWeight):
         grid = layer.weight.grid
         tensors["weight_packed"] = pack_codes(layer.weight.codes)
         tensors["group_scale"] = grid.group_scale
-        if not scheme.symmetric:
+        if not layer.scheme.symmetric:
             tensors["zero_point"] = pack_zero_points(grid.zero_point)
         if grid.inner is not None:
             tensors["channel_scale"] = grid.channel_scale
@@ -57,6 +61,10 @@ def expected_shapes(rows: int, features: int, scheme: Scheme) -> dict[str, tuple
     shapes: dict[str, tuple[list[int], str]] = {}
     if scheme.method == "none":
         shapes["weight"] = ([rows, features], "BF16")
+    elif scheme.bits == 8:
+        is_float = scheme.inner_format is not None and scheme.inner_format.is_float
+        shapes["weight"] = ([rows, features], "F8_E4M3" if is_float else "I8")
+        shapes["channel_scale"] = ([rows, 1], "F32")
     else:
         shapes["weight_packed"] = ([rows, -(-features // 8)], "I32")
         shapes["group_scale"] = ([rows, groups], "BF16")
@@ -69,6 +77,15 @@ def expected_shapes(rows: int, features: int, scheme: Scheme) -> dict[str, tuple
     return shapes
 
 
+def stored_bytes(rows: int, features: int, scheme: Scheme) -> int:
+    """Size of a stored layer: codes, scales and zero points."""
+    shapes = expected_shapes(rows, features, scheme).values()
+    return sum(math.prod(shape) * _TYPE_BYTES[dtype] for shape, dtype in shapes)
+
+
+_TYPE_BYTES = {"I32": 4, "F32": 4, "BF16": 2, "U8": 1, "I8": 1, "F8_E4M3": 1}
+
+
 def layer_from_tensors(
     tensors: Mapping[str, Tensor], features: int, scheme: Scheme
 ) -> QuantizedLinear:
@@ -79,7 +96,10 @@ def layer_from_tensors(
     """
     input_scale = tensors["input_scale"] if scheme.activations == "static" else None
     if scheme.method == "none":
-        return QuantizedLinear(tensors["weight"], input_scale, _STORED_REPORT)
+        return QuantizedLinear(scheme, tensors["weight"], input_scale, _STORED_REPORT)
+    if scheme.bits == 8:
+        rounded = RoundedWeight(tensors["weight"], tensors["channel_scale"])
+        return QuantizedLinear(scheme, rounded, input_scale, _STORED_REPORT)
     group_scale = tensors["group_scale"]
     if scheme.symmetric:
         zero_point = torch.full_like(group_scale, SYMMETRIC_ZERO_POINT, dtype=torch.uint8)
@@ -95,7 +115,7 @@ def layer_from_tensors(
         inner=inner,
     )
     codes = unpack_codes(tensors["weight_packed"], features)
-    return QuantizedLinear(QuantizedWeight(codes, grid), input_scale, _STORED_REPORT)
+    return QuantizedLinear(scheme, QuantizedWeight(codes, grid), input_scale, _STORED_REPORT)
 
 
 class W4A8Linear(nn.Module):
@@ -109,17 +129,20 @@ class W4A8Linear(nn.Module):
     input_scale: Tensor | None  # fp32 scalar
     bias: Tensor | None  # [out]
 
-    def __init__(self, layer: QuantizedLinear, bias: Tensor | None, scheme: Scheme) -> None:
+    def __init__(self, layer: QuantizedLinear, bias: Tensor | None) -> None:
         super().__init__()
         if isinstance(layer.weight, QuantizedWeight):
             weight8 = layer.weight.grid.decode8(layer.weight.codes).to(torch.bfloat16)
             channel_scale = layer.weight.grid.channel_scale.flatten()
+        elif isinstance(layer.weight, RoundedWeight):
+            weight8 = layer.weight.values.to(torch.bfloat16)
+            channel_scale = layer.weight.channel_scale.flatten()
         else:
             weight8 = layer.weight
             channel_scale = torch.ones(len(weight8), device=weight8.device)
         self.out_features, self.in_features = weight8.shape
-        self.activations = scheme.activations
-        self.inner = scheme.inner_format
+        self.activations = layer.scheme.activations
+        self.inner = layer.scheme.inner_format
         self.register_buffer("weight8", weight8)
         self.register_buffer("channel_scale", channel_scale)
         self.register_buffer("input_scale", layer.input_scale)

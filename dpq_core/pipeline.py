@@ -4,6 +4,7 @@
 """
 
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,20 +26,21 @@ def quantize_checkpoint(
     scheme: Scheme,
     calibration: CalibrationSection,
     about: dict[str, Any],
+    choices: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
     """Calibrate, quantize and write a checkpoint; returns its manifest.
 
+    `choices` is for single layers, see `plan_layers`.
     Finished layers wait in a temporary folder: memory is bounded by one block.
 
     Raises:
         CheckpointError, FactorizationError, ValueError: see the stages.
     """
     stream = StreamedModel(source)
-    plan = plan_layers(stream, scheme)
+    plan = plan_layers(stream, scheme, choices)
     rounding = InputRounding.of(scheme, calibration)
     original = calibration.propagation == "original"
     hidden = stream.embed(windows, calibration.batch_size)
-    features = {layer.name: layer.features for layer in plan.layers}
     with tempfile.TemporaryDirectory() as finished:
         for block in range(plan.blocks):
             statistics = calibrate_block(
@@ -49,16 +51,16 @@ def quantize_checkpoint(
             for layer in members:
                 weight = stream.reader.tensor(f"{layer.name}.weight")
                 inputs = statistics[layer.statistics]
-                quantized[layer.name] = quantize_layer(weight, inputs, scheme)
+                quantized[layer.name] = quantize_layer(weight, inputs, layer.scheme)
                 folder = Path(finished, layer.name)
                 folder.mkdir()
-                save_layer(folder, quantized[layer.name], scheme)
+                save_layer(folder, quantized[layer.name])
             if not original:
-                with stream.block(block, quantized, scheme):
+                with stream.block(block, quantized):
                     stream.advance(hidden, calibration.batch_size)
 
         def finished_layer(name: str) -> QuantizedLinear:
-            return load_layer(Path(finished, name), features[name], scheme)
+            return load_layer(Path(finished, name))
 
         destination.mkdir(parents=True)
         return write_checkpoint(

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from dpq_core.column_loop import inverse_factor, quantize_columns
+from dpq_core.formats import round_to
 from dpq_core.gradient_rounding import refine_codes
-from dpq_core.grid import Grid, choose_grid, power_of_two_above
+from dpq_core.grid import Grid, choose_channel_scale, choose_grid, power_of_two_above
 from dpq_core.hessian import InputStatistics, static_input_scale
 from dpq_core.scheme import METHODS, OrderName, Scheme
 
@@ -24,6 +25,18 @@ class QuantizedWeight:
 
     codes: Tensor  # [out, in] uint8, 0…15
     grid: Grid
+
+
+@dataclass(frozen=True)
+class RoundedWeight:
+    """A weight in the 8-bit format of the arithmetic: Ŵ16 = channel_scale * values."""
+
+    values: Tensor  # [out, in] float8_e4m3fn or int8
+    channel_scale: Tensor  # [out, 1] fp32
+
+    def decode(self) -> Tensor:
+        """Ŵ16 [out, in] fp32."""
+        return self.channel_scale * self.values.float()
 
 
 @dataclass(frozen=True)
@@ -42,17 +55,29 @@ class LayerReport:
 
 @dataclass(frozen=True)
 class QuantizedLinear:
-    """One linear layer: its weight, in 4 or in 16 bits, and its static activation scale."""
+    """One linear layer: how it was quantized, its weight, and its static activation scale."""
 
-    weight: QuantizedWeight | Tensor  # or [out, in] bf16 where the method is `none`
+    scheme: Scheme
+    weight: QuantizedWeight | RoundedWeight | Tensor  # [out, in] bf16 where the method is `none`
     input_scale: Tensor | None  # fp32 scalar; None: dynamic or 16-bit activations
     report: LayerReport
+
+    @property
+    def features(self) -> int:
+        """Columns of the weight."""
+        weight = self.weight
+        if isinstance(weight, QuantizedWeight):
+            return weight.codes.shape[1]
+        return (weight.values if isinstance(weight, RoundedWeight) else weight).shape[1]
 
     def cpu(self) -> "QuantizedLinear":
         """The same layer in main memory."""
         scale = None if self.input_scale is None else self.input_scale.cpu()
         if isinstance(self.weight, Tensor):
             return replace(self, weight=self.weight.cpu(), input_scale=scale)
+        if isinstance(self.weight, RoundedWeight):
+            rounded = RoundedWeight(self.weight.values.cpu(), self.weight.channel_scale.cpu())
+            return replace(self, weight=rounded, input_scale=scale)
         grid = self.weight.grid
         grid = replace(
             grid,
@@ -68,6 +93,8 @@ class QuantizedLinear:
         """Ŵ16 [out, in] fp32."""
         if isinstance(self.weight, QuantizedWeight):
             return self.weight.grid.decode(self.weight.codes)
+        if isinstance(self.weight, RoundedWeight):
+            return self.weight.decode()
         return self.weight.float()
 
 
@@ -90,24 +117,44 @@ def quantize_layer(
     input_scale = _input_scale(statistics, scheme)
     if scheme.method == "none":
         kept = weight.to(torch.bfloat16)
-        return QuantizedLinear(kept, input_scale, LayerReport(0.0, scheme.damp_frac, 0))
+        return QuantizedLinear(scheme, kept, input_scale, LayerReport(0.0, scheme.damp_frac, 0))
     hessian = statistics.hessian()
     del statistics  # a caller that gave it away has its memory back
     weight = weight.float()
+    if scheme.bits == 8:
+        rounded = round_weight(weight, scheme)
+        error = _relative(rounded.decode().sub_(weight).T, weight.T, hessian)
+        return QuantizedLinear(
+            scheme, rounded, input_scale, LayerReport(error, scheme.damp_frac, 0)
+        )
     grid = choose_grid(weight, scheme, hessian.diagonal())
     order = column_order(hessian.diagonal(), scheme.order, scheme.group_size)
     hessian = hessian[order[:, None], order]
     codes, damp_frac, moved = _choose_codes(weight, hessian, grid, order, scheme)
     ordered = weight.T[order]
     residual = grid.at(order).decode(codes).sub_(ordered)
-    error = objective(residual, hessian) / max(objective(ordered, hessian), _TINY)
+    error = _relative(residual, ordered, hessian)
     stored = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
     stored[:, order] = codes.T.to(torch.uint8)
     report = LayerReport(error, damp_frac, moved)
-    return QuantizedLinear(QuantizedWeight(stored, grid), input_scale, report)
+    return QuantizedLinear(scheme, QuantizedWeight(stored, grid), input_scale, report)
+
+
+def round_weight(weight: Tensor, scheme: Scheme) -> RoundedWeight:
+    """A weight [out, in] fp32 in the inner format, to nearest: eight bits need no compensation."""
+    inner = scheme.inner_format
+    assert inner is not None
+    scale = choose_channel_scale(weight, scheme, inner.maximum)
+    stored = torch.float8_e4m3fn if inner.is_float else torch.int8
+    return RoundedWeight(round_to(weight / scale, inner).to(stored), scale)
 
 
 _TINY = torch.finfo(torch.float32).tiny
+
+
+def _relative(residual: Tensor, weight: Tensor, hessian: Tensor) -> float:
+    """The layer's relative error, of a transposed residual and weight [in, out]."""
+    return objective(residual, hessian) / max(objective(weight, hessian), _TINY)
 
 
 def objective(residual: Tensor, hessian: Tensor) -> float:

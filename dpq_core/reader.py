@@ -104,6 +104,8 @@ class CheckpointReader:
         """
         for name in self.names:
             tensor = self.tensor(name)
+            if tensor.itemsize == 1 and tensor.is_floating_point():
+                tensor = tensor.float()  # torch tells of no 8-bit type whether it is finite
             if tensor.is_floating_point() and not torch.isfinite(tensor).all():
                 kind = "NaN" if torch.isnan(tensor).any() else "an infinite value"
                 raise CheckpointError(

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal, Self
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from dpq_core.choices import chosen_scheme
 from dpq_core.digests import digest
 from dpq_core.errors import InputError
 from dpq_core.scheme import Scheme
@@ -103,6 +104,20 @@ class GatesSection(_Section):
     allow_limited: bool = Field(False, description="judge a run whose documents were limited")
 
 
+class RepairSection(_Section):
+    enabled: bool = Field(False, description="give layers more bits where a gate fails")
+    max_rounds: int = Field(3, ge=1, description="candidates after the first")
+    max_bits_per_weight: float = Field(8.0, gt=4, le=16, description="budget of the linear layers")
+    candidates: list[str] = Field(
+        default_factory=lambda: ["w4a8-g32", "w8a8", "bf16"],
+        description="choices besides the recipe's own scheme, see dpq_core/choices.py",
+    )
+    samples: int = Field(16, ge=1, description="calibration windows to measure sensitivity on")
+    together: bool = Field(
+        False, description="layers that one kernel reads (q/k/v, gate/up) take the same choice"
+    )
+
+
 class RegistrySection(_Section):
     name: str | None = Field(None, description="registered model; by default from the model's id")
     experiment: str = "dpq"
@@ -119,14 +134,32 @@ class ExecutionSection(_Section):
 class Recipe(_Section):
     model: ModelSection
     scheme: Scheme = Scheme()
+    layers: dict[str, str] = Field(
+        default_factory=dict,
+        description="a choice (w8a8, bf16, …: dpq_core/choices.py) for single layers, by full name",
+    )
     calibration: CalibrationSection
     evaluation: EvaluationSection = EvaluationSection()
     gates: GatesSection = GatesSection()
+    repair: RepairSection = RepairSection()
     registry: RegistrySection = RegistrySection()
     execution: ExecutionSection = ExecutionSection()
     variants: dict[str, dict[str, Any]] | None = Field(
         None, description="rows of `dpq compare`: scheme fields to override, by name"
     )
+
+    @model_validator(mode="after")
+    def _choices_exist(self) -> Self:
+        if self.repair.enabled and self.layers:
+            raise ValueError("repair chooses for the layers itself: leave layers empty")
+        named = {f"layers.{name}": choice for name, choice in self.layers.items()}
+        named |= {f"repair.candidates.{choice}": choice for choice in self.repair.candidates}
+        for where, choice in named.items():
+            try:
+                chosen_scheme(self.scheme, choice)
+            except ValueError as error:
+                raise ValueError(f"{where}: {error}") from error
+        return self
 
     @property
     def digest(self) -> str:

@@ -46,6 +46,9 @@ class Scheme(BaseModel):
     rounding: Literal["nearest", "gradient"] = Field(
         "gradient", description="gradient: move codes one step where that lowers the objective"
     )
+    bits: Literal[4, 8] = Field(
+        4, description="of a stored weight; 8 stores it in the inner format, one scale a row"
+    )
     inner: Literal["e4m3", "int8", "none"] = Field(
         "e4m3", description="8-bit format of the arithmetic; none computes in 16 bits (W4A16)"
     )
@@ -83,6 +86,8 @@ class Scheme(BaseModel):
                 f"method {self.method} needs an 8-bit inner format, but inner is 'none': "
                 "set inner: e4m3 or int8, or choose gptq or rtn"
             )
+        if self.bits == 8 and self.inner == "none":
+            raise ValueError("bits is 8 but inner is 'none': set inner: e4m3 or int8, or bits: 4")
         if self.inner == "none" and self.activations != "none":
             raise ValueError(
                 f"activations are {self.activations!r} but inner is 'none' (16-bit arithmetic): "

@@ -7,7 +7,7 @@ and memory is bounded by one block and the hidden states that the caller keeps.
 """
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from threading import RLock
@@ -22,7 +22,6 @@ from dpq_core.families import family_of
 from dpq_core.linear import W4A8Linear
 from dpq_core.quantize import QuantizedLinear
 from dpq_core.reader import CheckpointError, CheckpointReader, read_config
-from dpq_core.scheme import Scheme
 
 
 class _Skip(nn.Module):
@@ -84,26 +83,36 @@ class StreamedModel:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Of hidden states after the last block. [n, length, hidden] → [n, length, vocabulary]."""
-        with self._part(self.family.norm), self._part(self.family.head), torch.no_grad():
-            logits: Tensor = self.model(inputs_embeds=hidden.to(self.device)).logits
-        return logits.cpu()
+        with self.head() as logits_of:
+            return logits_of(hidden).cpu()
+
+    @contextmanager
+    def head(self) -> Iterator[Callable[[Tensor], Tensor]]:
+        """The final norm and the output head: a function from hidden states after the last block
+        to logits, on the model's device."""
+
+        def logits_of(hidden: Tensor) -> Tensor:
+            with torch.no_grad():
+                logits: Tensor = self.model(inputs_embeds=hidden.to(self.device)).logits
+            return logits
+
+        with self._part(self.family.norm), self._part(self.family.head):
+            yield logits_of
 
     @contextmanager
     def block(
         self,
         index: int,
         replacements: Mapping[str, QuantizedLinear] | None = None,
-        scheme: Scheme | None = None,
     ) -> Iterator[nn.Module]:
         """One block with its weights; `replacements` take the place of linears, by full name."""
         name = self.block_name(index)
         block = copy.deepcopy(self._empty_blocks[index])
         for full_name, layer in (replacements or {}).items():
-            assert scheme is not None
             bias_name = f"{full_name}.bias"
             bias = self.reader.tensor(bias_name) if bias_name in self.reader else None
             member = full_name.removeprefix(f"{name}.")
-            block.set_submodule(member, W4A8Linear(layer, bias, scheme))
+            block.set_submodule(member, W4A8Linear(layer, bias))
         self._fill(block, name)
         path = f"{self.family.blocks}.{index}"
         self.model.set_submodule(path, block.eval())

@@ -18,10 +18,10 @@ from dpq_core.pairing import Difference, Evaluation
 from dpq_core.recipe import Recipe, RecipeError
 from dpq_core.scheme import Scheme
 from dpq_core.scores import PERPLEXITY
+from flows.attempt import subject_of
 from flows.ladder import Row, as_records, html, markdown
 from flows.measure import measure
 from flows.quantize import make_candidate
-from flows.release import subject_of
 from flows.report import shown_name
 from infra.settings import home
 from infra.store import Store

@@ -21,9 +21,12 @@ from tasks.quantize import quantize as quantize_layer
 
 @dataclass(frozen=True)
 class Candidate:
-    """A verified (or refuted: see `integrity`) checkpoint and its manifest."""
+    """A verified (or refuted: see `integrity`) checkpoint, its manifest, and what it was made of:
+    layers by name, statistics by the shared input's name."""
 
     inputs: Inputs
+    layers: dict[str, ArtifactRef]
+    statistics: dict[str, ArtifactRef]
     checkpoint: ArtifactRef
     manifest: dict[str, Any]
     integrity: dict[str, str | None]
@@ -50,11 +53,11 @@ def quantize(recipe: Recipe) -> Candidate:
 
 def make_candidate(recipe: Recipe, inputs: Inputs) -> Candidate:
     """The tasks of quantization; to be called inside a flow with `task_runner(…)`."""
-    layers = _quantize_layers(recipe, inputs)
+    layers, statistics = _quantize_layers(recipe, inputs)
     checkpoint = assemble(recipe, inputs.model, inputs.calibration, layers)
     integrity = verify(recipe, inputs.model, inputs.calibration, layers, checkpoint)
     manifest = json.loads((checkpoint.folder / MANIFEST).read_text("utf-8"))
-    return Candidate(inputs, checkpoint, manifest, integrity)
+    return Candidate(inputs, layers, statistics, checkpoint, manifest, integrity)
 
 
 def task_runner(execution: ExecutionSection) -> TaskRunner[Any]:
@@ -68,16 +71,19 @@ def task_runner(execution: ExecutionSection) -> TaskRunner[Any]:
     return ThreadPoolTaskRunner(max_workers=execution.workers)
 
 
-def _quantize_layers(recipe: Recipe, inputs: Inputs) -> dict[str, ArtifactRef]:
-    """All layers' artifacts. A block's layers are submitted as soon as it is calibrated; with
-    `propagation: quantized` the next block waits for them."""
+def _quantize_layers(
+    recipe: Recipe, inputs: Inputs
+) -> tuple[dict[str, ArtifactRef], dict[str, ArtifactRef]]:
+    """All layers' artifacts, and all statistics. A block's layers are submitted as soon as it is
+    calibrated; with `propagation: quantized` the next block waits for them."""
     plan, model = inputs.plan, inputs.model
     futures: dict[str, PrefectFuture[ArtifactRef]] = {}
+    statistics: dict[str, ArtifactRef] = {}
     waits = recipe.calibration.propagation == "quantized"
     step_block = stepper("calibrate", plan.blocks)
     for block in range(plan.blocks):
         upstream = {name: future.result() for name, future in futures.items()} if waits else {}
-        statistics = calibrate(recipe, model, inputs.calibration, block, upstream)
+        statistics |= calibrate(recipe, model, inputs.calibration, block, upstream)
         step_block()
         for layer in plan.of_block(block):
             futures[layer.name] = quantize_layer.submit(
@@ -88,4 +94,4 @@ def _quantize_layers(recipe: Recipe, inputs: Inputs) -> dict[str, ArtifactRef]:
     for name, future in futures.items():
         layers[name] = future.result()
         step_layer()
-    return layers
+    return layers, statistics

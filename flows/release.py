@@ -1,24 +1,23 @@
 """The release: baseline, quantize, verify, evaluate, gate, register."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from prefect import flow, task
-from prefect.cache_policies import NO_CACHE
+from prefect import flow
+from prefect.artifacts import create_table_artifact
 
 from dpq_core.device import share_machine
-from dpq_core.gates import Verdict, compare, judge
-from dpq_core.pairing import CONFIDENCE
+from dpq_core.gates import Verdict
 from dpq_core.recipe import Recipe, RecipeError
+from flows.attempt import Attempt, attempt
 from flows.measure import measure
-from flows.quantize import Candidate, make_candidate
+from flows.repair import repair, round_rows
 from flows.report import publish, publish_parts
 from infra.settings import home
-from infra.store import Store
-from infra.tracking import tracked_run, tracking_store
-from tasks.evaluate import Measured, Subject, load_evaluation
-from tasks.log import log_evaluation, log_release
-from tasks.model import content_digest
+from infra.tracking import PARENT, TrackedRun, tracked_run, tracking_store
+from tasks.evaluate import Subject
+from tasks.log import log_evaluation, log_metrics, log_release
 from tasks.preflight import preflight
 from tasks.register import Registration, register
 
@@ -32,6 +31,7 @@ class Release:
     run_id: str
     registration: Registration
     manifest: dict[str, Any]
+    rounds: list[dict[str, Any]]
 
     def as_dict(self) -> dict[str, Any]:
         """The object that `dpq release --json` prints."""
@@ -41,6 +41,7 @@ class Release:
             "run_id": self.run_id,
             "model_version": self.registration.version,
             "registered_model": self.registration.name,
+            "rounds": self.rounds,
         }
 
 
@@ -60,32 +61,40 @@ def release(recipe: Recipe) -> Release:
         inputs = preflight(recipe)
         model, data = inputs.model, inputs.evaluation
         baseline = measure(recipe, data, Subject("baseline", model.folder, model.digest))
-        candidate = make_candidate(recipe, inputs)
-        measured = measure(recipe, data, subject_of(recipe, candidate, "candidate"))
-        verdict = gate(recipe, baseline, measured, candidate)
-        log_release(run, recipe, model, candidate.manifest, verdict)
-        parts = log_evaluation(run, recipe, {"baseline": baseline, "candidate": measured})
-        checkpoint = candidate.checkpoint
-        registration = register(tracking_uri, run.run_id, recipe, model, checkpoint, verdict)
-        publish(verdict, candidate.manifest, checkpoint.folder, registration, run.url)
+        attempts = [attempt(recipe, inputs, baseline)]
+        if recipe.repair.enabled:
+            attempts = repair(recipe, inputs, baseline, attempts[0])
+        last = attempts[-1]
+        checkpoint, manifest = last.candidate.checkpoint, last.candidate.manifest
+        log_release(run, last.recipe, model, manifest, last.verdict)
+        parts = log_evaluation(run, recipe, {"baseline": baseline, "candidate": last.measured})
+        registration = register(
+            tracking_uri, run.run_id, last.recipe, model, checkpoint, last.verdict
+        )
+        publish(last.verdict, manifest, checkpoint.folder, registration, run.url)
         publish_parts(parts)
-    return Release(verdict, str(checkpoint.folder), run.run_id, registration, candidate.manifest)
+        rounds = list(round_rows(attempts))
+        if len(rounds) > 1:
+            create_table_artifact(rounds, key="rounds", description="Repair: what each bit bought")
+            run.log_table(rounds, "rounds")
+            _log_rounds(run, attempts, rounds, tracking_uri, artifact_root)
+    return Release(last.verdict, str(checkpoint.folder), run.run_id, registration, manifest, rounds)
 
 
-def subject_of(recipe: Recipe, candidate: Candidate, role: str) -> Subject:
-    """A candidate to measure, under the digest that `dpq evaluate` gives the same checkpoint."""
-    folder = candidate.checkpoint.folder
-    return Subject(role, folder, content_digest(folder, Store(recipe.execution.store)))
-
-
-@task(name="gate", cache_policy=NO_CACHE)
-def gate(recipe: Recipe, baseline: Measured, measured: Measured, candidate: Candidate) -> Verdict:
-    """The verdict on a candidate."""
-    store = Store(recipe.execution.store)
-    differences = compare(
-        load_evaluation(baseline, store),
-        load_evaluation(measured, store),
-        recipe.gates.confidence or CONFIDENCE,
-    )
-    limited = recipe.evaluation.limit is not None
-    return judge(differences, candidate.integrity, recipe.gates, limited)
+def _log_rounds(
+    run: TrackedRun,
+    attempts: list[Attempt],
+    rows: list[dict[str, Any]],
+    tracking_uri: str,
+    artifact_root: Path | None,
+) -> None:
+    """A nested run for each round, with its layers' choices and its metrics."""
+    for number, (each, row) in enumerate(zip(attempts, rows, strict=True)):
+        experiment, tags = each.recipe.registry.experiment, {PARENT: run.run_id}
+        name = f"round {number}"
+        with tracked_run(tracking_uri, experiment, name, tags, artifact_root) as nested:
+            nested.log_dict({"layers": each.recipe.layers}, "layers.json")
+            numbers = {key.replace(" ", "_"): row[key] for key in row if key != "verdict"}
+            nested.log_metrics(numbers)
+            log_metrics(nested, each.verdict.metrics)
+            nested.set_tags({"verdict": each.verdict.verdict})

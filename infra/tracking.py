@@ -31,6 +31,8 @@ _PARAM_LENGTH = 6000
 _TAG_LENGTH = 8000
 _KEY_LENGTH = 250
 
+PARENT = "mlflow.parentRunId"  # tag that nests a run
+
 _QUIET = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",

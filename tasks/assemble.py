@@ -52,13 +52,12 @@ def assemble(
 
     def make(folder: Path) -> None:
         stream = StreamedModel(model.folder)
-        plan = plan_layers(stream, recipe.scheme)
-        features = {layer.name: layer.features for layer in plan.layers}
+        plan = plan_layers(stream, recipe.scheme, recipe.layers)
         step = stepper("assemble", len(plan.layers))
 
         def layer(name: str) -> QuantizedLinear:
             step()
-            return load_layer(store.open(layers[name]), features[name], recipe.scheme)
+            return load_layer(store.open(layers[name]))
 
         write_checkpoint(folder, stream.reader, stream.dtype, plan, recipe.scheme, layer, about)
 
@@ -109,17 +108,15 @@ def _check(
     probe = load_windows(windows, store)[:_PROBE_WINDOWS, :_PROBE_LENGTH]
     device = resolve_device(recipe.execution.device)
     shapes = checkpoint.shapes
-    scheme = recipe.scheme
     original = StreamedModel(model.folder, device)
     written = StreamedModel(folder, device)
     expected = _probe_logits(
         original,
         probe,
-        recipe,
-        lambda name: load_layer(store.open(layers[name]), shapes[name][1], scheme),
+        lambda name: load_layer(store.open(layers[name])),
         shapes,
     )
-    found = _probe_logits(written, probe, recipe, checkpoint.layer, shapes)
+    found = _probe_logits(written, probe, checkpoint.layer, shapes)
     difference = float((expected - found).abs().max())
     checks["reload"] = (
         None if torch.equal(expected, found) else f"logits differ by up to {difference:g}"
@@ -132,13 +129,12 @@ def _check(
 def _probe_logits(
     stream: StreamedModel,
     tokens: Tensor,
-    recipe: Recipe,
     layer: Any,
     shapes: dict[str, list[int]],
 ) -> Tensor:
     hidden = stream.embed(tokens, len(tokens))
     for block in range(stream.block_count):
         replacements = {name: layer(name) for name in stream.linears(block) if name in shapes}
-        with stream.block(block, replacements, recipe.scheme):
+        with stream.block(block, replacements):
             stream.advance(hidden, len(tokens))
     return stream.logits(hidden)

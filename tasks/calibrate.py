@@ -127,8 +127,8 @@ def _hidden_before(
     if hidden is None:
         hidden = stream.embed(load_windows(windows, store), batch_size)
     for index in range(nearest, block):
-        replacements = _load_layers(index, layers, stream, recipe, store)
-        with stream.block(index, replacements, recipe.scheme):
+        replacements = _load_layers(index, layers, stream, store)
+        with stream.block(index, replacements):
             stream.advance(hidden, batch_size)
     if nearest < block:
         _store_hidden(hidden, block, keys, store)
@@ -156,15 +156,10 @@ def _load_layers(
     index: int,
     layers: Mapping[str, ArtifactRef],
     stream: StreamedModel,
-    recipe: Recipe,
     store: Store,
 ) -> dict[str, QuantizedLinear]:
     linears = stream.linears(index)
-    return {
-        name: load_layer(store.open(layers[name]), linears[name].in_features, recipe.scheme)
-        for name in linears
-        if name in layers
-    }
+    return {name: load_layer(store.open(layers[name])) for name in linears if name in layers}
 
 
 def _store_hidden(hidden: Tensor, block: int, keys: _Keys, store: Store) -> None:

@@ -6,8 +6,9 @@ from prefect import task
 from prefect.cache_policies import NO_CACHE
 
 from dpq_core.device import resolve_device
+from dpq_core.linear import stored_bytes
 from dpq_core.plan import Plan, plan_layers
-from dpq_core.recipe import Recipe
+from dpq_core.recipe import Recipe, RecipeError
 from dpq_core.streaming import StreamedModel
 from infra.store import ArtifactRef, Store
 from tasks import windows
@@ -37,7 +38,8 @@ def preflight(recipe: Recipe) -> Inputs:
     store = Store(recipe.execution.store)
     store.clean()
     model = inspect(recipe.model, store)
-    plan = plan_layers(StreamedModel(model.folder), recipe.scheme)
+    plan = plan_layers(StreamedModel(model.folder), recipe.scheme, recipe.layers)
+    _check_budget(recipe, plan)
     tokenizer = load_tokenizer(model.folder)
     return Inputs(
         model=model,
@@ -45,3 +47,13 @@ def preflight(recipe: Recipe) -> Inputs:
         calibration=windows.store_calibration(recipe.calibration, tokenizer, store),
         evaluation=prepare(recipe.evaluation, tokenizer, store),
     )
+
+
+def _check_budget(recipe: Recipe, plan: Plan) -> None:
+    taken = sum(stored_bytes(layer.rows, layer.features, layer.scheme) for layer in plan.layers)
+    bits = 8 * taken / sum(layer.weights for layer in plan.layers)
+    if recipe.repair.enabled and bits > recipe.repair.max_bits_per_weight:
+        raise RecipeError(
+            f"repair.max_bits_per_weight is {recipe.repair.max_bits_per_weight:g}, and the scheme"
+            f" alone takes {bits:.2f}: raise it, or choose a larger scheme.group_size"
+        )

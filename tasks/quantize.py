@@ -38,7 +38,7 @@ def quantize(
             "model": model.digest,
             "layer": layer.name,
             "statistics": statistics.sha256,
-            "scheme": recipe.scheme.model_dump(mode="json"),
+            "scheme": layer.scheme.model_dump(mode="json"),
             "device": device.type,
         }
     )
@@ -47,10 +47,10 @@ def quantize(
         weight = CheckpointReader(model.folder).tensor(f"{layer.name}.weight")
         try:
             quantized = quantize_layer(
-                weight.to(device), load_statistics(statistics, store).to(device), recipe.scheme
+                weight.to(device), load_statistics(statistics, store).to(device), layer.scheme
             )
         except ValueError as error:
             raise LayerError(f"{layer.name}: {error}") from error
-        save_layer(folder, quantized.cpu(), recipe.scheme)
+        save_layer(folder, quantized.cpu())
 
     return store.get_or_make("layers", key, make)[0]

@@ -24,6 +24,7 @@ from dpq_core.checkpoint import (
     load_quantized,
     save_layer,
 )
+from dpq_core.choices import CHOICES, chosen_scheme
 from dpq_core.hessian import InputStatistics
 from dpq_core.linear import W4A8Linear, layer_from_tensors
 from dpq_core.packing import pack_codes
@@ -116,15 +117,16 @@ def original(folder):
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
 
 
-def by_hand(base, folder, scheme, blocks=2):
+def by_hand(base, folder, scheme, blocks=2, choices=None):
     """The transformers model with the linears of its first blocks replaced from the tensors as
     they lie on disk."""
     model = original(base)
     tensors = {k: v for file in folder.glob("*.safetensors") for k, v in load_file(file).items()}
     for name, module in linears_of(model, range(blocks)).items():
         own = {k.removeprefix(f"{name}."): v for k, v in tensors.items() if k.startswith(name)}
-        layer = layer_from_tensors(own, module.in_features, scheme)
-        model.set_submodule(name, W4A8Linear(layer, module.bias, scheme))
+        choice = (choices or {}).get(name, "w4a8")
+        layer = layer_from_tensors(own, module.in_features, chosen_scheme(scheme, choice))
+        model.set_submodule(name, W4A8Linear(layer, module.bias))
     return model
 
 
@@ -176,6 +178,44 @@ def test_written_verified_loaded_and_equal_to_replacing_by_hand(
     before = logits_of(original(bases[base]), windows).float()
     error = (logits.float() - before).norm() / before.norm()
     assert 0 < error < 0.35
+
+
+MIXED = {
+    "model.layers.0.self_attn.q_proj": "w8a8",
+    "model.layers.0.mlp.down_proj": "bf16",
+    "model.layers.1.self_attn.o_proj": "w8a8-int8",
+    DOWN: "w4a8-g32",
+}
+
+
+@pytest.mark.parametrize("base", ["llama", "qwen2-tied"])
+def test_layers_of_their_own_choice(bases, windows, tmp_path, base):
+    folder = tmp_path / "mixed"
+    manifest = quantize_checkpoint(
+        bases[base], folder, windows, SCHEME, calibration(), {}, choices=MIXED
+    )
+    QuantizedCheckpoint(folder).verify()
+    rows = {row["name"]: row for row in manifest["layers"]}
+    assert {name: row["scheme"] for name, row in rows.items() if row["scheme"]} == {
+        name: {**CHOICES[choice]} for name, choice in MIXED.items()
+    }
+    sizes = {n: 8 * r["bytes"] / (r["shape"][0] * r["shape"][1]) for n, r in rows.items()}
+    assert sizes["model.layers.0.mlp.down_proj"] == 16
+    assert 8 < sizes["model.layers.0.self_attn.q_proj"] < 8.6
+    assert rows["model.layers.0.mlp.down_proj"]["error"] == 0
+    expected = by_hand(bases[base], folder, SCHEME, choices=MIXED)
+    assert torch.equal(logits_of(load_quantized(folder), windows), logits_of(expected, windows))
+
+
+@pytest.mark.parametrize(
+    ("choices", "expected"),
+    [({"model.layers.9.mlp.up_proj": "w8a8"}, "no linear"), ({DOWN: "w9"}, "'w9' is no choice")],
+)
+def test_a_choice_that_cannot_be_met_is_refused(bases, windows, tmp_path, choices, expected):
+    with pytest.raises(ValueError, match=expected):
+        quantize_checkpoint(
+            bases["llama"], tmp_path / "out", windows, SCHEME, calibration(), {}, choices=choices
+        )
 
 
 @pytest.mark.parametrize("base", ["llama", "qwen2"])  # without and with biases
@@ -310,8 +350,8 @@ def test_single_layers_round_trip(tmp_path, method):
     statistics.add_hessian(x)
     statistics.add_magnitudes(x)
     layer = quantize_layer(x[:9], statistics, scheme)
-    save_layer(tmp_path, layer, scheme)
-    again = load_layer(tmp_path, 40, scheme)
+    save_layer(tmp_path, layer)
+    again = load_layer(tmp_path)
     assert torch.equal(again.decoded(), layer.decoded())
     assert torch.equal(again.input_scale, layer.input_scale)
     assert again.report == layer.report
@@ -400,7 +440,7 @@ def test_missing_file_is_refused(damaged, name):
         QuantizedCheckpoint(damaged).verify()
 
 
-@pytest.mark.parametrize("version", [0, 2, "1", None])
+@pytest.mark.parametrize("version", [1, 3, "2", None])
 def test_unknown_version_is_refused(damaged, version):
     rewrite_json(damaged / MANIFEST, lambda m: m.update(format_version=version))
     for reader in (QuantizedCheckpoint, load_quantized):
@@ -409,7 +449,7 @@ def test_unknown_version_is_refused(damaged, version):
 
 
 @pytest.mark.parametrize(
-    "content", [b"[]", b"{", b'"text"', b"{}", b"\xff{}", b'{"format_version": 1}']
+    "content", [b"[]", b"{", b'"text"', b"{}", b"\xff{}", b'{"format_version": 2}']
 )
 def test_manifest_of_another_shape_is_refused(damaged, content):
     (damaged / MANIFEST).write_bytes(content)

@@ -16,9 +16,16 @@ from dpq_core.linear import (
     expected_shapes,
     layer_from_tensors,
     layer_tensors,
+    stored_bytes,
     token_scale,
 )
-from dpq_core.quantize import LayerReport, QuantizedLinear, QuantizedWeight, quantize_layer
+from dpq_core.quantize import (
+    LayerReport,
+    QuantizedLinear,
+    QuantizedWeight,
+    RoundedWeight,
+    quantize_layer,
+)
 from dpq_core.scheme import Scheme
 
 ROWS, FEATURES = 24, 40  # with groups of 16, a short last one
@@ -26,6 +33,8 @@ SAFETENSORS_TYPES = {
     torch.int32: "I32",
     torch.uint8: "U8",
     torch.bfloat16: "BF16",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.int8: "I8",
     torch.float32: "F32",
 }
 
@@ -71,6 +80,8 @@ def emulated(x, layer, bias, scheme):
         scale = grid.group_scale.float().numpy()[:, columns].astype(np.float64)
         steps = layer.weight.codes.numpy() - grid.zero_point.numpy()[:, columns].astype(np.float64)
         w8, s8 = inner_round(scale * steps, scheme), grid.channel_scale.numpy().T
+    elif isinstance(layer.weight, RoundedWeight):
+        w8, s8 = layer.weight.values.double().numpy(), layer.weight.channel_scale.numpy().T
     else:
         w8, s8 = layer.weight.double().numpy(), 1.0
     y = s8.astype(np.float64) * sx * (x8 @ w8.T) if np.ndim(s8) else sx * (x8 @ w8.T)
@@ -83,7 +94,7 @@ def assert_is_the_formula(scheme, with_bias, dtype):
     x = (2 * normal(2, 5, FEATURES, seed=4)).to(dtype)
     x[0, 0] *= 100  # beyond the calibrated range: saturates where the scale is static
     expected = torch.from_numpy(emulated(x, layer, bias, scheme))
-    y = W4A8Linear(layer, bias, scheme)(x)
+    y = W4A8Linear(layer, bias)(x)
     assert y.dtype == dtype
     assert y.shape == (2, 5, ROWS)
     # Half an ulp of BF16 is 2**-9; sums of 40 products in FP32 may cancel.
@@ -103,7 +114,16 @@ def test_forward_is_the_formula(inner, fp8_max, activations, with_bias, dtype):
 
 @pytest.mark.parametrize("activations", ["static", "dynamic"])
 @pytest.mark.parametrize(
-    "changes", [{"method": "none"}, {"symmetric": True}, {"power_of_two": True}], ids=str
+    "changes",
+    [
+        {"method": "none"},
+        {"symmetric": True},
+        {"power_of_two": True},
+        {"bits": 8},
+        {"bits": 8, "fp8_max": 240, "channel_scale": "tensor"},
+        {"bits": 8, "inner": "int8", "power_of_two": True},
+    ],
+    ids=str,
 )
 def test_forward_of_other_schemes_is_the_formula(changes, activations):
     scheme = Scheme(activations=activations, group_size=16, **changes)
@@ -115,7 +135,7 @@ def test_16_bit_arithmetic_is_an_ordinary_linear(method):
     scheme = Scheme(method=method, inner="none", activations="none", group_size=16)
     layer, x = quantized(scheme), normal(5, FEATURES, seed=4).bfloat16()
     weight = layer.decoded().bfloat16()
-    y = W4A8Linear(layer, None, scheme)(x)
+    y = W4A8Linear(layer, None)(x)
     assert torch.equal(y, torch.nn.functional.linear(x, weight))
 
 
@@ -125,7 +145,7 @@ def test_token_of_zeros(inner):
     bias = normal(ROWS, seed=3)
     x = normal(3, FEATURES, seed=4)
     x[1] = 0
-    y = W4A8Linear(quantized(scheme), bias, scheme)(x)
+    y = W4A8Linear(quantized(scheme), bias)(x)
     assert y.isfinite().all()
     assert torch.equal(y[1], bias)
     assert token_scale(x, 448.0).flatten()[1] == 1
@@ -133,7 +153,7 @@ def test_token_of_zeros(inner):
 
 def test_dynamic_tokens_do_not_see_each_other():
     scheme = Scheme(activations="dynamic", group_size=16)
-    module, x = W4A8Linear(quantized(scheme), None, scheme), normal(3, FEATURES, seed=4)
+    module, x = W4A8Linear(quantized(scheme), None), normal(3, FEATURES, seed=4)
     alone = module(x)[0]
     x[1:] *= 1000
     assert torch.equal(module(x)[0], alone)
@@ -146,8 +166,10 @@ INNER = {"e4m3": ("e4m3", 448), "e4m3_240": ("e4m3", 240), "int8": ("int8", 448)
 
 def of_weight(weight, bias=None, input_scale=1.0, **changes):
     """A module of a 16-bit weight, as a layer whose activations alone are rounded."""
-    layer = QuantizedLinear(weight.bfloat16(), torch.tensor(input_scale), LayerReport(0, 0, 0))
-    return W4A8Linear(layer, bias, Scheme(method="none", **changes))
+    scheme = Scheme(method="none", **changes)
+    report = LayerReport(0, 0, 0)
+    layer = QuantizedLinear(scheme, weight.bfloat16(), torch.tensor(input_scale), report)
+    return W4A8Linear(layer, bias)
 
 
 def both_ways(module, x, monkeypatch):
@@ -246,7 +268,7 @@ def test_fused_pass_saturates_infinity_and_spreads_nan_over_its_own_token(monkey
 @fused
 def test_fused_pass_depends_on_neither_batch_nor_threads():
     scheme = Scheme(group_size=16)
-    module = W4A8Linear(quantized(scheme), None, scheme)
+    module = W4A8Linear(quantized(scheme), None)
     x = normal(1000, FEATURES, seed=4).bfloat16()
     before = torch.get_num_threads()
     try:
@@ -283,30 +305,47 @@ SCHEMES = [
 ]
 
 
+EIGHT_BITS = [Scheme(bits=8, inner=inner, group_size=16) for inner in ("e4m3", "int8")]
+
+
 @pytest.mark.parametrize(
     "scheme",
-    SCHEMES,
-    ids=lambda s: f"{s.method}-{s.inner}-{s.activations}{'-symmetric' * s.symmetric}",
+    [*SCHEMES, *EIGHT_BITS],
+    ids=lambda s: f"{s.method}-{s.bits}-{s.inner}-{s.activations}{'-symmetric' * s.symmetric}",
 )
 def test_layer_tensors_round_trip(scheme):
     layer = quantized(scheme.model_copy(update={"rounding": "nearest"}))
-    tensors = layer_tensors(layer, scheme)
+    tensors = layer_tensors(layer)
     stored = {name: (list(t.shape), SAFETENSORS_TYPES[t.dtype]) for name, t in tensors.items()}
     assert stored == expected_shapes(ROWS, FEATURES, scheme)
+    assert sum(t.nbytes for t in tensors.values()) == stored_bytes(ROWS, FEATURES, scheme)
     again = layer_from_tensors(tensors, FEATURES, scheme)
     assert torch.equal(again.decoded(), layer.decoded())
-    for name, tensor in layer_tensors(again, scheme).items():
-        assert torch.equal(tensor, tensors[name])
+    for name, tensor in layer_tensors(again).items():
+        assert tensor.dtype == tensors[name].dtype
+        assert torch.equal(tensor.float(), tensors[name].float())
     x = normal(4, FEATURES, seed=4)
     assert torch.equal(
-        W4A8Linear(again, None, scheme)(x),
-        W4A8Linear(layer, None, scheme)(x),
+        W4A8Linear(again, None)(x),
+        W4A8Linear(layer, None)(x),
     )
+
+
+@pytest.mark.parametrize("scheme", EIGHT_BITS, ids=lambda s: s.inner)
+def test_eight_bits_are_the_nearest_of_the_row(scheme):
+    layer = quantized(scheme)
+    weight = (normal(ROWS, FEATURES, seed=0) / 20).bfloat16().float().numpy()
+    limit = np.float32(127 if scheme.inner == "int8" else 448)
+    scale = np.abs(weight).max(1, keepdims=True) / limit
+    assert torch.equal(layer.weight.channel_scale, torch.from_numpy(scale))
+    expected = scale * inner_round(weight / scale, scheme)
+    assert np.allclose(layer.decoded().numpy(), expected, rtol=1e-6, atol=0)
+    assert 0 < layer.report.error < 1e-3
 
 
 def test_missing_tensor_is_named():
     scheme = Scheme(group_size=16)
-    tensors = layer_tensors(quantized(scheme), scheme)
+    tensors = layer_tensors(quantized(scheme))
     del tensors["group_scale"]
     with pytest.raises(KeyError, match="group_scale"):
         layer_from_tensors(tensors, FEATURES, scheme)

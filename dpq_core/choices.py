@@ -1,0 +1,29 @@
+"""What a layer can be given instead of the recipe's scheme: a row a choice.
+
+A choice changes fields of the recipe's scheme; all else (method, order, activations, …) stays. Bits
+count what is stored: codes, scales and zero points.
+"""
+
+from typing import Any
+
+from dpq_core.scheme import Scheme
+
+CHOICES: dict[str, dict[str, Any]] = {
+    "w4a8": {},
+    "w4a8-g64": {"group_size": 64},
+    "w4a8-g32": {"group_size": 32},
+    "w8a8": {"bits": 8},
+    "w8a8-int8": {"bits": 8, "inner": "int8"},
+    "bf16": {"method": "none", "inner": "none", "activations": "none"},
+}
+
+
+def chosen_scheme(scheme: Scheme, choice: str) -> Scheme:
+    """The recipe's scheme as `choice` changes it.
+
+    Raises:
+        ValueError: no such choice, or one that does not go with the scheme.
+    """
+    if choice not in CHOICES:
+        raise ValueError(f"{choice!r} is no choice for a layer: there are {', '.join(CHOICES)}")
+    return Scheme.model_validate({**scheme.model_dump(), **CHOICES[choice]})

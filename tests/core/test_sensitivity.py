@@ -1,0 +1,84 @@
+"""The cost of single layers, against whole models with one layer replaced."""
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from dpq_core.calibration import InputRounding, calibrate_block
+from dpq_core.choices import chosen_scheme
+from dpq_core.linear import W4A8Linear
+from dpq_core.plan import plan_layers
+from dpq_core.quantize import quantize_layer
+from dpq_core.recipe import CalibrationSection, TextDataset
+from dpq_core.scheme import Scheme
+from dpq_core.sensitivity import Variant, block_losses
+from dpq_core.streaming import StreamedModel
+
+SCHEME = Scheme(group_size=32, rounding="nearest", order="none")
+CHOICES = ("w4a8", "w8a8", "bf16")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=61,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        initializer_range=0.1,
+    )
+    folder = tmp_path_factory.mktemp("model")
+    LlamaForCausalLM(config).bfloat16().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def windows():
+    return torch.randint(61, (5, 20), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("block", [0, 2])
+def test_losses_are_those_of_whole_models(folder, windows, block):
+    stream = StreamedModel(folder)
+    hidden = stream.embed(windows, 2)
+    for earlier in range(block):
+        with stream.block(earlier):
+            stream.advance(hidden, 2)
+    section = CalibrationSection(dataset=TextDataset(path="none"))
+    rounding = InputRounding.of(SCHEME, section)
+    before = hidden.clone()
+    statistics = calibrate_block(stream, block, hidden.clone(), rounding, 2, advance=False)
+    layers = {}
+    for planned in plan_layers(stream, SCHEME).of_block(block):
+        weight = stream.reader.tensor(f"{planned.name}.weight")
+        for choice in CHOICES:
+            scheme = chosen_scheme(SCHEME, choice)
+            layers[Variant(planned.name, choice)] = quantize_layer(
+                weight, statistics[planned.statistics], scheme
+            )
+    found = block_losses(
+        stream, block, hidden, {v: lambda layer=layer: layer for v, layer in layers.items()}, 2
+    )
+    assert torch.equal(hidden, before)
+    assert list(found) == list(layers)
+    for variant, layer in layers.items():
+        assert found[variant] == pytest.approx(by_hand(folder, windows, variant, layer), abs=2e-6)
+        if variant.choice == "bf16":
+            assert found[variant] == 0
+    by_choice = {
+        choice: sum(loss for variant, loss in found.items() if variant.choice == choice)
+        for choice in CHOICES
+    }
+    assert by_choice["w4a8"] > by_choice["w8a8"] > by_choice["bf16"] == 0
+
+
+@torch.inference_mode()
+def by_hand(folder, windows, variant, layer):
+    model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
+    expected = model(input_ids=windows).logits.double().log_softmax(-1)
+    model.set_submodule(variant.name, W4A8Linear(layer, None))
+    found = model(input_ids=windows).logits.double().log_softmax(-1)
+    return (expected.exp() * (expected - found)).sum(-1).mean().item()

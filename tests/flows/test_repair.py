@@ -1,0 +1,128 @@
+"""A rejected candidate gets more bits: as few as needed, from the store, within the budget."""
+
+import json
+import time
+
+import pytest
+from conftest import dpq_process, run_flow
+
+from dpq_core.recipe import parse_recipe
+from flows.release import release
+from infra.registry import Registry
+from infra.tracking import PARENT, mlflow_client, tracking_store
+
+
+@pytest.fixture
+def content(content, store):
+    """A gate that four bits miss by far; scheme and data are the session's."""
+    return content | {
+        "gates": {"perplexity_increase": 0.01},
+        "repair": {
+            "enabled": True,
+            "candidates": ["w4a8-g32", "w8a8"],
+            "samples": 4,
+            "max_bits_per_weight": 8.5,
+        },
+        "registry": {"name": "repair-tests"},
+    }
+
+
+def artifacts(store, stage):
+    complete = (store / stage).glob("*/.artifact.json")
+    return {path.parent.name: path.stat().st_mtime_ns for path in complete}
+
+
+def measured(content, changes):
+    return run_flow(release, parse_recipe(content | changes))
+
+
+def test_rejected_then_promoted_without_touching_a_gate(content, services_home, store):
+    unrepaired = measured(content, {"repair": {"enabled": False}})
+    assert unrepaired.verdict.verdict == "rejected"
+    assert len(unrepaired.rounds) == 1
+    result = measured(content, {})
+    assert result.verdict.verdict == "promoted", result.rounds
+    assert Registry(tracking_store(services_home)[0]).champion("repair-tests") is not None
+    before, *after = result.rounds
+    assert before["measured increase"] >= 0.01 > after[-1]["measured increase"]
+    assert before["bits per weight"] < after[-1]["bits per weight"] <= 8.5
+    assert 0 < after[-1]["predicted increase"] < before["measured increase"]
+    assert result.manifest["bytes_per_weight"] * 8 == after[-1]["bits per weight"]
+    changed = [row["name"] for row in result.manifest["layers"] if row["scheme"]]
+    assert 0 < len(changed) == after[-1]["layers raised"] <= 35
+
+    client = mlflow_client(tracking_store(services_home)[0])
+    run = client.get_run(result.run_id)
+    nested = client.search_runs(
+        [run.info.experiment_id], filter_string=f"tags.`{PARENT}` = '{result.run_id}'"
+    )
+    assert {r.info.run_name for r in nested} == {f"round {row['round']}" for row in result.rounds}
+    assert "rounds.json" in {file.path for file in client.list_artifacts(result.run_id)}
+
+    stages = ("layers", "statistics", "sensitivity", "checkpoints", "scores")
+    made = {stage: artifacts(store, stage) for stage in stages}
+    again = measured(content, {})
+    assert {stage: artifacts(store, stage) for stage in stages} == made
+    assert again.rounds == result.rounds
+
+
+def test_a_budget_that_is_too_small_says_what_is_needed(content):
+    repair = content["repair"] | {"max_bits_per_weight": 4.4}
+    result = measured(content, {"repair": repair})
+    assert result.verdict.verdict == "rejected"
+    assert result.rounds[-1]["bits per weight"] <= 4.4
+    assert any("are predicted to be needed" in reason for reason in result.verdict.reasons)
+
+
+def test_a_budget_below_the_scheme_is_told_before_any_work(dpq, tmp_path):
+    store = tmp_path / "store"
+    settings = ["--set", "repair.max_bits_per_weight=4.1", "--set", f"execution.store={store}"]
+    result = dpq("release", *settings)
+    assert result.exit_code == 1
+    assert "repair.max_bits_per_weight is 4.1, and the scheme alone takes 4.2" in result.stderr
+    assert not (store / "statistics").exists()
+
+
+def test_layers_that_are_read_together_take_the_same_choice(content):
+    repair = content["repair"] | {"together": True}
+    result = measured(content, {"repair": repair})
+    schemes = {row["name"]: row["scheme"] for row in result.manifest["layers"]}
+    for block in range(5):
+        for group in (
+            ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"],
+            ["mlp.gate_proj", "mlp.up_proj"],
+        ):
+            chosen = [schemes[f"model.layers.{block}.{member}"] for member in group]
+            assert all(scheme == chosen[0] for scheme in chosen)
+    assert any(schemes.values())
+
+
+def test_what_is_broken_is_not_repaired(content, tmp_path):
+    """A suite that fails is a reason to reject, and no number that bits could better."""
+    evaluation = content["evaluation"] | {"suites": ["python_docs"], "timeout": 1e-6}
+    result = measured(content, {"evaluation": evaluation})
+    assert result.verdict.verdict == "rejected"
+    assert len(result.rounds) == 1
+
+
+def test_killed_in_a_round_and_run_again(content, recipe_file, tmp_path):
+    undisturbed = measured(content, {})
+    store = tmp_path / "killed"
+    command = ["release", recipe_file, "--json", "--set", f"execution.store={store}"]
+    killed = dpq_process(*command)
+    deadline = time.monotonic() + 300
+    while len(artifacts(store, "sensitivity")) < 2:
+        assert killed.poll() is None, killed.communicate()[1]
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    killed.kill()
+    killed.communicate()
+    stages = ("layers", "statistics", "sensitivity", "scores")
+    kept = {stage: artifacts(store, stage) for stage in stages}
+    second = dpq_process(*command)
+    output, errors = second.communicate(timeout=300)
+    assert second.returncode == 0, errors
+    for stage in stages:
+        now = artifacts(store, stage)
+        assert {key: now[key] for key in kept[stage]} == kept[stage]
+    assert json.loads(output)["rounds"] == undisturbed.rounds
