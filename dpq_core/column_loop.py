@@ -44,7 +44,7 @@ def inverse_factor(hessian: Tensor, damp_frac: float) -> tuple[Tensor, float]:
     """
     mean = hessian.diagonal().mean()
     if mean <= 0:  # calibration saw only zeros: nothing can be compensated
-        return torch.eye(len(hessian), device=hessian.device), damp_frac
+        return torch.eye(len(hessian), dtype=hessian.dtype, device=hessian.device), damp_frac
     for attempt in range(_DAMPING_ATTEMPTS):
         damping = damp_frac * 10**attempt
         reversed_ = hessian.flip(0, 1)
@@ -67,7 +67,7 @@ def _invert_lower(lower: Tensor) -> None:
     for start in range(0, len(lower), _INVERSE_BLOCK):
         stop = min(start + _INVERSE_BLOCK, len(lower))
         corner = lower[start:stop, start:stop]
-        identity = torch.eye(stop - start, device=lower.device)
+        identity = torch.eye(stop - start, dtype=lower.dtype, device=lower.device)
         corner.copy_(torch.linalg.solve_triangular(corner, identity, upper=False))
         left = lower[start:stop, :start]
         left.copy_(corner @ (left @ lower[:start, :start])).neg_()

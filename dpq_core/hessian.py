@@ -30,7 +30,7 @@ class InputStatistics:
     @classmethod
     def empty(cls, features: int, device: torch.device | str = "cpu") -> "InputStatistics":
         return cls(
-            torch.zeros(features, features, device=device),
+            torch.zeros(features, features, dtype=torch.float32, device=device),
             0,
             torch.zeros(MAGNITUDES, dtype=torch.int64, device=device),
         )
@@ -80,7 +80,7 @@ class InputStatistics:
         """For storage; `from_tensors` is the inverse."""
         return {
             "hessian_sum": self.hessian_sum,
-            "tokens": torch.tensor(self.tokens),
+            "tokens": torch.tensor(self.tokens, dtype=torch.int64),
             "magnitudes": self.magnitudes,
         }
 
@@ -105,7 +105,7 @@ def static_input_scale(magnitudes: Tensor, fmt: NumberFormat, estimator: str) ->
     values, counts = values[present], magnitudes.cpu()[present].double()
     amax = values[-1]
     if amax == 0:
-        return torch.ones(())
+        return torch.ones((), dtype=torch.float32)
     if estimator == "percentile":
         cumulative = counts.cumsum(0) / counts.sum()
         amax = values[int(torch.searchsorted(cumulative, _PERCENTILE))]

@@ -106,7 +106,7 @@ def layer_from_tensors(
     else:
         zero_point = unpack_zero_points(tensors["zero_point"], group_scale.shape[1])
     inner = scheme.inner_format
-    ones = torch.ones(len(group_scale), 1, device=group_scale.device)
+    ones = torch.ones(len(group_scale), 1, dtype=torch.float32, device=group_scale.device)
     grid = Grid(
         channel_scale=ones if inner is None else tensors["channel_scale"],
         group_scale=group_scale,
@@ -139,7 +139,7 @@ class W4A8Linear(nn.Module):
             channel_scale = layer.weight.channel_scale.flatten()
         else:
             weight8 = layer.weight
-            channel_scale = torch.ones(len(weight8), device=weight8.device)
+            channel_scale = torch.ones(len(weight8), dtype=torch.float32, device=weight8.device)
         self.out_features, self.in_features = weight8.shape
         self.activations = layer.scheme.activations
         self.inner = layer.scheme.inner_format
@@ -185,8 +185,8 @@ class W4A8Linear(nn.Module):
         assert self.inner is not None
         rows = x.reshape(-1, self.in_features)
         y = x.new_empty(len(rows), self.out_features)
-        scales = torch.ones(1, 1) if scale is None else scale.reshape(-1, 1)
-        bias = torch.empty(0) if self.bias is None else self.bias.detach().float()
+        scales = torch.ones(1, 1, dtype=torch.float32) if scale is None else scale.reshape(-1, 1)
+        bias = torch.empty(0) if self.bias is None else self.bias.detach()
         threads = _start_threads(torch.get_num_threads())
         numba.set_num_threads(threads)
         _forward_rows(
@@ -196,7 +196,7 @@ class W4A8Linear(nn.Module):
             *_rounding(self.inner),
             _bits_of(self.weight8),
             self.channel_scale.numpy(),
-            bias.numpy(),
+            bias.float().numpy(),
             _bits_of(y),
             _parts(len(rows), self.in_features, threads),
         )

@@ -40,7 +40,8 @@ SAFETENSORS_TYPES = {
 
 
 def normal(*shape, seed):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, generator=generator, dtype=torch.float32)
 
 
 def quantized(scheme):
@@ -349,3 +350,25 @@ def test_missing_tensor_is_named():
     del tensors["group_scale"]
     with pytest.raises(KeyError, match="group_scale"):
         layer_from_tensors(tensors, FEATURES, scheme)
+
+
+@pytest.fixture
+def bf16_default():
+    torch.set_default_dtype(torch.bfloat16)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_model_being_loaded_by_another_thread_changes_nothing(bits, request):
+    """transformers sets the default dtype of the whole process for as long as it builds a model."""
+    scheme = Scheme(group_size=16, bits=bits)
+    x = normal(7, FEATURES, seed=3).bfloat16()
+
+    def everything():
+        layer = quantized(scheme)
+        return *layer_tensors(layer).values(), W4A8Linear(layer, None)(x), layer.decoded()
+
+    expected = everything()
+    request.getfixturevalue("bf16_default")
+    torch.testing.assert_close(everything(), expected, rtol=0, atol=0)
