@@ -27,7 +27,7 @@ from infra.settings import home
 from infra.store import Store
 from infra.tracking import tracked_run, tracking_store
 from tasks.evaluate import Measured, Subject, load_evaluation
-from tasks.preflight import Inputs, preflight
+from tasks.preflight import Inputs, preflight, replanned
 
 _PLAIN = {"order": "none", "rounding": "nearest", "scale_search": "minmax"}
 _W4A16 = {"inner": "none", "activations": "none"}
@@ -106,7 +106,7 @@ def _baseline_row(baseline: Evaluation) -> Row:
 
 def _row(name: str, recipe: Recipe, inputs: Inputs, baseline: Evaluation) -> Row:
     try:
-        candidate = make_candidate(recipe, inputs)
+        candidate = make_candidate(recipe, replanned(inputs, recipe))
         wrong = [detail for detail in candidate.integrity.values() if detail]
         if wrong:
             return Row(name, error="; ".join(wrong))

@@ -1,6 +1,6 @@
 """Everything that can be wrong with a recipe's inputs, found before any long work starts."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from prefect import task
 from prefect.cache_policies import NO_CACHE
@@ -47,6 +47,12 @@ def preflight(recipe: Recipe) -> Inputs:
         calibration=windows.store_calibration(recipe.calibration, tokenizer, store),
         evaluation=prepare(recipe.evaluation, tokenizer, store),
     )
+
+
+def replanned(inputs: Inputs, recipe: Recipe) -> Inputs:
+    """The same model and data with a plan for `recipe`, whose scheme or layers may differ."""
+    stream = StreamedModel(inputs.model.folder)
+    return replace(inputs, plan=plan_layers(stream, recipe.scheme, recipe.layers))
 
 
 def _check_budget(recipe: Recipe, plan: Plan) -> None:
