@@ -101,6 +101,8 @@ def loss_allowed(perplexity: float, increase: float, gain: float = 1.0) -> float
 
 
 def _solve(options: Options, minimise: str, bounded: str, most: float) -> Allocation:
+    if not options:
+        return Allocation({}, 0, 0.0)
     places = [(group, place) for group, row in options.items() for place in range(len(row))]
     flat = [options[group][place] for group, place in places]
     objective = _scaled([getattr(option, minimise) for option in flat])

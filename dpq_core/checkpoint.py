@@ -58,7 +58,12 @@ def load_layer(folder: Path) -> QuantizedLinear:
     scheme = Scheme.model_validate(about["scheme"])
     tensors = load_file(folder / "layer.safetensors")
     layer = layer_from_tensors(tensors, about["features"], scheme)
-    return dataclasses.replace(layer, report=LayerReport(**about["report"]))
+    return dataclasses.replace(layer, report=load_report(folder))
+
+
+def load_report(folder: Path) -> LayerReport:
+    """What `save_layer` wrote beside the tensors."""
+    return LayerReport(**json.loads((folder / "layer.json").read_text())["report"])
 
 
 def write_checkpoint(

@@ -150,8 +150,6 @@ class Recipe(_Section):
 
     @model_validator(mode="after")
     def _choices_exist(self) -> Self:
-        if self.repair.enabled and self.layers:
-            raise ValueError("repair chooses for the layers itself: leave layers empty")
         named = {f"layers.{name}": choice for name, choice in self.layers.items()}
         named |= {f"repair.candidates.{choice}": choice for choice in self.repair.candidates}
         for where, choice in named.items():

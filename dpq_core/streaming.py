@@ -89,10 +89,10 @@ class StreamedModel:
     @contextmanager
     def head(self) -> Iterator[Callable[[Tensor], Tensor]]:
         """The final norm and the output head: a function from hidden states after the last block
-        to logits, on the model's device."""
+        to logits, on the model's device. Gradients as in `forward`."""
 
         def logits_of(hidden: Tensor) -> Tensor:
-            with torch.no_grad():
+            with torch.set_grad_enabled(hidden.requires_grad):
                 logits: Tensor = self.model(inputs_embeds=hidden.to(self.device)).logits
             return logits
 
@@ -122,8 +122,9 @@ class StreamedModel:
             self.model.set_submodule(path, _Skip())
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """Hidden states through the blocks that are loaded now. [n, length, hidden], same out."""
-        with torch.no_grad():
+        """Hidden states through the blocks that are loaded now. [n, length, hidden], same out.
+        Gradients are followed where `hidden` requires them."""
+        with torch.set_grad_enabled(hidden.requires_grad):
             output = self.model.base_model(inputs_embeds=hidden.to(self.device))
         states: Tensor = output.last_hidden_state
         return states.to(hidden.device)

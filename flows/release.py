@@ -12,6 +12,7 @@ from dpq_core.gates import Verdict
 from dpq_core.recipe import Recipe, RecipeError
 from flows.attempt import Attempt, attempt
 from flows.measure import measure
+from flows.options import Options
 from flows.repair import repair, round_rows
 from flows.report import publish, publish_parts
 from infra.settings import home
@@ -61,10 +62,8 @@ def release(recipe: Recipe) -> Release:
         inputs = preflight(recipe)
         model, data = inputs.model, inputs.evaluation
         baseline = measure(recipe, data, Subject("baseline", model.folder, model.digest))
-        attempts = [attempt(recipe, inputs, baseline)]
-        if recipe.repair.enabled:
-            attempts = repair(recipe, inputs, baseline, attempts[0])
-        last = attempts[-1]
+        repaired = repair(recipe, inputs, baseline, attempt(recipe, inputs, baseline))
+        last = repaired.last
         checkpoint, manifest = last.candidate.checkpoint, last.candidate.manifest
         log_release(run, last.recipe, model, manifest, last.verdict)
         parts = log_evaluation(run, recipe, {"baseline": baseline, "candidate": last.measured})
@@ -73,12 +72,28 @@ def release(recipe: Recipe) -> Release:
         )
         publish(last.verdict, manifest, checkpoint.folder, registration, run.url)
         publish_parts(parts)
-        rounds = list(round_rows(attempts))
+        rounds = list(round_rows(repaired.attempts))
+        if repaired.options is not None:
+            _log_options(run, repaired.options)
         if len(rounds) > 1:
             create_table_artifact(rounds, key="rounds", description="Repair: what each bit bought")
             run.log_table(rounds, "rounds")
-            _log_rounds(run, attempts, rounds, tracking_uri, artifact_root)
+            _log_rounds(run, repaired.attempts, rounds, tracking_uri, artifact_root)
     return Release(last.verdict, str(checkpoint.folder), run.run_id, registration, manifest, rounds)
+
+
+def _log_options(run: TrackedRun, options: Options) -> None:
+    """What each choice of each layer costs, and how well the proxy would have ranked them."""
+    rows, correlation = list(options.rows()), options.proxy_rank_correlation()
+    shown = "none" if correlation is None else f"{correlation:.3f}"
+    create_table_artifact(
+        rows,
+        key="sensitivity",
+        description="Loss of each choice in nats a token. Rank correlation of the proxy with it,"
+        f" at the recipe's scheme: {shown}",
+    )
+    run.log_table(rows, "sensitivity")
+    run.log_metrics({"repair.proxy_rank_correlation": correlation})
 
 
 def _log_rounds(

@@ -1,15 +1,17 @@
-"""What each choice for each layer of a block costs, one task a block."""
+"""What each choice for each layer of a block costs, one task a block; and the proxy's moments."""
 
 import json
 from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
-from dpq_core.checkpoint import load_layer
+from dpq_core.checkpoint import load_layer, load_report
 from dpq_core.device import resolve_device
 from dpq_core.digests import code_digest, digest
+from dpq_core.proxy import OutputMoments, output_moments
 from dpq_core.quantize import QuantizedLinear
 from dpq_core.recipe import Recipe
 from dpq_core.sensitivity import Variant, block_losses
@@ -22,14 +24,24 @@ from tasks.windows import load as load_windows
 _FILE = "losses.json"
 
 Variants = dict[str, dict[str, ArtifactRef]]  # layer → choice → the layer quantized so
-Losses = dict[str, dict[str, float]]  # layer → choice → nats a token
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Of one choice for one layer. loss: nats a token. error: the layer objective, relative."""
+
+    loss: float
+    error: float
+
+
+Costs = dict[str, dict[str, Cost]]  # layer → choice → what it costs
 
 
 @task(name="sensitivity", task_run_name="sensitivity of block {block}", cache_policy=NO_CACHE)
 def sensitivity(
     recipe: Recipe, model: Model, windows: ArtifactRef, block: int, variants: Variants
-) -> Losses:
-    """Losses of a block's layers, on the first calibration windows."""
+) -> Costs:
+    """Costs of a block's layers, on the first calibration windows."""
     store = Store(recipe.execution.store)
     device = resolve_device(recipe.execution.device)
     samples, batch_size = recipe.repair.samples, recipe.calibration.batch_size
@@ -61,14 +73,49 @@ def sensitivity(
         }
         step = stepper(f"sensitivity of block {block}", stream.block_count - block + 1)
         losses = block_losses(stream, block, hidden, layers, batch_size, step)
-        content: Losses = {}
+        content: dict[str, dict[str, dict[str, float]]] = {}
         for variant, loss in losses.items():
-            content.setdefault(variant.name, {})[variant.choice] = loss
+            report = load_report(store.open(variants[variant.name][variant.choice]))
+            cost = Cost(loss, report.error)
+            content.setdefault(variant.name, {})[variant.choice] = asdict(cost)
         (folder / _FILE).write_text(json.dumps(content))
 
     artifact, _ = store.get_or_make("sensitivity", key, make)
-    found: Losses = json.loads((store.open(artifact) / _FILE).read_text())
-    return found
+    content = json.loads((store.open(artifact) / _FILE).read_text())
+    return {
+        name: {choice: Cost(**cost) for choice, cost in choices.items()}
+        for name, choices in content.items()
+    }
+
+
+@task(name="output moments", cache_policy=NO_CACHE)
+def moments(recipe: Recipe, model: Model, windows: ArtifactRef) -> dict[str, OutputMoments]:
+    """Of all layers, on the windows that `sensitivity` uses."""
+    store = Store(recipe.execution.store)
+    device = resolve_device(recipe.execution.device)
+    samples, batch_size = recipe.repair.samples, recipe.calibration.batch_size
+    key = digest(
+        {
+            "code": code_digest("dpq_core.proxy"),
+            "model": model.digest,
+            "windows": windows.sha256,
+            "samples": samples,
+            "batch_size": batch_size,
+            "device": device.type,
+        }
+    )
+
+    def make(folder: Path) -> None:
+        stream = StreamedModel(model.folder, device)
+        inputs = load_windows(windows, store)[:samples]
+        step = stepper("output moments", 2 * stream.block_count)
+        found = output_moments(stream, inputs, batch_size, step)
+        content = {name: asdict(each) for name, each in found.items()}
+        (folder / _FILE).write_text(json.dumps(content))
+
+    artifact, _ = store.get_or_make("moments", key, make)
+    content = json.loads((store.open(artifact) / _FILE).read_text())
+    return {name: OutputMoments(**each) for name, each in content.items()}
 
 
 def _loader(store: Store, artifact: ArtifactRef) -> Callable[[], QuantizedLinear]:

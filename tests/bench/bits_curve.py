@@ -1,14 +1,16 @@
 """Perplexity increase against bits per weight: assignments by plan, at random, and by position.
 
     python tests/bench/bits_curve.py RECIPE [--bits 4.5 5 6 7 8] [--draws 20] [--plot FILE]
+                                            [--ladder FILE]
 
 Every choice of `repair.candidates` is quantized and measured once for every layer. Then, for each
 number of bits: the planned assignment (least loss within it), eight bits for as many layers drawn
 at random as the bits allow, and for the first and last blocks first. All are scored on the recipe's
-perplexity data.
+perplexity data. `--ladder`, the output of `dpq compare RECIPE --json`, is drawn beside them.
 """
 
 import argparse
+import json
 import random
 import statistics
 from collections.abc import Callable, Iterator
@@ -130,14 +132,16 @@ def curve(recipe: Recipe, bits: list[float], draws: int) -> Iterator[dict[str, A
     rng = random.Random(0)
     own = total(options, dict.fromkeys(options, OWN))
     for wanted in [8 * own.bytes / weights, *bits]:
-        budget = int(wanted * weights / 8)
-        plan = least_loss(options, max(budget, own.bytes))
+        budget = round(wanted * weights / 8)
+        if budget < own.bytes:
+            continue
+        plan = least_loss(options, budget)
         row: dict[str, Any] = {
             "bits": 8 * plan.bytes / weights,
             "predicted": predicted_increase(baseline, plan.loss),
             "planned": increase(plan.choices),
         }
-        if wanted != 8 * own.bytes / weights:
+        if budget > own.bytes:
             row["position"] = increase(raised(options, by_position(layers), "w8a8", budget))
             found = [
                 increase(raised(options, rng.sample(names, len(names)), "w8a8", budget))
@@ -153,6 +157,7 @@ def main() -> None:
     parser.add_argument("--bits", type=float, nargs="+", default=[4.5, 5, 6, 7, 8])
     parser.add_argument("--draws", type=int, default=20)
     parser.add_argument("--plot", type=Path)
+    parser.add_argument("--ladder", type=Path)
     parser.add_argument("--set", dest="overrides", action="append", default=[])
     arguments = parser.parse_args()
     torch.set_grad_enabled(False)
@@ -166,14 +171,24 @@ def main() -> None:
             flush=True,
         )
     if arguments.plot:
-        figure = Figure()
-        axes = figure.add_subplot(xlabel="bits per weight", ylabel="perplexity increase")
-        for title in titles[1:]:
-            points = [(row["bits"], row[title]) for row in rows if title in row]
-            axes.plot(*zip(*points, strict=True), "o-", label=title)
-        axes.legend()
-        axes.grid(alpha=0.3)
-        figure.savefig(arguments.plot)
+        ladder = json.loads(arguments.ladder.read_text())["rows"] if arguments.ladder else []
+        draw(rows, ladder).savefig(arguments.plot, bbox_inches="tight", dpi=120)
+
+
+def draw(rows: list[dict[str, Any]], ladder: list[dict[str, Any]]) -> Figure:
+    """Curves of the assignments, and the methods of a ladder as points with names."""
+    figure = Figure(figsize=(8, 5))
+    axes = figure.add_subplot(xlabel="bits per weight", ylabel="perplexity increase")
+    for title in ("planned", "predicted", "position", "random", "best random"):
+        points = [(row["bits"], row[title]) for row in rows if title in row]
+        axes.plot(*zip(*points, strict=True), ":" if title == "predicted" else "o-", label=title)
+    methods = [row for row in ladder if row["increase"] is not None and row["bits_per_weight"] < 16]
+    for row in methods:
+        axes.plot(row["bits_per_weight"], row["increase"], "k_")
+        axes.annotate(row["variant"], (row["bits_per_weight"], row["increase"]), fontsize=6)
+    axes.legend()
+    axes.grid(alpha=0.3)
+    return figure
 
 
 if __name__ == "__main__":

@@ -1,7 +1,9 @@
 """A rejected candidate gets more bits: as few as needed, from the store, within the budget."""
 
+import csv
 import json
 import time
+from pathlib import Path
 
 import pytest
 from conftest import dpq_process, run_flow
@@ -36,7 +38,7 @@ def measured(content, changes):
     return run_flow(release, parse_recipe(content | changes))
 
 
-def test_rejected_then_promoted_without_touching_a_gate(content, services_home, store):
+def test_rejected_then_promoted_without_touching_a_gate(content, services_home, store, tmp_path):
     unrepaired = measured(content, {"repair": {"enabled": False}})
     assert unrepaired.verdict.verdict == "rejected"
     assert len(unrepaired.rounds) == 1
@@ -57,7 +59,17 @@ def test_rejected_then_promoted_without_touching_a_gate(content, services_home, 
         [run.info.experiment_id], filter_string=f"tags.`{PARENT}` = '{result.run_id}'"
     )
     assert {r.info.run_name for r in nested} == {f"round {row['round']}" for row in result.rounds}
-    assert "rounds.json" in {file.path for file in client.list_artifacts(result.run_id)}
+    files = {file.path for file in client.list_artifacts(result.run_id)}
+    assert {"rounds.json", "sensitivity.json"} <= files
+    table = Path(client.download_artifacts(result.run_id, "sensitivity.csv", str(tmp_path)))
+    costs = list(csv.DictReader(table.open()))
+    assert {(row["layer"], row["choice"]) for row in costs} == {
+        (layer["name"], choice)
+        for layer in result.manifest["layers"]
+        for choice in ("w4a8", "w4a8-g32", "w8a8")
+    }
+    assert all(float(row["proxy"]) > 0 and float(row["loss"]) >= 0 for row in costs)
+    assert 0 < run.data.metrics["repair.proxy_rank_correlation"] <= 1
 
     stages = ("layers", "statistics", "sensitivity", "checkpoints", "scores")
     made = {stage: artifacts(store, stage) for stage in stages}
@@ -95,6 +107,15 @@ def test_layers_that_are_read_together_take_the_same_choice(content):
             chosen = [schemes[f"model.layers.{block}.{member}"] for member in group]
             assert all(scheme == chosen[0] for scheme in chosen)
     assert any(schemes.values())
+
+
+def test_a_layer_that_the_recipe_gives_a_choice_keeps_it(content):
+    given = {"model.layers.0.mlp.gate_proj": "w8a8", "model.layers.4.mlp.down_proj": "w4a8-g32"}
+    result = measured(content, {"layers": given})
+    schemes = {row["name"]: row["scheme"] for row in result.manifest["layers"]}
+    assert result.rounds[-1]["layers raised"] > len(given)
+    assert schemes["model.layers.0.mlp.gate_proj"] == {"bits": 8}
+    assert schemes["model.layers.4.mlp.down_proj"] == {"group_size": 32}
 
 
 def test_what_is_broken_is_not_repaired(content, tmp_path):

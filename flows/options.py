@@ -1,0 +1,219 @@
+"""What each layer could be given, measured; and the next assignment made from it."""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from scipy.stats import spearmanr
+
+from dpq_core.allocation import (
+    Allocation,
+    AllocationError,
+    Option,
+    fewest_bytes,
+    least_loss,
+    loss_allowed,
+    predicted_increase,
+    total,
+)
+from dpq_core.choices import chosen_scheme
+from dpq_core.gates import Metric
+from dpq_core.linear import stored_bytes
+from dpq_core.plan import PlannedLayer
+from dpq_core.proxy import OutputMoments
+from dpq_core.recipe import Recipe
+from dpq_core.scores import PERPLEXITY
+from flows.attempt import Attempt
+from flows.quantize import Candidate
+from tasks.preflight import Inputs
+from tasks.quantize import quantize as quantize_layer
+from tasks.sensitivity import Cost, Costs, moments, sensitivity
+
+OWN = "w4a8"  # the choice that changes nothing of the recipe's scheme
+_AIM = 0.9  # of a limit: what the prediction is wrong by
+_PROGRESS = 0.7  # of the last candidate's loss: what the next may have at most
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """What to try next: choices that differ from the recipe's scheme, by layer.
+
+    needed: bits a weight that the limit is predicted to take; more than the budget where the
+    assignment is only the best within it.
+    """
+
+    layers: dict[str, str]
+    predicted: float | None
+    needed: float
+
+
+class Options:
+    """The choices of a model's layers, and assignments made from them. Layers that the recipe
+    itself gives a choice keep it."""
+
+    def __init__(self, recipe: Recipe, inputs: Inputs, first: Candidate) -> None:
+        self._recipe = recipe
+        self._layers = {
+            layer.name: layer for layer in inputs.plan.layers if layer.name not in recipe.layers
+        }
+        self._costs, self._moments = _measure(recipe, inputs, list(self._layers.values()), first)
+        self._weights = sum(layer.weights for layer in inputs.plan.layers)
+        self._fixed = sum(
+            stored_bytes(layer.rows, layer.features, layer.scheme)
+            for layer in inputs.plan.layers
+            if layer.name in recipe.layers
+        )
+        self._options = {
+            group: self._options_of(members) for group, members in self._groups().items()
+        }
+
+    def next_after(self, attempt: Attempt) -> Assignment:
+        """The assignment to try after `attempt`."""
+        now = total(self._options, self._choices_of(attempt.recipe))
+        perplexity = attempt.verdict.metrics.get(PERPLEXITY)
+        gain = _gain(perplexity, now.loss)
+        most = self._loss_to_aim_at(attempt, now.loss, gain)
+        budget = int(self._recipe.repair.max_bits_per_weight * self._weights / 8) - self._fixed
+        try:
+            wanted = fewest_bytes(self._options, most)
+        except AllocationError:  # not even the best choices: as near as they come
+            wanted = least_loss(self._options, 16 * self._weights)
+        chosen = wanted if wanted.bytes <= budget else least_loss(self._options, budget)
+        return Assignment(
+            layers={**self._recipe.layers, **self._layers_of(chosen)},
+            predicted=None
+            if perplexity is None or perplexity.baseline is None
+            else predicted_increase(perplexity.baseline, chosen.loss, gain),
+            needed=8 * (wanted.bytes + self._fixed) / self._weights,
+        )
+
+    def rows(self) -> Iterator[dict[str, str | float]]:
+        """A row for each choice of each layer: what it costs, and what the proxy guessed."""
+        for name, choices in self._costs.items():
+            layer = self._layers[name]
+            for choice, cost in choices.items():
+                scheme = chosen_scheme(self._recipe.scheme, choice)
+                taken = stored_bytes(layer.rows, layer.features, scheme)
+                yield {
+                    "layer": name,
+                    "choice": choice,
+                    "bits per weight": 8 * taken / layer.weights,
+                    "loss": cost.loss,
+                    "proxy": self._moments[name].loss(cost.error),
+                }
+
+    def proxy_rank_correlation(self) -> float | None:
+        """Spearman's, between proxy and loss of the layers under the recipe's own scheme; None
+        where there is nothing to rank."""
+        own = [row for row in self.rows() if row["choice"] == OWN]
+        found = float(spearmanr([row["proxy"] for row in own], [row["loss"] for row in own])[0])
+        return found if math.isfinite(found) else None
+
+    def _loss_to_aim_at(self, attempt: Attempt, loss: float, gain: float) -> float:
+        most = _PROGRESS * loss
+        perplexity = attempt.verdict.metrics.get(PERPLEXITY)
+        if perplexity is not None and not perplexity.passed:
+            limit = _limit_left(perplexity, attempt.recipe)
+            assert perplexity.baseline is not None
+            most = min(most, loss_allowed(perplexity.baseline, _AIM * limit, gain))
+        return most
+
+    def _groups(self) -> dict[str, list[PlannedLayer]]:
+        groups: dict[str, list[PlannedLayer]] = {}
+        for layer in self._layers.values():
+            together = self._recipe.repair.together
+            groups.setdefault(layer.statistics if together else layer.name, []).append(layer)
+        return groups
+
+    def _options_of(self, members: list[PlannedLayer]) -> list[Option]:
+        shared = set.intersection(*({*self._costs[layer.name]} for layer in members))
+        return [
+            Option(
+                choice,
+                sum(
+                    stored_bytes(
+                        layer.rows, layer.features, chosen_scheme(self._recipe.scheme, choice)
+                    )
+                    for layer in members
+                ),
+                sum(self._costs[layer.name][choice].loss for layer in members),
+            )
+            for choice in self._costs[members[0].name]
+            if choice in shared
+        ]
+
+    def _choices_of(self, recipe: Recipe) -> dict[str, str]:
+        return {
+            group: recipe.layers.get(members[0].name, OWN)
+            for group, members in self._groups().items()
+        }
+
+    def _layers_of(self, allocation: Allocation) -> dict[str, str]:
+        return {
+            layer.name: allocation.choices[group]
+            for group, members in self._groups().items()
+            for layer in members
+            if allocation.choices[group] != OWN
+        }
+
+
+def _measure(
+    recipe: Recipe, inputs: Inputs, layers: list[PlannedLayer], first: Candidate
+) -> tuple[Costs, dict[str, OutputMoments]]:
+    """Every choice that goes with a layer, quantized and measured, block by block."""
+    observed = moments.submit(recipe, inputs.model, inputs.calibration)
+    made = {
+        layer.name: {
+            choice: quantize_layer.submit(
+                recipe, inputs.model, replaced, first.statistics[layer.statistics]
+            )
+            for choice, replaced in _alternatives(recipe, layer).items()
+        }
+        for layer in layers
+    }
+    measured = []
+    for block in range(inputs.plan.blocks):
+        variants = {
+            layer.name: {OWN: first.layers[layer.name]}
+            | {choice: future.result() for choice, future in made[layer.name].items()}
+            for layer in layers
+            if layer.block == block
+        }
+        measured.append(
+            sensitivity.submit(recipe, inputs.model, inputs.calibration, block, variants)
+        )
+    costs = {name: found for future in measured for name, found in future.result().items()}
+    if "bf16" in recipe.repair.candidates:  # nothing is rounded: nothing is lost
+        costs = {name: found | {"bf16": Cost(0.0, 0.0)} for name, found in costs.items()}
+    return costs, observed.result()
+
+
+def _alternatives(recipe: Recipe, layer: PlannedLayer) -> dict[str, PlannedLayer]:
+    """The layer under each candidate that goes with its width and differs from its own scheme."""
+    found = {}
+    for choice in recipe.repair.candidates:
+        scheme = chosen_scheme(recipe.scheme, choice)
+        fits = scheme.bits == 8 or layer.features >= scheme.group_size
+        if choice != "bf16" and fits and scheme != layer.scheme:
+            found[choice] = replace(layer, scheme=scheme)
+    return found
+
+
+def _gain(perplexity: Metric | None, loss: float) -> float:
+    """What the measured increase makes of the losses' sum; 1 where nothing rose."""
+    if perplexity is None or not perplexity.baseline or not perplexity.candidate or not loss:
+        return 1.0
+    rise = math.log(perplexity.candidate / perplexity.baseline)
+    return rise / loss if rise > 0 else 1.0
+
+
+def _limit_left(perplexity: Metric, recipe: Recipe) -> float:
+    """The increase that passes: the limit, less what the interval adds where that is judged."""
+    assert perplexity.limit is not None
+    assert perplexity.baseline is not None
+    limit = perplexity.limit
+    if recipe.gates.mode == "relative":
+        limit *= perplexity.baseline / 100
+    if recipe.gates.confidence is not None and perplexity.interval and perplexity.delta is not None:
+        limit -= perplexity.interval[1] - perplexity.delta
+    return max(limit, 0.1 * perplexity.limit)
