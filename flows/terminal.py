@@ -62,10 +62,12 @@ def progress() -> Iterator[None]:
 
 
 def show_release(release: Release) -> None:
-    """Verdict, gate table, and where everything is."""
+    """Verdict, gate table, what repair did, and where everything is."""
     console = _console()
     verdict = release.verdict
     _show_metrics(console, verdict.metrics)
+    if len(release.rounds) > 1:
+        _show(console, release.rounds)
     console.print(f"[bold {_COLOURS[verdict.verdict]}]{verdict.verdict}[/]", highlight=False)
     for reason in verdict.reasons:
         console.print(f"  {reason}", highlight=False, markup=False)
@@ -125,5 +127,11 @@ def _show(console: Console, rows: Sequence[Mapping[str, object]]) -> None:
     for name in names:
         table.add_column(name, overflow="fold")
     for row in rows:
-        table.add_row(*(str(row.get(name, "")) for name in names))
+        table.add_row(*(_text(row.get(name, "")) for name in names))
     console.print(table)
+
+
+def _text(value: object) -> str:
+    if value is None:
+        return "–"
+    return f"{value:.4f}" if isinstance(value, float) else str(value)
