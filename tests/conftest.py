@@ -28,3 +28,23 @@ def text_file(tmp_path_factory):
     lines = [json.dumps({"text": text}) for text in corpus.documents("validation")[:12]]
     path.write_text("\n".join(lines) + "\n")
     return path
+
+
+@pytest.fixture(scope="session")
+def s3_endpoint():
+    from s3_server import FaultyS3
+
+    server = FaultyS3()
+    yield server
+    server.stop()
+
+
+@pytest.fixture
+def s3(s3_endpoint, monkeypatch):
+    """An S3 endpoint over HTTP, that the environment names; nothing befalls it yet."""
+    monkeypatch.setenv("AWS_ENDPOINT_URL", s3_endpoint.url)
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "tests")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "tests")
+    monkeypatch.setenv("AWS_REGION", "us-east-1")
+    s3_endpoint.faults.clear()
+    return s3_endpoint

@@ -11,6 +11,7 @@ perplexity data. `--ladder`, the output of `dpq compare RECIPE --json`, is drawn
 
 import argparse
 import json
+import math
 import random
 import statistics
 from collections.abc import Callable, Iterator
@@ -131,15 +132,19 @@ def curve(recipe: Recipe, bits: list[float], draws: int) -> Iterator[dict[str, A
     names = [layer.name for layer in layers]
     rng = random.Random(0)
     own = total(options, dict.fromkeys(options, OWN))
+    gains: list[float] = []
     for wanted in [8 * own.bytes / weights, *bits]:
         budget = round(wanted * weights / 8)
         if budget < own.bytes:
             continue
         plan = least_loss(options, budget)
+        measured = increase(plan.choices)
+        if not gains:  # as repair does: the first candidate tells what losses add up to
+            gains.append(math.log1p(measured / baseline) / plan.loss)
         row: dict[str, Any] = {
             "bits": 8 * plan.bytes / weights,
-            "predicted": predicted_increase(baseline, plan.loss),
-            "planned": increase(plan.choices),
+            "predicted": predicted_increase(baseline, plan.loss, gains[0]),
+            "planned": measured,
         }
         if budget > own.bytes:
             row["position"] = increase(raised(options, by_position(layers), "w8a8", budget))
