@@ -1,0 +1,178 @@
+"""What a large model takes, from shapes and from constants measured here.
+
+    python tests/bench/scale.py [--tokens 262144]
+
+Measured (CPU time, so that a busy machine counts little): accumulating a Hessian, quantizing a
+layer by the default scheme, SHA-256 with writing and reading an artifact; and, in wall time, tasks
+a second through a Prefect server of its own. Computed: the same for Llama shapes, in operations and
+bytes. Operations of a layer [m, n]: Hessian 2 T n² once an input; factor n³ once a layer; column
+loop 2 m n², and 4 m n² a pass of gradient-aware rounding.
+"""
+
+import argparse
+import os
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from dpq_core.hessian import InputStatistics
+from dpq_core.quantize import quantize_layer
+from dpq_core.scheme import Scheme
+from infra.services import services
+from infra.store import Store
+
+TASKS = 200
+FEATURES = (512, 1024, 2048)
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A decoder of the Llama family."""
+
+    name: str
+    blocks: int
+    hidden: int
+    intermediate: int
+    key_value: int  # rows of k and v
+    other: int  # parameters that are not quantized
+
+    def inputs(self) -> list[tuple[int, list[int]]]:
+        """Distinct inputs of a block: features, and rows of the layers that read them."""
+        hidden, inner = self.hidden, self.intermediate
+        return [
+            (hidden, [hidden, self.key_value, self.key_value]),
+            (hidden, [hidden]),
+            (hidden, [inner, inner]),
+            (inner, [hidden]),
+        ]
+
+    @property
+    def weights(self) -> int:
+        return self.blocks * sum(n * sum(rows) for n, rows in self.inputs())
+
+
+SHAPES = (
+    Shape("Llama-3.1-8B", 32, 4096, 14336, 1024, 2 * 128256 * 4096),
+    Shape("Llama-3.1-70B", 80, 8192, 28672, 1024, 2 * 128256 * 8192),
+    Shape("Llama-3.1-405B", 126, 16384, 53248, 1024, 2 * 128256 * 16384),
+)
+
+
+def operations(shape: Shape, tokens: int, passes: int) -> tuple[float, float, float]:
+    """Floating-point operations: forward, Hessians, layers."""
+    forward = 2.0 * tokens * shape.weights
+    hessians = shape.blocks * sum(2.0 * tokens * n**2 for n, _ in shape.inputs())
+    layers = shape.blocks * sum(
+        n**3 + (2 + 4 * passes) * m * float(n) ** 2 for n, rows in shape.inputs() for m in rows
+    )
+    return forward, hessians, layers
+
+
+def traffic(shape: Shape, tokens: int) -> dict[str, float]:
+    """Bytes that a release moves through the store, by what they are."""
+    hessians = shape.blocks * sum(4 * n**2 for n, _ in shape.inputs())
+    read = shape.blocks * sum(4 * n**2 * len(rows) for n, rows in shape.inputs())
+    return {
+        "checkpoint read, twice": 2 * 2 * (shape.weights + shape.other),
+        "Hessians written": hessians,
+        "Hessians read, once a layer": read,
+        "hidden states written and read": 2 * 2 * shape.blocks * tokens * shape.hidden,
+        "layers written and read": 2 * 0.53 * shape.weights,
+        "release written": 0.53 * shape.weights + 2 * shape.other,
+    }
+
+
+def measured_rates() -> Iterator[tuple[str, float, str]]:
+    """Name, rate, unit."""
+    torch.set_num_threads(1)
+    generator = torch.Generator().manual_seed(0)
+    for n in FEATURES:
+        x = torch.randn(4096, n, generator=generator).bfloat16()
+        statistics = InputStatistics.empty(n)
+        start = time.process_time()
+        statistics.add_hessian(x)
+        taken = time.process_time() - start
+        yield f"Hessian, {n} features", 2 * len(x) * n**2 / taken / 1e9, "GFLOP/s"
+        statistics.add_magnitudes(x)
+        weight = torch.randn(n, n, generator=generator) / 50
+        scheme = Scheme(max_passes=4)
+        start = time.process_time()
+        quantize_layer(weight, statistics, scheme)
+        taken = time.process_time() - start
+        count = n**3 + (2 + 4 * scheme.max_passes) * n**3
+        yield f"layer {n} × {n}, 4 passes", count / taken / 1e9, "GFLOP/s"
+    yield from _store_rates()
+    yield "Prefect tasks, one flow, two threads", TASKS / _seconds_of_tasks(), "a second"
+
+
+def _store_rates() -> Iterator[tuple[str, float, str]]:
+    content = os.urandom(256 << 20)
+    with tempfile.TemporaryDirectory() as folder:
+        store = Store(folder)
+        start = time.process_time()
+        made, _ = store.get_or_make("bench", "0", lambda to: _fill(to / "bytes", content))
+        yield "artifact written", len(content) / (time.process_time() - start) / 1e6, "MB/s"
+        start = time.process_time()
+        (store.open(made) / "bytes").read_bytes()
+        yield (
+            "artifact checked and read",
+            len(content) / (time.process_time() - start) / 1e6,
+            "MB/s",
+        )
+
+
+def _fill(path: Path, content: bytes) -> None:
+    path.write_bytes(content)
+
+
+def _seconds_of_tasks() -> float:
+    with tempfile.TemporaryDirectory() as folder, services(Path(folder)):
+        from prefect import flow, task
+        from prefect.task_runners import ThreadPoolTaskRunner
+
+        @task
+        def nothing(number: int) -> int:
+            return number
+
+        @flow(task_runner=ThreadPoolTaskRunner(max_workers=2))
+        def many() -> None:
+            for future in [nothing.submit(number) for number in range(TASKS)]:
+                future.result()
+
+        start = time.perf_counter()
+        many()
+        return time.perf_counter() - start
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--tokens", type=int, default=128 * 2048)
+    parser.add_argument("--passes", type=int, default=8)
+    arguments = parser.parse_args()
+    print("| model | layers | forward, PFLOP | Hessians, PFLOP | layers, PFLOP |")
+    print("|---|---|---|---|---|")
+    for shape in SHAPES:
+        forward, hessians, layers = operations(shape, arguments.tokens, arguments.passes)
+        count = shape.blocks * sum(len(rows) for _, rows in shape.inputs())
+        print(
+            f"| {shape.name} | {count} | {forward / 1e15:,.1f} | {hessians / 1e15:,.1f} |"
+            f" {layers / 1e15:,.1f} |"
+        )
+    names = list(traffic(SHAPES[0], arguments.tokens))
+    print(f"\n| GB | {' | '.join(names)} | largest Hessian |\n|---|{'---|' * (len(names) + 1)}")
+    for shape in SHAPES:
+        moved = traffic(shape, arguments.tokens)
+        largest = 4 * shape.intermediate**2
+        cells = [*moved.values(), largest]
+        print(f"| {shape.name} | " + " | ".join(f"{each / 1e9:,.1f}" for each in cells) + " |")
+    print("\n| measured here | rate |\n|---|---|")
+    for name, rate, unit in measured_rates():
+        print(f"| {name} | {rate:,.1f} {unit} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
