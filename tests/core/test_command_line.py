@@ -81,7 +81,7 @@ def by_command_line(suite, folder):
         env=environment,
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=900,
     )
     assert done.returncode == 0, done.stderr
     (results,) = (folder / "out").rglob("results_*.json")

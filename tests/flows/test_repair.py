@@ -131,7 +131,7 @@ def test_killed_in_a_round_and_run_again(content, recipe_file, tmp_path):
     store = tmp_path / "killed"
     command = ["release", recipe_file, "--json", "--set", f"execution.store={store}"]
     killed = dpq_process(*command)
-    deadline = time.monotonic() + 300
+    deadline = time.monotonic() + 900
     while len(artifacts(store, "sensitivity")) < 2:
         assert killed.poll() is None, killed.communicate()[1]
         assert time.monotonic() < deadline
@@ -141,7 +141,7 @@ def test_killed_in_a_round_and_run_again(content, recipe_file, tmp_path):
     stages = ("layers", "statistics", "sensitivity", "scores")
     kept = {stage: artifacts(store, stage) for stage in stages}
     second = dpq_process(*command)
-    output, errors = second.communicate(timeout=300)
+    output, errors = second.communicate(timeout=900)
     assert second.returncode == 0, errors
     for stage in stages:
         now = artifacts(store, stage)

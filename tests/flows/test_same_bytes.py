@@ -62,7 +62,7 @@ def test_killed_in_the_fan_out_and_run_again(recipe, recipe_file, tmp_path):
     store = tmp_path / "killed"
     command = ["quantize", recipe_file, "--set", f"execution.store={store}"]
     first = dpq_process(*command)
-    deadline = time.monotonic() + 300
+    deadline = time.monotonic() + 900
     while len(finished := layer_artifacts(store)) < 5:
         assert first.poll() is None, first.communicate()[1]
         assert time.monotonic() < deadline
@@ -73,7 +73,7 @@ def test_killed_in_the_fan_out_and_run_again(recipe, recipe_file, tmp_path):
     assert 5 <= len(finished) < 35
 
     second = dpq_process(*command)
-    output, errors = second.communicate(timeout=300)
+    output, errors = second.communicate(timeout=900)
     assert second.returncode == 0, errors
     now = layer_artifacts(store)
     assert len(now) == 35
