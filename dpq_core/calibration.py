@@ -6,7 +6,7 @@ as the scheme's activations will be. A static scale must be known before anythin
 it, so that case takes a first pass for the magnitudes alone.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from dpq_core.formats import NumberFormat, fake_quantize
 from dpq_core.hessian import InputStatistics
+from dpq_core.inputs import Batch
 from dpq_core.linear import token_scale
 from dpq_core.quantize import static_scale_of
 from dpq_core.recipe import CalibrationSection
@@ -59,26 +60,27 @@ class InputRounding:
 def calibrate_block(
     stream: StreamedModel,
     index: int,
-    hidden: Tensor,  # [windows, length, hidden], changed in place where `advance`
+    batches: Sequence[Batch],
     rounding: InputRounding | None,
-    batch_size: int,
     advance: bool,
     on_progress: Callable[[], None] = lambda: None,
 ) -> BlockStatistics:
     """Statistics of a block's inputs, with the block's own (16-bit) weights.
 
     Args:
-        advance: leave the block's outputs in `hidden` (`propagation: original`).
+        advance: leave the block's outputs in `batches` (`propagation: original`).
         on_progress: called after each batch of each pass.
 
     Raises:
         ValueError: the hidden states are not finite.
     """
-    device = stream.device
-    first_members = [group[0] for group in stream.family.shared_inputs]
+    device, path = stream.device, stream.block_name(index)
     linears = stream.linears(index)
     with stream.block(index) as block:
-        inputs = {f"{stream.block_name(index)}.{m}": block.get_submodule(m) for m in first_members}
+        inputs = {
+            group[0]: block.get_submodule(group[0].removeprefix(f"{path}."))
+            for group in stream.groups(index)
+        }
         statistics = {
             name: InputStatistics.empty(linears[name].in_features, device) for name in inputs
         }
@@ -96,28 +98,27 @@ def calibrate_block(
 
         two_passes = rounding is not None and rounding.static
         if two_passes:
-            _run(stream, hidden, batch_size, inputs, count_magnitudes, False, on_progress)
+            _run(stream, batches, inputs, count_magnitudes, False, on_progress)
         last = count_hessian if two_passes else count_both
-        _run(stream, hidden, batch_size, inputs, last, advance, on_progress)
+        _run(stream, batches, inputs, last, advance, on_progress)
     return statistics
 
 
 def _run(
     stream: StreamedModel,
-    hidden: Tensor,
-    batch_size: int,
+    batches: Sequence[Batch],
     inputs: dict[str, nn.Module],
     observe: Callable[[str, Tensor], None],
     advance: bool,
     on_progress: Callable[[], None],
 ) -> None:
     with _observing(inputs, observe):
-        for batch in hidden.split(batch_size):
+        for batch in batches:
             output = stream.forward(batch)
             if not torch.isfinite(output).all():
                 raise ValueError("the 16-bit model's hidden states are not finite")
             if advance:
-                batch.copy_(output)
+                batch.hidden = output
             on_progress()
 
 

@@ -27,11 +27,11 @@ from dpq_core.linear import W4A8Linear, expected_shapes, layer_from_tensors, lay
 from dpq_core.plan import Plan
 from dpq_core.quantize import LayerReport, QuantizedLinear
 from dpq_core.reader import (
-    SIDE_FILES,
     CheckpointError,
     CheckpointReader,
     read_config,
     read_json,
+    side_files,
 )
 from dpq_core.scheme import Scheme
 from dpq_core.streaming import building, check_tensors, empty_model, fill_parameters
@@ -102,7 +102,7 @@ def write_checkpoint(
             shards.add(f"{item.name}.{suffix}", tensor)
         row: dict[str, Any] = {"name": item.name, "shape": [item.rows, item.features]}
         row |= {"bytes": sum(t.nbytes for t in tensors.values())}
-        row["scheme"] = _changes(scheme, item.scheme)
+        row["scheme"] = _changes(scheme, quantized.scheme)
         rows.append(row | dataclasses.asdict(quantized.report))
     shards.close()
     _write_side_files(folder, source.folder, scheme, dtype, rows)
@@ -115,7 +115,7 @@ def write_checkpoint(
         "scheme": scheme.model_dump(mode="json"),
         "bytes_per_weight": sum(row["bytes"] for row in rows) / weights,
         "layers": rows,
-        "skipped": plan.skipped,
+        "skipped": plan.skipped | {row["name"]: row["kept"] for row in rows if row["kept"]},
         "files": {
             path.name: {"sha256": file_digest(path), "size": path.stat().st_size}
             for path in sorted(folder.iterdir())
@@ -178,9 +178,8 @@ def _write_side_files(
     dtype: torch.dtype,
     rows: Sequence[Mapping[str, Any]],
 ) -> None:
-    for name in SIDE_FILES:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, folder / name)
+    for path in side_files(source):
+        shutil.copyfile(path, folder / path.name)
     config = read_config(source)
     config["dtype"] = str(dtype).removeprefix("torch.")
     config["quantization_config"] = {
@@ -216,12 +215,16 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 class QuantizedCheckpoint:
     """A native checkpoint folder, opened for reading.
 
+    Args:
+        trust_remote_code: run the checkpoint's own model code.
+
     Raises:
         CheckpointError: as `read_manifest` and `CheckpointReader` do.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, trust_remote_code: bool = False) -> None:
         self.folder = folder
+        self.trust_remote_code = trust_remote_code
         self.manifest = read_manifest(folder)
         try:
             self.scheme = Scheme.model_validate(self.manifest["scheme"])
@@ -241,7 +244,7 @@ class QuantizedCheckpoint:
         Raises:
             CheckpointError: a quantized layer is no linear of the model, or of another shape.
         """
-        model = empty_model(self.folder)
+        model = empty_model(self.folder, self.trust_remote_code)
         parameters = dict(model.named_parameters())
         for name, shape in self.shapes.items():
             expected = parameters.get(f"{name}.weight")
@@ -285,7 +288,8 @@ class QuantizedCheckpoint:
 
     def _expected(self) -> dict[str, tuple[list[int], str | None]]:
         expected: dict[str, tuple[list[int], str | None]] = {}
-        for name, parameter in self.empty_model().named_parameters():
+        model = self.empty_model()
+        for name, parameter in model.named_parameters():
             layer = name.removesuffix(".weight")
             if layer in self.shapes:
                 rows, features = self.shapes[layer]
@@ -293,12 +297,12 @@ class QuantizedCheckpoint:
                 expected |= {f"{layer}.{suffix}": entry for suffix, entry in stored.items()}
             else:
                 expected[name] = (list(parameter.shape), None)
-        if read_config(self.folder).get("tie_word_embeddings"):
+        if model.config.tie_word_embeddings:
             expected.pop("lm_head.weight", None)
         return expected
 
 
-def check_checkpoint(folder: Path) -> None:
+def check_checkpoint(folder: Path, trust_remote_code: bool = False) -> None:
     """Check every tensor of a checkpoint that `load_model` reads, but for a third party's, which
     its own loader checks.
 
@@ -306,13 +310,15 @@ def check_checkpoint(folder: Path) -> None:
         CheckpointError: unreadable, damaged, or not finite, with the file or tensor.
     """
     if (folder / MANIFEST).is_file():
-        QuantizedCheckpoint(folder).verify()
+        QuantizedCheckpoint(folder, trust_remote_code).verify()
     elif quantization_of(folder) is None:
-        check_tensors(folder)
+        check_tensors(folder, trust_remote_code)
         CheckpointReader(folder).check_finite()
 
 
-def load_model(folder: Path, device: torch.device | str = "cpu") -> Any:
+def load_model(
+    folder: Path, device: torch.device | str = "cpu", trust_remote_code: bool = False
+) -> Any:
     """A transformers causal LM from any checkpoint: native, 16 bits, or a third party's.
 
     Raises:
@@ -320,26 +326,29 @@ def load_model(folder: Path, device: torch.device | str = "cpu") -> Any:
     """
     with building:
         if (folder / MANIFEST).is_file():
-            return load_quantized(folder, device)
+            return load_quantized(folder, device, trust_remote_code)
         quantization = quantization_of(folder)
         method = quantization["quant_method"] if quantization else None
         if method == "compressed-tensors":
             return load_compressed_tensors(folder).to(device).eval()
         if method not in (None, "gptq"):
             raise unsupported(folder, method)
-        model, reader = empty_model(folder), CheckpointReader(folder)
+        model, reader = empty_model(folder, trust_remote_code), CheckpointReader(folder)
         if quantization:
             fill_gptq(model, reader, quantization)
         return _complete(model, reader, device)
 
 
-def load_quantized(folder: str | Path, device: torch.device | str = "cpu") -> Any:
-    """A transformers causal LM from a native checkpoint, its quantized linears `W4A8Linear`.
+def load_quantized(
+    folder: str | Path, device: torch.device | str = "cpu", trust_remote_code: bool = False
+) -> Any:
+    """A transformers model from a native checkpoint, its quantized linears `W4A8Linear`: a causal
+    LM, or one that takes images too.
 
     Raises:
         CheckpointError: missing manifest, unknown version, missing or misshapen tensors.
     """
-    checkpoint = QuantizedCheckpoint(Path(folder))
+    checkpoint = QuantizedCheckpoint(Path(folder), trust_remote_code)
     model = checkpoint.empty_model()
     for name in checkpoint.shapes:
         bias = f"{name}.bias"

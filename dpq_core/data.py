@@ -24,7 +24,14 @@ from dpq_core.errors import InputError
 from dpq_core.recipe import TextDataset
 
 _CORPUS = "python_docs"
-_FILE_BUILDERS = {"arrow", "csv", "json", "parquet", "text"}  # of `datasets`: read data_files
+_FILE_BUILDERS = {
+    "arrow",
+    "csv",
+    "imagefolder",
+    "json",
+    "parquet",
+    "text",
+}  # of `datasets`: read data_files
 _DOCUMENTS_A_CALL = 256  # of the tokenizer: bounds its lists of Python integers
 
 
@@ -47,18 +54,8 @@ def load_texts(dataset: TextDataset) -> list[str]:
             return corpus.documents(dataset.split)
         except ValueError as error:
             raise DataError(f"{_CORPUS}: {error}") from error
-    label = _label(dataset)
-    with ExitStack() as stack:
-        stack.enter_context(_no_progress_bars())
-        # `datasets` knows a local file by its name and mtime only: a file changed by a copy that
-        # preserves times (tar, cp -p, rsync -t) would be served as it was before.
-        fresh = stack.enter_context(tempfile.TemporaryDirectory()) if _is_files(dataset) else None
-        rows = _load(dataset, fresh)
-        if dataset.text_column not in rows.column_names:
-            columns = ", ".join(rows.column_names) or "none"
-            raise DataError(
-                f"{label}: no column {dataset.text_column!r}: the columns are {columns}"
-            )
+    label = label_of(dataset)
+    with open_rows(dataset, dataset.text_column) as rows:
         texts: list[Any] = rows[dataset.text_column][:]
     for number, text in enumerate(texts):
         if not isinstance(text, str):
@@ -69,6 +66,28 @@ def load_texts(dataset: TextDataset) -> list[str]:
     if not any(text.strip() for text in texts):
         raise DataError(f"{label}: no text in column {dataset.text_column!r} ({len(texts)} rows)")
     return texts
+
+
+@contextmanager
+def open_rows(dataset: TextDataset, *columns: str) -> Iterator[Any]:
+    """The rows of a data set, a `datasets.Dataset` that has these columns, read as asked for.
+
+    Raises:
+        DataError: as `load_texts`.
+    """
+    with ExitStack() as stack:
+        stack.enter_context(_no_progress_bars())
+        # `datasets` knows a local file by its name and mtime only: a file changed by a copy that
+        # preserves times (tar, cp -p, rsync -t) would be served as it was before.
+        fresh = stack.enter_context(tempfile.TemporaryDirectory()) if _is_files(dataset) else None
+        rows = _load(dataset, fresh)
+        for column in columns:
+            if column not in rows.column_names:
+                found = ", ".join(rows.column_names) or "none"
+                raise DataError(
+                    f"{label_of(dataset)}: no column {column!r}: the columns are {found}"
+                )
+        yield rows
 
 
 def token_windows(
@@ -144,7 +163,7 @@ def _is_files(dataset: TextDataset) -> bool:
     return dataset.path in _FILE_BUILDERS or Path(dataset.path).exists()
 
 
-def _label(dataset: TextDataset) -> str:
+def label_of(dataset: TextDataset) -> str:
     """How errors name a data set: by its files where it has some."""
     if isinstance(dataset.data_files, list):
         return ", ".join(dataset.data_files)
@@ -155,7 +174,7 @@ def _load(dataset: TextDataset, cache_dir: str | None) -> Any:
     """`datasets.load_dataset`, its many errors turned into `DataError`."""
     import datasets  # seconds
 
-    label = _label(dataset)
+    label = label_of(dataset)
     try:
         return datasets.load_dataset(
             dataset.path,

@@ -4,7 +4,7 @@
 """
 
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +12,9 @@ from torch import Tensor
 
 from dpq_core.calibration import InputRounding, calibrate_block
 from dpq_core.checkpoint import load_layer, save_layer, write_checkpoint
+from dpq_core.inputs import ModelInputs, batches_of
 from dpq_core.plan import plan_layers
-from dpq_core.quantize import QuantizedLinear, quantize_layer
+from dpq_core.quantize import QuantizedLinear, quantize_or_keep
 from dpq_core.recipe import CalibrationSection
 from dpq_core.scheme import Scheme
 from dpq_core.streaming import StreamedModel
@@ -22,7 +23,7 @@ from dpq_core.streaming import StreamedModel
 def quantize_checkpoint(
     source: Path,
     destination: Path,
-    windows: Tensor,  # [n, length] int64, calibration tokens
+    windows: Tensor | Sequence[ModelInputs],  # tokens [n, length] int64, or inputs with images
     scheme: Scheme,
     calibration: CalibrationSection,
     about: dict[str, Any],
@@ -36,28 +37,28 @@ def quantize_checkpoint(
     Raises:
         CheckpointError, FactorizationError, ValueError: see the stages.
     """
-    stream = StreamedModel(source)
+    stream = StreamedModel(source, images=calibration.image_column is not None)
     plan = plan_layers(stream, scheme, choices)
     rounding = InputRounding.of(scheme, calibration)
     original = calibration.propagation == "original"
-    hidden = stream.embed(windows, calibration.batch_size)
+    batches = stream.begin(batches_of(windows, calibration.batch_size))
     with tempfile.TemporaryDirectory() as finished:
         for block in range(plan.blocks):
-            statistics = calibrate_block(
-                stream, block, hidden, rounding, calibration.batch_size, advance=original
-            )
+            statistics = calibrate_block(stream, block, batches, rounding, advance=original)
             members = plan.of_block(block)
             quantized: dict[str, QuantizedLinear] = {}
             for layer in members:
                 weight = stream.reader.tensor(f"{layer.name}.weight")
                 inputs = statistics[layer.statistics]
-                quantized[layer.name] = quantize_layer(weight, inputs, layer.scheme)
+                quantized[layer.name] = quantize_or_keep(
+                    weight, inputs, layer.scheme, calibration.min_tokens_per_input
+                )
                 folder = Path(finished, layer.name)
                 folder.mkdir()
                 save_layer(folder, quantized[layer.name])
             if not original:
                 with stream.block(block, quantized):
-                    stream.advance(hidden, calibration.batch_size)
+                    stream.advance(batches)
 
         def finished_layer(name: str) -> QuantizedLinear:
             return load_layer(Path(finished, name))

@@ -3,6 +3,8 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from torch import nn
+
 from dpq_core.choices import chosen_scheme
 from dpq_core.reader import CheckpointError
 from dpq_core.scheme import Scheme
@@ -43,37 +45,80 @@ class Plan:
         return [layer for layer in self.layers if layer.block == block]
 
 
+def kept_lines(skipped: Mapping[str, str]) -> list[str]:
+    """What stays in 16 bits, a line for each reason."""
+    names: dict[str, list[str]] = {}
+    for name, reason in skipped.items():
+        names.setdefault(reason, []).append(name)
+    return [
+        f"not quantized: {', '.join(each[:_SHOWN])}"
+        f"{f' and {len(each) - _SHOWN} more' if len(each) > _SHOWN else ''} ({reason})"
+        for reason, each in names.items()
+    ]
+
+
+_SHOWN = 4
+
+
 def plan_layers(
     stream: StreamedModel, scheme: Scheme, choices: Mapping[str, str] | None = None
 ) -> Plan:
-    """All linears of all blocks; those narrower than a group are skipped by name.
+    """All linears of all blocks. What stays in 16 bits is named with its reason: linears narrower
+    than a group, those that the calibration does not reach, and matrices that are no linears.
 
     Args:
         scheme: of all layers but those that `choices` names.
         choices: layer's full name → its choice (`dpq_core.choices`).
 
     Raises:
-        CheckpointError: no layer is left to quantize, or a choice for a layer that is not there.
+        CheckpointError: no layer is left to quantize, a choice for a layer that is not there, or a
+            linear that the model table does not know.
     """
     choices = dict(choices or {})
     layers: list[PlannedLayer] = []
     skipped = {stream.family.head: "output head, kept in 16 bits"}
     for block in range(stream.block_count):
-        shared = {member: group[0] for group in stream.family.shared_inputs for member in group}
-        prefix = stream.block_name(block)
-        for name, linear in stream.linears(block).items():
-            rows, features = linear.out_features, linear.in_features
-            own = chosen_scheme(scheme, choices.pop(name)) if name in choices else scheme
-            if own.bits == 4 and features < own.group_size:
-                skipped[name] = f"{features} inputs are fewer than group_size {own.group_size}"
-                continue
-            source = f"{prefix}.{shared[name.removeprefix(f'{prefix}.')]}"
-            layers.append(PlannedLayer(name, block, source, rows, features, own))
+        linears = stream.linears(block)
+        for group in stream.groups(block):
+            for name in group:
+                rows, features = linears[name].out_features, linears[name].in_features
+                own = chosen_scheme(scheme, choices.pop(name)) if name in choices else scheme
+                if own.bits == 4 and features < own.group_size:
+                    skipped[name] = f"{features} inputs are fewer than group_size {own.group_size}"
+                    continue
+                layers.append(PlannedLayer(name, block, group[0], rows, features, own))
     if not layers:
         raise CheckpointError(
             f"no linear layer has as many inputs as group_size {scheme.group_size}: "
             "choose a smaller scheme.group_size"
         )
-    if choices:
-        raise CheckpointError(f"layers: the model has no linear {next(iter(choices))}")
+    skipped |= _not_in_blocks(stream, {layer.name for layer in layers} | skipped.keys())
+    for name in choices:
+        why = f", which is kept: {skipped[name]}" if name in skipped else ""
+        raise CheckpointError(f"layers: the model has no linear {name}{why}")
     return Plan(tuple(layers), skipped)
+
+
+def _not_in_blocks(stream: StreamedModel, known: set[str]) -> dict[str, str]:
+    """Matrices other than the embedding and those `known`, and why they stay in 16 bits.
+
+    Raises:
+        CheckpointError: a linear for which there is no reason.
+    """
+    vision, reasons = stream.family.vision, {}
+    known = known | {stream.family.embedding}
+    for parameter, shape in stream.parameters.items():
+        name, _, kind = parameter.rpartition(".")
+        if kind != "weight" or len(shape) < 2 or name in known:
+            continue
+        of_tower = vision is not None and name.startswith(f"{vision.tower}.")
+        if not issubclass(stream.modules[name], nn.Linear):
+            reasons[name] = f"{stream.modules[name].__name__}, no linear layer"
+        elif of_tower and not stream.images:
+            reasons[name] = "calibration without images never reaches it (calibration.image_column)"
+        else:
+            raise CheckpointError(
+                f"{stream.reader.folder}: linear {name} is in no block of the model's row in "
+                "dpq_core/families.py: mend the row"
+            )
+    return reasons

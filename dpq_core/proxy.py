@@ -10,25 +10,26 @@ that matrix for a multiple of unity and knows nothing of rounded activations, so
 the measured loss (`dpq_core.sensitivity`), and decides nothing.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from dpq_core.streaming import StreamedModel
+from dpq_core.streaming import Batch, StreamedModel
 
 _SEED = 0  # of the labels
 
 
-@dataclass
+@dataclass(frozen=True)
 class OutputMoments:
-    """Of one layer, means over tokens. output: E‖y‖². gradient: E‖g‖², nats² per unit of y²."""
+    """Of one layer. output: ‖y‖² over its inputs, a token of the model. gradient: ‖g‖², a vector
+    of its inputs (an expert sees some tokens, a vision tower patches); nats² per unit of y²."""
 
     rows: int
-    output: float = 0.0
-    gradient: float = 0.0
+    output: float
+    gradient: float
 
     def loss(self, error: float) -> float:
         """The proxy of a choice with this relative error, in nats a token."""
@@ -37,8 +38,7 @@ class OutputMoments:
 
 def output_moments(
     stream: StreamedModel,
-    windows: Tensor,  # [n, length] int64
-    batch_size: int,
+    batches: Sequence[Batch],  # before the first block; not changed
     on_progress: Callable[[], None] = lambda: None,
 ) -> dict[str, OutputMoments]:
     """Moments of every linear of every block, by full name.
@@ -46,61 +46,84 @@ def output_moments(
     Memory: one block with its gradients' graph for a batch, and the hidden states before every
     block. `on_progress` is called after each block, forward and back.
     """
-    states = [stream.embed(windows, batch_size)]
+    states = [[batch.clone() for batch in batches]]
     for block in range(stream.block_count):
-        states.append(states[-1].clone())
+        states.append([batch.clone() for batch in states[-1]])
         with stream.block(block):
-            stream.advance(states[-1], batch_size)
+            stream.advance(states[-1])
         on_progress()
-    gradient = _of_sampled_labels(stream, states.pop())
+    last = states.pop()
+    gradients = _of_sampled_labels(stream, last)
+    tokens = sum(batch.inputs["input_ids"].numel() for batch in batches)
     found: dict[str, OutputMoments] = {}
     for block in reversed(range(stream.block_count)):
         with stream.block(block) as module, ExitStack() as hooks:
             prefix = stream.block_name(block)
-            for name in stream.linears(block):
-                linear = module.get_submodule(name.removeprefix(f"{prefix}."))
-                found[name] = hooks.enter_context(_observed(linear, windows.numel()))
-            _pass_back(stream, states.pop(), gradient, batch_size)
+            sums = {
+                name: hooks.enter_context(
+                    _observed(module.get_submodule(name.removeprefix(f"{prefix}.")))
+                )
+                for group in stream.groups(block)
+                for name in group
+            }
+            gradients = [
+                _passed_back(stream, before, after)
+                for before, after in zip(states.pop(), gradients, strict=True)
+            ]
+        found |= {name: each.moments(tokens) for name, each in sums.items()}
         on_progress()
     return found
 
 
-def _of_sampled_labels(stream: StreamedModel, hidden: Tensor) -> Tensor:
-    """Gradient with respect to the last hidden states, a window at a time. Same shape and type."""
+def _of_sampled_labels(stream: StreamedModel, batches: Sequence[Batch]) -> list[Tensor]:
+    """Gradients with respect to the last hidden states, of their shapes; a window at a time."""
     generator = torch.Generator().manual_seed(_SEED)
-    gradient = torch.empty_like(hidden)
+    gradients = [torch.empty_like(batch.hidden) for batch in batches]
     with stream.head() as logits_of:
-        for window in range(len(hidden)):
-            state = hidden[window : window + 1].clone().requires_grad_()
-            logs = logits_of(state)[0].float().log_softmax(-1)
-            labels = torch.multinomial(logs.detach().exp().cpu(), 1, generator=generator)
-            likelihood = logs.gather(-1, labels.to(logs.device)).sum()
-            (gradient[window : window + 1],) = torch.autograd.grad(-likelihood, state)
-    return gradient
+        for batch, gradient in zip(batches, gradients, strict=True):
+            for window in range(len(gradient)):
+                state = batch.hidden[window : window + 1].clone().requires_grad_()
+                logs = logits_of(state)[0].float().log_softmax(-1)
+                labels = torch.multinomial(logs.detach().exp().cpu(), 1, generator=generator)
+                likelihood = logs.gather(-1, labels.to(logs.device)).sum()
+                (gradient[window : window + 1],) = torch.autograd.grad(-likelihood, state)
+    return gradients
 
 
-def _pass_back(stream: StreamedModel, before: Tensor, gradient: Tensor, batch_size: int) -> None:
-    """Turn the gradient after the loaded block into the one before it, in place."""
-    for inputs, outer in zip(before.split(batch_size), gradient.split(batch_size), strict=True):
-        inputs = inputs.clone().requires_grad_()
-        outer.copy_(torch.autograd.grad(stream.forward(inputs), inputs, outer)[0])
+def _passed_back(stream: StreamedModel, before: Batch, after: Tensor) -> Tensor:
+    """The gradient before the loaded block, from the one after it."""
+    batch = before.clone()
+    batch.hidden.requires_grad_()
+    return torch.autograd.grad(stream.forward(batch), batch.hidden, after)[0]
+
+
+@dataclass
+class _Sums:
+    rows: int
+    inputs: int = 0
+    output: float = 0.0
+    gradient: float = 0.0
+
+    def moments(self, tokens: int) -> OutputMoments:
+        return OutputMoments(self.rows, self.output / tokens, self.gradient / max(self.inputs, 1))
 
 
 @contextmanager
-def _observed(linear: nn.Module, tokens: int) -> Iterator[OutputMoments]:
-    """Moments that fill while the linear runs forward and back."""
+def _observed(linear: nn.Module) -> Iterator[_Sums]:
+    """Sums that grow while the linear runs forward and back."""
     assert isinstance(linear, nn.Linear)
-    moments = OutputMoments(linear.out_features)
+    sums = _Sums(linear.out_features)
 
     def count_gradient(gradient: Tensor) -> None:
-        moments.gradient += gradient.float().square().sum().item() / tokens
+        sums.gradient += gradient.float().square().sum().item()
 
     def count_output(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        moments.output += output.detach().float().square().sum().item() / tokens
+        sums.inputs += output.numel() // sums.rows
+        sums.output += output.detach().float().square().sum().item()
         output.register_hook(count_gradient)
 
     handle = linear.register_forward_hook(count_output)
     try:
-        yield moments
+        yield sums
     finally:
         handle.remove()

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from dpq_core.choices import chosen_scheme
 from dpq_core.column_loop import inverse_factor, quantize_columns
 from dpq_core.formats import round_to
 from dpq_core.gradient_rounding import refine_codes
@@ -46,11 +47,15 @@ class LayerReport:
     error: tr((W - Ŵ) H (W - Ŵ)ᵀ) / tr(W H Wᵀ), the output's relative squared error.
     damp_frac: the damping that the factorisation took; the scheme's unless it had to grow.
     codes_moved: by gradient-aware rounding, over all passes.
+    tokens: of calibration that the layer saw.
+    kept: why it stays in 16 bits although its scheme asks for fewer; empty where it does not.
     """
 
     error: float
     damp_frac: float
     codes_moved: int
+    tokens: int = 0
+    kept: str = ""
 
 
 @dataclass(frozen=True)
@@ -96,6 +101,32 @@ class QuantizedLinear:
         if isinstance(self.weight, RoundedWeight):
             return self.weight.decode()
         return self.weight.float()
+
+
+def quantize_or_keep(
+    weight: Tensor,  # [out, in], any float type
+    statistics: InputStatistics,
+    scheme: Scheme,
+    min_tokens_per_input: float,
+) -> QuantizedLinear:
+    """`quantize_layer`, but a layer (a rarely chosen expert) that saw no calibration token, or
+    fewer than `min_tokens_per_input` for each of its inputs, stays in 16 bits; its report says so.
+
+    A Hessian of fewer tokens than inputs is singular: compensation fits these tokens, and on others
+    does worse than no compensation (`docs/log.md`).
+
+    Raises:
+        ValueError, FactorizationError: as `quantize_layer`.
+    """
+    tokens, features, kept = statistics.tokens, len(statistics.hessian_sum), ""
+    if tokens == 0 or tokens < min_tokens_per_input * features:
+        kept = (
+            f"saw {tokens} calibration tokens for {features} inputs, and "
+            f"calibration.min_tokens_per_input is {min_tokens_per_input:g}"
+        )
+        scheme = chosen_scheme(scheme, "bf16")
+    layer = quantize_layer(weight, statistics, scheme)
+    return replace(layer, report=replace(layer.report, tokens=tokens, kept=kept))
 
 
 def quantize_layer(

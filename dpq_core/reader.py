@@ -1,6 +1,7 @@
 """Read a safetensors checkpoint tensor by tensor, sharded or not.
 
-Nothing is loaded before it is asked for: memory is bounded by what the caller keeps.
+Nothing is loaded before it is asked for: memory is bounded by what the caller keeps. Tensors go by
+the names of the model's parameters, whatever the files call them (`families.Family.renames`).
 """
 
 import json
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from dpq_core.digests import digest, file_digest
 from dpq_core.errors import InputError
+from dpq_core.families import FAMILIES, Family
 
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
@@ -30,6 +32,10 @@ SIDE_FILES = (
     "vocab.json",
     "merges.txt",
     "chat_template.jinja",
+    "chat_template.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "video_preprocessor_config.json",
 )
 
 
@@ -47,8 +53,13 @@ class CheckpointReader:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._index = self._read_index() if (folder / _INDEX).is_file() else None
-        self._shard_of = {name: shard for shard in self._shards() for name in self._names_in(shard)}
-        self._check_index()
+        stored = {name: shard for shard in self._shards() for name in self._names_in(shard)}
+        self._check_index(stored)
+        family = FAMILIES.get(model_type_of(folder))
+        self._stored = {family.module_name(name) if family else name: name for name in stored}
+        if len(self._stored) != len(stored):
+            raise CheckpointError(f"{folder}: two tensors are the same parameter of the model")
+        self._shard_of = {name: stored[as_stored] for name, as_stored in self._stored.items()}
 
     @property
     def names(self) -> list[str]:
@@ -59,8 +70,7 @@ class CheckpointReader:
     def files(self) -> list[Path]:
         """Shards and side files, sorted by name."""
         shards = {self.folder / shard for shard in self._shard_of.values()}
-        sides = {self.folder / name for name in SIDE_FILES if (self.folder / name).is_file()}
-        return sorted(shards | sides)
+        return sorted(shards | set(side_files(self.folder)))
 
     def __contains__(self, name: str) -> bool:
         return name in self._shard_of
@@ -79,13 +89,14 @@ class CheckpointReader:
         loaded: dict[str, Tensor] = {}
         for shard, members in wanted.items():
             with safe_open(self.folder / shard, framework="pt") as file:
-                loaded.update({name: file.get_tensor(name).clone() for name in members})
+                for name in members:
+                    loaded[name] = file.get_tensor(self._stored[name]).clone()
         return loaded
 
     def shape_and_type(self, name: str) -> tuple[list[int], str]:
         """Shape and safetensors type (`BF16`, `I32`, …), from the header alone."""
         with safe_open(self.folder / self._shard_of[name], framework="pt") as file:
-            part = file.get_slice(name)
+            part = file.get_slice(self._stored[name])
             return list(part.get_shape()), str(part.get_dtype())
 
     def under(self, prefix: str) -> list[str]:
@@ -144,10 +155,42 @@ class CheckpointReader:
         except SafetensorError as error:
             raise CheckpointError(f"{path}: truncated or damaged ({error})") from error
 
-    def _check_index(self) -> None:
+    def _check_index(self, stored: dict[str, str]) -> None:
         for name, shard in (self._index or {}).items():
-            if self._shard_of.get(name) != shard:
+            if stored.get(name) != shard:
                 raise CheckpointError(f"{self.folder / shard}: tensor {name} is missing")
+
+
+def side_files(folder: Path) -> list[Path]:
+    """The files beside the weights that belong to the model: its own code too, where `config.json`
+    names any (which runs only where `trust_remote_code` is given)."""
+    named = [folder / name for name in SIDE_FILES if (folder / name).is_file()]
+    has_config = (folder / "config.json").is_file()
+    code = folder.glob("*.py") if has_config and "auto_map" in read_config(folder) else ()
+    return named + sorted(code)
+
+
+def model_type_of(folder: Path) -> str:
+    """transformers' name of the architecture; empty where there is no `config.json`."""
+    if not (folder / "config.json").is_file():
+        return ""
+    return str(read_config(folder).get("model_type"))
+
+
+def family_of(folder: Path) -> Family:
+    """The row of the model table for a checkpoint.
+
+    Raises:
+        CheckpointError: the family is not in the table.
+    """
+    model_type = str(read_config(folder).get("model_type"))
+    if model_type not in FAMILIES:
+        raise CheckpointError(
+            f"{folder}: model_type {model_type!r} is not in the model table, which has "
+            f"{', '.join(FAMILIES)}: missing is a row in dpq_core/families.py with the paths of "
+            "its embedding, blocks, norm and head, and which linears of a block share an input"
+        )
+    return FAMILIES[model_type]
 
 
 def read_config(folder: Path) -> dict[str, Any]:

@@ -40,11 +40,19 @@ class TextDataset(_Section):
 
 class ModelSection(_Section):
     id: str = Field(min_length=1, description="hub id or folder of a safetensors checkpoint")
-    revision: str | None = None
+    revision: str | None = Field(
+        None, description="branch, tag or commit of a hub id; the manifest names the commit"
+    )
+    trust_remote_code: bool = Field(
+        False, description="run the checkpoint's own Python code; the manifest says so"
+    )
 
 
 class CalibrationSection(_Section):
     dataset: TextDataset
+    image_column: str | None = Field(
+        None, description="of images that go with the texts: calibrates a vision tower too"
+    )
     samples: int = Field(128, ge=1, description="windows of sequence_length tokens")
     sequence_length: int = Field(2048, ge=2)
     propagation: Literal["original", "quantized"] = Field(
@@ -53,7 +61,10 @@ class CalibrationSection(_Section):
     hessian_inputs: Literal["bf16", "fp8"] = Field(
         "fp8", description="inputs as they are, or rounded as the scheme's activations will be"
     )
-    batch_size: int = Field(4, ge=1, description="windows a forward pass")
+    batch_size: int = Field(4, ge=1, description="windows a forward pass; with images always one")
+    min_tokens_per_input: float = Field(
+        1.0, ge=0, description="a layer (an expert) that saw fewer stays in 16 bits, by name"
+    )
 
 
 class PerplexitySection(_Section):

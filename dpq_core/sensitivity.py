@@ -11,12 +11,12 @@ To first order the loss is what the logarithm of perplexity rises by on the mode
 text, and losses of different layers add up as long as they are small (`dpq_core.allocation`).
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
+from dpq_core.inputs import Batch
 from dpq_core.quantize import QuantizedLinear
 from dpq_core.streaming import StreamedModel
 
@@ -32,31 +32,30 @@ class Variant:
 def block_losses(
     stream: StreamedModel,
     block: int,
-    hidden: Tensor,  # [windows, length, hidden], before the block; not changed
+    batches: Sequence[Batch],  # before the block; not changed
     variants: Mapping[Variant, Callable[[], QuantizedLinear]],
-    batch_size: int,
     on_progress: Callable[[], None] = lambda: None,
 ) -> dict[Variant, float]:
     """The loss of each variant of a block's layers, in nats a token.
 
-    Memory: a copy of `hidden` for each variant and one more. `on_progress` is called after each
-    block that was passed, the output head included.
+    Memory: a copy of the hidden states for each variant and one more. `on_progress` is called after
+    each block that was passed, the output head included.
 
     Raises:
         ValueError: the 16-bit model's predictions are not finite.
     """
-    states: dict[Variant | None, Tensor] = {None: hidden.clone()}
+    states: dict[Variant | None, list[Batch]] = {None: [batch.clone() for batch in batches]}
     with stream.block(block):
-        stream.advance(states[None], batch_size)
+        stream.advance(states[None])
     for variant, layer in variants.items():
-        states[variant] = hidden.clone()
+        states[variant] = [batch.clone() for batch in batches]
         with stream.block(block, {variant.name: layer()}):
-            stream.advance(states[variant], batch_size)
+            stream.advance(states[variant])
     on_progress()
     for later in range(block + 1, stream.block_count):
         with stream.block(later):
             for state in states.values():
-                stream.advance(state, batch_size)
+                stream.advance(state)
         on_progress()
     reference = states.pop(None)
     losses = _divergences(stream, reference, states)
@@ -65,18 +64,22 @@ def block_losses(
 
 
 def _divergences(
-    stream: StreamedModel, reference: Tensor, states: Mapping[Variant | None, Tensor]
+    stream: StreamedModel,
+    reference: Sequence[Batch],
+    states: Mapping[Variant | None, Sequence[Batch]],
 ) -> dict[Variant | None, float]:
     """KL from the reference's predictions to each state's, a window's logits at a time."""
-    sums = dict.fromkeys(states, 0.0)
+    sums, tokens = dict.fromkeys(states, 0.0), 0
     with stream.head() as logits_of:
-        for window in range(len(reference)):
-            expected = logits_of(reference[window : window + 1]).float().log_softmax(-1)
-            if not torch.isfinite(expected).all():
-                raise ValueError("the 16-bit model's predictions are not finite")
-            for variant, state in states.items():
-                found = logits_of(state[window : window + 1]).float().log_softmax(-1)
-                divergence = (expected.exp() * (expected - found)).sum(-1)
-                sums[variant] += divergence.double().sum().item()
-    tokens = reference.shape[0] * reference.shape[1]
+        for number, batch in enumerate(reference):
+            for window in range(len(batch.hidden)):
+                one = slice(window, window + 1)
+                expected = logits_of(batch.hidden[one]).float().log_softmax(-1)
+                if not torch.isfinite(expected).all():
+                    raise ValueError("the 16-bit model's predictions are not finite")
+                tokens += expected.shape[1]
+                for variant, state in states.items():
+                    found = logits_of(state[number].hidden[one]).float().log_softmax(-1)
+                    divergence = (expected.exp() * (expected - found)).sum(-1)
+                    sums[variant] += divergence.double().sum().item()
     return {variant: max(total / tokens, 0.0) for variant, total in sums.items()}

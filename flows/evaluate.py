@@ -80,8 +80,9 @@ def evaluate(recipe: Recipe, checkpoint: str, against: str | None = None) -> Eva
 
 def _inspect(recipe: Recipe, role: str, checkpoint: str) -> tuple[Subject, EvaluationData]:
     store = Store(recipe.execution.store)
-    model = inspect_any(checkpoint, store)
-    data = prepare(recipe.evaluation, load_tokenizer(model.folder), store)
+    trusted = recipe.model.trust_remote_code
+    model = inspect_any(checkpoint, store, trusted)
+    data = prepare(recipe.evaluation, load_tokenizer(model.folder, trusted), store)
     return Subject(role, model.folder, model.digest), data
 
 

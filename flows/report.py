@@ -13,6 +13,7 @@ from prefect.artifacts import (
 
 from dpq_core.gates import Metric, Verdict
 from dpq_core.pairing import Difference, Evaluation, Failure
+from dpq_core.plan import kept_lines
 from tasks.log import layer_rows
 from tasks.register import Registration
 
@@ -26,7 +27,7 @@ def publish(
 ) -> None:
     """Put a release on its Prefect run page."""
     create_markdown_artifact(
-        _summary(verdict, registration, run_url), key="verdict", description="Verdict"
+        _summary(verdict, manifest, registration, run_url), key="verdict", description="Verdict"
     )
     create_table_artifact(
         gate_rows(verdict.metrics), key="gates", description="Baseline and candidate"
@@ -87,6 +88,14 @@ def notes(metrics: Mapping[str, Metric]) -> list[str]:
     ]
 
 
+def model_notes(manifest: Mapping[str, Any]) -> list[str]:
+    """What stayed in 16 bits and why, and whether the checkpoint's own code was run."""
+    lines = kept_lines(manifest["skipped"])
+    if manifest["base_model"]["trust_remote_code"]:
+        lines.append("the checkpoint's own Python code was run (model.trust_remote_code)")
+    return lines
+
+
 def shown_name(name: str, metric: Difference) -> str:
     """A metric's name with what it counts: `accuracy.piqa (acc_norm)`."""
     return name if metric.metric in (name, "") else f"{name} ({metric.metric})"
@@ -117,7 +126,9 @@ def _result(metric: Metric) -> str:
     return f"{result}; too few documents to tell {metric.limit:g}" if metric.too_few else result
 
 
-def _summary(verdict: Verdict, registration: Registration, run_url: str) -> str:
+def _summary(
+    verdict: Verdict, manifest: Mapping[str, Any], registration: Registration, run_url: str
+) -> str:
     previous = registration.previous_champion
     lines = [
         f"# {verdict.verdict}",
@@ -126,5 +137,6 @@ def _summary(verdict: Verdict, registration: Registration, run_url: str) -> str:
         + ("No champion before." if previous is None else f"Champion before: {previous}."),
         "",
         *(f"- {line}" for line in [*verdict.reasons, *notes(verdict.metrics)]),
+        *(f"- {line}" for line in model_notes(manifest)),
     ]
     return "\n".join(lines)

@@ -21,7 +21,7 @@ from dpq_core.gates import Metric
 from flows.evaluate import EvaluationReport
 from flows.ladder import Row, cells, columns
 from flows.release import Release
-from flows.report import gate_rows, notes, score_rows
+from flows.report import gate_rows, model_notes, notes, score_rows
 from tasks.progress import reporting_to
 
 _COLOURS = {"promoted": "green", "rejected": "red", "inspected": "yellow"}
@@ -71,6 +71,8 @@ def show_release(release: Release) -> None:
     console.print(f"[bold {_COLOURS[verdict.verdict]}]{verdict.verdict}[/]", highlight=False)
     for reason in verdict.reasons:
         console.print(f"  {reason}", highlight=False, markup=False)
+    for line in model_notes(release.manifest):
+        console.print(f"  {line}", highlight=False, markup=False)
     registration = release.registration
     bits = 8 * release.manifest["bytes_per_weight"]
     console.print(

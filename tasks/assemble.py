@@ -1,6 +1,7 @@
 """Put the quantized layers and the rest of the model into one native checkpoint, and verify it."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +13,15 @@ from torch import Tensor
 from dpq_core.checkpoint import QuantizedCheckpoint, load_layer, write_checkpoint
 from dpq_core.device import resolve_device
 from dpq_core.digests import code_digest, digest
+from dpq_core.inputs import ModelInputs
 from dpq_core.plan import plan_layers
 from dpq_core.quantize import QuantizedLinear
 from dpq_core.recipe import Recipe
 from dpq_core.streaming import StreamedModel
 from infra.store import ArtifactRef, Store
-from tasks.model import Model
+from tasks.model import Model, stream_of
 from tasks.progress import stepper
-from tasks.windows import load as load_windows
+from tasks.windows import load_inputs
 
 _PROBE_WINDOWS = 2
 _PROBE_LENGTH = 64
@@ -28,7 +30,12 @@ _PROBE_LENGTH = 64
 def provenance(recipe: Recipe, model: Model, windows: ArtifactRef) -> dict[str, Any]:
     """What a checkpoint's manifest says of where it comes from."""
     return {
-        "base_model": {"id": Path(model.id).name, "digest": model.digest},
+        "base_model": {
+            "id": Path(model.id).name if model.revision is None else model.id,
+            "revision": model.revision,
+            "digest": model.digest,
+            "trust_remote_code": recipe.model.trust_remote_code,
+        },
         "calibration": recipe.calibration.model_dump(mode="json", exclude={"dataset"})
         | {"windows": windows.sha256},
     }
@@ -51,7 +58,7 @@ def assemble(
     )
 
     def make(folder: Path) -> None:
-        stream = StreamedModel(model.folder)
+        stream = stream_of(recipe, model)
         plan = plan_layers(stream, recipe.scheme, recipe.layers)
         step = stepper("assemble", len(plan.layers))
 
@@ -100,16 +107,16 @@ def _check(
 ) -> dict[str, str | None]:
     checks: dict[str, str | None] = {}
     try:
-        checkpoint = QuantizedCheckpoint(folder)
+        checkpoint = QuantizedCheckpoint(folder, recipe.model.trust_remote_code)
         checkpoint.verify()
         checks["tensors"] = None
     except ValueError as error:
         return {"tensors": str(error)}
-    probe = load_windows(windows, store)[:_PROBE_WINDOWS, :_PROBE_LENGTH]
+    probe = load_inputs(windows, store, _PROBE_WINDOWS, _PROBE_WINDOWS, _PROBE_LENGTH)
     device = resolve_device(recipe.execution.device)
     shapes = checkpoint.shapes
-    original = StreamedModel(model.folder, device)
-    written = StreamedModel(folder, device)
+    original = stream_of(recipe, model, device)
+    written = stream_of(recipe, replace(model, folder=folder), device)
     expected = _probe_logits(
         original,
         probe,
@@ -128,13 +135,13 @@ def _check(
 
 def _probe_logits(
     stream: StreamedModel,
-    tokens: Tensor,
+    inputs: list[ModelInputs],
     layer: Any,
     shapes: dict[str, list[int]],
 ) -> Tensor:
-    hidden = stream.embed(tokens, len(tokens))
+    batches = stream.begin(inputs)
     for block in range(stream.block_count):
         replacements = {name: layer(name) for name in stream.linears(block) if name in shapes}
         with stream.block(block, replacements):
-            stream.advance(hidden, len(tokens))
-    return stream.logits(hidden)
+            stream.advance(batches)
+    return torch.cat([stream.logits(batch.hidden).flatten() for batch in batches])

@@ -5,7 +5,7 @@ which is kept only until the block's statistics are there. Hidden states that a 
 computed again from the nearest that are stored.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +19,14 @@ from dpq_core.checkpoint import load_layer
 from dpq_core.device import resolve_device
 from dpq_core.digests import code_digest, digest
 from dpq_core.hessian import InputStatistics
+from dpq_core.inputs import Batch
 from dpq_core.quantize import QuantizedLinear
 from dpq_core.recipe import Recipe
 from dpq_core.streaming import StreamedModel
 from infra.store import ArtifactRef, Store, StoreError
-from tasks.model import Model
+from tasks.model import Model, stream_of
 from tasks.progress import stepper
-from tasks.windows import load as load_windows
+from tasks.windows import load_inputs
 
 
 @task(name="calibrate", task_run_name="calibrate block {block}", cache_policy=NO_CACHE)
@@ -43,20 +44,19 @@ def calibrate(
             empty.
     """
     store = Store(recipe.execution.store)
-    keys = _Keys(recipe, model, windows, layers)
-    stream = StreamedModel(model.folder, resolve_device(recipe.execution.device))
-    names = [f"{stream.block_name(block)}.{g[0]}" for g in stream.family.shared_inputs]
+    stream = stream_of(recipe, model, resolve_device(recipe.execution.device))
+    keys = _Keys(recipe, model, windows, layers, stream)
+    names = [group[0] for group in stream.groups(block)]
     found = {name: store.find("statistics", keys.statistics(name)) for name in names}
     if all(found.values()):
         return {name: artifact for name, artifact in found.items() if artifact}
 
-    hidden = _hidden_before(block, recipe, stream, windows, layers, keys, store)
-    batch_size = recipe.calibration.batch_size
+    batches = _batches_before(block, recipe, stream, windows, layers, keys, store)
     original = recipe.calibration.propagation == "original"
     rounding = InputRounding.of(recipe.scheme, recipe.calibration)
     passes = 2 if rounding and rounding.static else 1
-    step = stepper("calibrate: batches of a block", passes * -(-len(hidden) // batch_size))
-    statistics = calibrate_block(stream, block, hidden, rounding, batch_size, original, step)
+    step = stepper("calibrate: batches of a block", passes * len(batches))
+    statistics = calibrate_block(stream, block, batches, rounding, original, step)
     made = {
         name: store.get_or_make("statistics", keys.statistics(name), _saver(statistics.pop(name)))[
             0
@@ -64,7 +64,7 @@ def calibrate(
         for name in names
     }
     if original and block + 1 < stream.block_count:
-        _store_hidden(hidden, block + 1, keys, store)
+        _store_hidden(batches, block + 1, keys, store)
     if original:
         _remove_hidden(block, keys, store)
     return made
@@ -84,10 +84,11 @@ class _Keys:
         model: Model,
         windows: ArtifactRef,
         layers: Mapping[str, ArtifactRef],
+        stream: StreamedModel,
     ) -> None:
         rounding = InputRounding.of(recipe.scheme, recipe.calibration)
         self._rounding = rounding.key() if rounding else None
-        self._layers = layers
+        self._layers, self._stream = layers, stream
         self._base: dict[str, Any] = {
             "code": code_digest("dpq_core.calibration"),
             "model": model.digest,
@@ -104,15 +105,13 @@ class _Keys:
         return digest({**self._base, "input": name, "rounding": self._rounding, "layers": upstream})
 
     def _upstream(self, block: int) -> list[str]:
-        return [a.sha256 for name, a in self._layers.items() if block_of(name) < block]
+        if not self._layers:
+            return []
+        before = {name for index in range(block) for name in self._stream.linears(index)}
+        return [a.sha256 for name, a in self._layers.items() if name in before]
 
 
-def block_of(name: str) -> int:
-    """The block's index in a layer's full name: its first numeric part."""
-    return next(int(part) for part in name.split(".") if part.isdigit())
-
-
-def _hidden_before(
+def _batches_before(
     block: int,
     recipe: Recipe,
     stream: StreamedModel,
@@ -120,28 +119,31 @@ def _hidden_before(
     layers: Mapping[str, ArtifactRef],
     keys: _Keys,
     store: Store,
-) -> Tensor:
-    """Hidden states before a block, from the nearest stored ones or from the tokens."""
-    batch_size = recipe.calibration.batch_size
+) -> list[Batch]:
+    """Hidden states before a block, from the nearest stored ones or from the inputs."""
+    inputs = load_inputs(windows, store, recipe.calibration.batch_size)
     nearest, hidden = _nearest_hidden(block, keys, store)
     if hidden is None:
-        hidden = stream.embed(load_windows(windows, store), batch_size)
+        batches = stream.begin(inputs)
+    else:
+        batches = [Batch.of(each, x) for each, x in zip(inputs, hidden, strict=True)]
     for index in range(nearest, block):
         replacements = _load_layers(index, layers, stream, store)
         with stream.block(index, replacements):
-            stream.advance(hidden, batch_size)
+            stream.advance(batches)
     if nearest < block:
-        _store_hidden(hidden, block, keys, store)
+        _store_hidden(batches, block, keys, store)
         _remove_hidden(nearest, keys, store)
-    return hidden
+    return batches
 
 
-def _nearest_hidden(block: int, keys: _Keys, store: Store) -> tuple[int, Tensor | None]:
+def _nearest_hidden(block: int, keys: _Keys, store: Store) -> tuple[int, list[Tensor] | None]:
     for index in range(block, 0, -1):
         artifact = store.find("hidden", keys.hidden(index))
         try:
             if artifact:
-                return index, load_file(store.open(artifact) / "hidden.safetensors")["hidden"]
+                stored = load_file(store.open(artifact) / "hidden.safetensors")
+                return index, [stored[str(number)] for number in range(len(stored))]
         except (StoreError, FileNotFoundError):  # another run had no more use for it just now
             continue
     return 0, None
@@ -162,9 +164,10 @@ def _load_layers(
     return {name: load_layer(store.open(layers[name])) for name in linears if name in layers}
 
 
-def _store_hidden(hidden: Tensor, block: int, keys: _Keys, store: Store) -> None:
+def _store_hidden(batches: Sequence[Batch], block: int, keys: _Keys, store: Store) -> None:
     def make(folder: Path) -> None:
-        save_file({"hidden": hidden}, folder / "hidden.safetensors")
+        hidden = {str(n): batch.hidden.contiguous() for n, batch in enumerate(batches)}
+        save_file(hidden, folder / "hidden.safetensors")
 
     store.get_or_make("hidden", keys.hidden(block), make)
 

@@ -15,7 +15,6 @@ from prefect import task
 from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State, TaskRun
 from prefect.tasks import Task
-from transformers import AutoTokenizer
 
 from dpq_core import mirror
 from dpq_core.checkpoint import load_model
@@ -30,6 +29,7 @@ from dpq_core.scores import PERPLEXITY, Scores, load_scores, save_scores
 from dpq_core.suites.definitions import SuiteError, SuiteSources, check_suites, loaded_suites
 from infra.store import ArtifactRef, Store
 from tasks import windows
+from tasks.model import load_tokenizer
 from tasks.progress import progress_of
 
 _FILE = "scores.parquet"
@@ -118,7 +118,7 @@ def measure_suite(
     }
 
     def score(model: Any) -> Scores:
-        tokenizer = AutoTokenizer.from_pretrained(subject.folder)
+        tokenizer = load_tokenizer(subject.folder, recipe.model.trust_remote_code)
         report = _until(section.timeout, progress_of(f"{suite} of {subject.role}"))
         with loaded_suites([suite], _sources(section, data), **_asking(section)) as suites:
             if suites[suite].digest != data.suites[suite]:
@@ -180,7 +180,7 @@ def _scored(
 
     def make(folder: Path) -> None:
         with whole_machine(parts=recipe.evaluation.workers):
-            scores = score(load_model(subject.folder, device))
+            scores = score(load_model(subject.folder, device, recipe.model.trust_remote_code))
         save_scores(scores, folder / _FILE)
 
     return Store(recipe.execution.store).get_or_make("scores", key, make)[0]

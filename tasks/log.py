@@ -124,6 +124,7 @@ def layer_rows(manifest: Mapping[str, Any]) -> list[dict[str, Any]]:
             "bits per weight": 8 * row["bytes"] / (row["shape"][0] * row["shape"][1]),
             "damping": row["damp_frac"],
             "codes moved": row["codes_moved"],
+            "tokens": row["tokens"],
         }
         for row in manifest["layers"]
     ]

@@ -6,47 +6,73 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import AutoTokenizer
 
 from dpq_core.checkpoint import check_checkpoint
 from dpq_core.digests import code_digest, digest
 from dpq_core.reader import SIDE_FILES, CheckpointError, CheckpointReader
-from dpq_core.recipe import ModelSection
-from dpq_core.streaming import check_tensors
+from dpq_core.recipe import ModelSection, Recipe
+from dpq_core.streaming import StreamedModel, check_tensors
 from infra.store import Store
 
 
 @dataclass(frozen=True)
 class Model:
-    """A checkpoint on this machine. digest: of its weights, configuration and tokenizer."""
+    """A checkpoint on this machine. digest: of its weights, configuration and tokenizer. revision:
+    the hub's commit, None for a folder."""
 
     id: str
     folder: Path
     digest: str
+    revision: str | None = None
 
 
-def resolve(model: ModelSection) -> Path:
-    """The checkpoint's folder; a hub id is downloaded (or found in the hub's cache).
+def stream_of(recipe: Recipe, model: Model, device: torch.device | str = "cpu") -> StreamedModel:
+    """A model, to be run block by block on what the recipe calibrates with."""
+    images = recipe.calibration.image_column is not None
+    return StreamedModel(model.folder, device, images, recipe.model.trust_remote_code)
+
+
+def resolve(model: ModelSection) -> tuple[Path, str | None]:
+    """The checkpoint's folder and the hub's commit; a hub id is downloaded (or found in the hub's
+    cache). Pickled weights are not even downloaded, and code only where it is trusted.
 
     Raises:
-        CheckpointError: neither a folder nor a model that the hub gives.
+        CheckpointError: neither a folder nor a model that the hub gives, or one without
+            safetensors.
     """
     if Path(model.id).is_dir():
-        return Path(model.id).resolve()
+        if model.revision is not None:
+            raise CheckpointError(
+                f"model.revision: {model.id} is a folder, which has no revisions: leave it out"
+            )
+        return Path(model.id).resolve(), None
     if model.id.startswith((".", "/", "~")) or model.id.count("/") > 1:
         raise CheckpointError(f"model.id: folder {model.id} does not exist")
     from huggingface_hub import snapshot_download  # imported late: slow, and seldom needed
 
+    code = ["*.py"] if model.trust_remote_code else []
     try:
-        folder = snapshot_download(
-            model.id, revision=model.revision, allow_patterns=["*.safetensors*", *SIDE_FILES]
+        folder = Path(
+            snapshot_download(
+                model.id,
+                revision=model.revision,
+                allow_patterns=["*.safetensors", "*.safetensors.index.json", *SIDE_FILES, *code],
+                ignore_patterns=["*/*", "consolidated*"],  # the same weights in other layouts
+            )
         )
     except (OSError, ValueError) as error:  # huggingface_hub's errors derive from these
         first_line = str(error).strip().splitlines()[0]
         raise CheckpointError(
             f"model.id: {model.id} is no folder, and the hub does not give it: {first_line}"
         ) from error
-    return Path(folder)
+    if not list(folder.glob("*.safetensors")):
+        raise CheckpointError(
+            f"model.id: {model.id} has no safetensors on the hub, and pickled weights are not "
+            "loaded: convert them (save_pretrained does), and give the folder"
+        )
+    return folder, folder.name  # <cache>/snapshots/<commit>
 
 
 def inspect(model: ModelSection, store: Store) -> Model:
@@ -55,25 +81,28 @@ def inspect(model: ModelSection, store: Store) -> Model:
     Raises:
         CheckpointError: unreadable, damaged, or not finite, with the file or tensor.
     """
-    folder = resolve(model)
+    folder, revision = resolve(model)
 
     def check() -> None:
-        check_tensors(folder)
+        check_tensors(folder, model.trust_remote_code)
         CheckpointReader(folder).check_finite()
 
-    return Model(model.id, folder, content_digest(folder, store, check))
+    return Model(model.id, folder, content_digest(folder, store, check), revision)
 
 
-def inspect_any(checkpoint: str, store: Store) -> Model:
+def inspect_any(checkpoint: str, store: Store, trust_remote_code: bool = False) -> Model:
     """Find a checkpoint to measure: 16 bits, native, or a third party's.
 
     Raises:
         CheckpointError: as above.
     """
-    folder = resolve(ModelSection(id=checkpoint))
-    return Model(
-        checkpoint, folder, content_digest(folder, store, lambda: check_checkpoint(folder))
-    )
+    section = ModelSection(id=checkpoint, trust_remote_code=trust_remote_code)
+    folder, revision = resolve(section)
+
+    def check() -> None:
+        check_checkpoint(folder, trust_remote_code)
+
+    return Model(checkpoint, folder, content_digest(folder, store, check), revision)
 
 
 def content_digest(folder: Path, store: Store, check: Callable[[], None] = lambda: None) -> str:
@@ -97,14 +126,14 @@ def content_digest(folder: Path, store: Store, check: Callable[[], None] = lambd
     return found
 
 
-def load_tokenizer(folder: Path) -> Any:
+def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> Any:
     """A checkpoint's tokenizer.
 
     Raises:
         CheckpointError: missing or unusable.
     """
     try:
-        return AutoTokenizer.from_pretrained(folder)
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
         first_line = str(error).strip().splitlines()[0]
         raise CheckpointError(f"{folder}: no usable tokenizer: {first_line}") from error

@@ -4,16 +4,16 @@ from dataclasses import dataclass, replace
 
 from prefect import task
 from prefect.cache_policies import NO_CACHE
+from prefect.logging import get_run_logger
 
 from dpq_core.device import resolve_device
 from dpq_core.linear import stored_bytes
-from dpq_core.plan import Plan, plan_layers
+from dpq_core.plan import Plan, kept_lines, plan_layers
 from dpq_core.recipe import Recipe, RecipeError
-from dpq_core.streaming import StreamedModel
 from infra.store import ArtifactRef, Store
 from tasks import windows
 from tasks.evaluate import EvaluationData, prepare
-from tasks.model import Model, inspect, load_tokenizer
+from tasks.model import Model, inspect, load_tokenizer, stream_of
 
 
 @dataclass(frozen=True)
@@ -38,20 +38,22 @@ def preflight(recipe: Recipe) -> Inputs:
     store = Store(recipe.execution.store)
     store.clean()
     model = inspect(recipe.model, store)
-    plan = plan_layers(StreamedModel(model.folder), recipe.scheme, recipe.layers)
+    plan = plan_layers(stream_of(recipe, model), recipe.scheme, recipe.layers)
+    for line in kept_lines(plan.skipped):
+        get_run_logger().warning(line)
     _check_budget(recipe, plan)
-    tokenizer = load_tokenizer(model.folder)
+    tokenizer = load_tokenizer(model.folder, recipe.model.trust_remote_code)
     return Inputs(
         model=model,
         plan=plan,
-        calibration=windows.store_calibration(recipe.calibration, tokenizer, store),
+        calibration=windows.store_calibration(recipe.calibration, tokenizer, model.folder, store),
         evaluation=prepare(recipe.evaluation, tokenizer, store),
     )
 
 
 def replanned(inputs: Inputs, recipe: Recipe) -> Inputs:
     """The same model and data with a plan for `recipe`, whose scheme or layers may differ."""
-    stream = StreamedModel(inputs.model.folder)
+    stream = stream_of(recipe, inputs.model)
     return replace(inputs, plan=plan_layers(stream, recipe.scheme, recipe.layers))
 
 

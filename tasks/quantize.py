@@ -1,5 +1,6 @@
 """Quantize one layer: the task that is fanned out."""
 
+from functools import lru_cache
 from pathlib import Path
 
 from prefect import task
@@ -9,12 +10,19 @@ from dpq_core.checkpoint import save_layer
 from dpq_core.device import resolve_device
 from dpq_core.digests import code_digest, digest
 from dpq_core.plan import PlannedLayer
-from dpq_core.quantize import quantize_layer
+from dpq_core.quantize import quantize_or_keep
 from dpq_core.reader import CheckpointReader
 from dpq_core.recipe import Recipe
 from infra.store import ArtifactRef, Store
 from tasks.calibrate import load_statistics
 from tasks.model import Model
+
+
+@lru_cache(maxsize=4)
+def _reader(folder: Path, model_digest: str) -> CheckpointReader:
+    """A checkpoint's reader, kept: a mixture has thousands of layers, and the headers of all shards
+    would be read for each. The digest says that it is still the same checkpoint."""
+    return CheckpointReader(folder)
 
 
 class LayerError(RuntimeError):
@@ -39,15 +47,19 @@ def quantize(
             "layer": layer.name,
             "statistics": statistics.sha256,
             "scheme": layer.scheme.model_dump(mode="json"),
+            "min_tokens_per_input": recipe.calibration.min_tokens_per_input,
             "device": device.type,
         }
     )
 
     def make(folder: Path) -> None:
-        weight = CheckpointReader(model.folder).tensor(f"{layer.name}.weight")
+        weight = _reader(model.folder, model.digest).tensor(f"{layer.name}.weight")
         try:
-            quantized = quantize_layer(
-                weight.to(device), load_statistics(statistics, store).to(device), layer.scheme
+            quantized = quantize_or_keep(
+                weight.to(device),
+                load_statistics(statistics, store).to(device),
+                layer.scheme,
+                recipe.calibration.min_tokens_per_input,
             )
         except ValueError as error:
             raise LayerError(f"{layer.name}: {error}") from error

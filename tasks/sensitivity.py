@@ -15,11 +15,10 @@ from dpq_core.proxy import OutputMoments, output_moments
 from dpq_core.quantize import QuantizedLinear
 from dpq_core.recipe import Recipe
 from dpq_core.sensitivity import Variant, block_losses
-from dpq_core.streaming import StreamedModel
 from infra.store import ArtifactRef, Store
-from tasks.model import Model
+from tasks.model import Model, stream_of
 from tasks.progress import stepper
-from tasks.windows import load as load_windows
+from tasks.windows import load_inputs
 
 _FILE = "losses.json"
 
@@ -61,18 +60,18 @@ def sensitivity(
     )
 
     def make(folder: Path) -> None:
-        stream = StreamedModel(model.folder, device)
-        hidden = stream.embed(load_windows(windows, store)[:samples], batch_size)
+        stream = stream_of(recipe, model, device)
+        batches = stream.begin(load_inputs(windows, store, batch_size, samples))
         for earlier in range(block):
             with stream.block(earlier):
-                stream.advance(hidden, batch_size)
+                stream.advance(batches)
         layers = {
             Variant(name, choice): _loader(store, artifact)
             for name, choices in variants.items()
             for choice, artifact in choices.items()
         }
         step = stepper(f"sensitivity of block {block}", stream.block_count - block + 1)
-        losses = block_losses(stream, block, hidden, layers, batch_size, step)
+        losses = block_losses(stream, block, batches, layers, step)
         content: dict[str, dict[str, dict[str, float]]] = {}
         for variant, loss in losses.items():
             report = load_report(store.open(variants[variant.name][variant.choice]))
@@ -106,10 +105,10 @@ def moments(recipe: Recipe, model: Model, windows: ArtifactRef) -> dict[str, Out
     )
 
     def make(folder: Path) -> None:
-        stream = StreamedModel(model.folder, device)
-        inputs = load_windows(windows, store)[:samples]
+        stream = stream_of(recipe, model, device)
+        batches = stream.begin(load_inputs(windows, store, batch_size, samples))
         step = stepper("output moments", 2 * stream.block_count)
-        found = output_moments(stream, inputs, batch_size, step)
+        found = output_moments(stream, batches, step)
         content = {name: asdict(each) for name, each in found.items()}
         (folder / _FILE).write_text(json.dumps(content))
 

@@ -1,4 +1,5 @@
-"""Token windows of a data set, as an artifact named by their content."""
+"""What a model reads of a data set, as an artifact named by its content: windows of tokens, or
+windows of images and texts."""
 
 import hashlib
 from pathlib import Path
@@ -8,27 +9,40 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from dpq_core.data import calibration_windows, load_texts, token_windows
+from dpq_core.images import image_windows
+from dpq_core.inputs import ModelInputs, batches_of
 from dpq_core.recipe import CalibrationSection, PerplexitySection
 from infra.store import ArtifactRef, Store
 
 _FILE = "windows.safetensors"
 
 
-def store_calibration(section: CalibrationSection, tokenizer: Any, store: Store) -> ArtifactRef:
-    """Windows for calibration.
+def store_calibration(
+    section: CalibrationSection, tokenizer: Any, folder: Path, store: Store
+) -> ArtifactRef:
+    """Windows for calibration, with images where the recipe names them.
+
+    Args:
+        folder: of the checkpoint, whose image processor it is.
 
     Raises:
         DataError: the data set cannot be read or gives no window.
+        CheckpointError: no usable image processor.
     """
+    if section.image_column is not None:
+        found = image_windows(section, tokenizer, folder)
+        tensors = {f"{n}.{name}": x for n, each in enumerate(found) for name, x in each.items()}
+        return _store(tensors, store)
     texts = load_texts(section.dataset)
     windows = calibration_windows(texts, tokenizer, section.samples, section.sequence_length)
-    return _store(windows, store)
+    return _store({"windows": windows}, store)
 
 
 def store_perplexity(section: PerplexitySection, tokenizer: Any, store: Store) -> ArtifactRef:
     """Windows for perplexity. Raises DataError as above."""
     texts = load_texts(section.dataset)
-    return _store(token_windows(texts, tokenizer, section.sequence_length), store)
+    windows = token_windows(texts, tokenizer, section.sequence_length)
+    return _store({"windows": windows}, store)
 
 
 def load(artifact: ArtifactRef, store: Store) -> Tensor:
@@ -37,10 +51,36 @@ def load(artifact: ArtifactRef, store: Store) -> Tensor:
     return windows
 
 
-def _store(windows: Tensor, store: Store) -> ArtifactRef:
-    key = hashlib.sha256(f"{list(windows.shape)}".encode() + windows.numpy().tobytes()).hexdigest()
+def load_inputs(
+    artifact: ArtifactRef,
+    store: Store,
+    batch_size: int,
+    samples: int | None = None,
+    length: int | None = None,
+) -> list[ModelInputs]:
+    """Calibration windows as a model is called with them, `batch_size` at a time, those with images
+    one by one.
+
+    Args:
+        samples: only the first. length: only the first tokens of each, where there are no images.
+    """
+    tensors = load_file(store.open(artifact) / _FILE)
+    if "windows" in tensors:
+        return batches_of(tensors["windows"][:samples, :length], batch_size)
+    inputs: dict[int, ModelInputs] = {}
+    for key, tensor in tensors.items():
+        number, _, name = key.partition(".")
+        inputs.setdefault(int(number), {})[name] = tensor
+    return [inputs[number] for number in sorted(inputs)][:samples]
+
+
+def _store(tensors: dict[str, Tensor], store: Store) -> ArtifactRef:
+    content = hashlib.sha256()
+    for name in sorted(tensors):
+        content.update(f"{name} {list(tensors[name].shape)}".encode())
+        content.update(tensors[name].contiguous().numpy().tobytes())
 
     def make(folder: Path) -> None:
-        save_file({"windows": windows}, folder / _FILE)
+        save_file(tensors, folder / _FILE)
 
-    return store.get_or_make("windows", key, make)[0]
+    return store.get_or_make("windows", content.hexdigest(), make)[0]

@@ -27,6 +27,7 @@ from dpq_core.calibration import InputRounding, calibrate_block
 from dpq_core.checkpoint import load_model
 from dpq_core.choices import chosen_scheme
 from dpq_core.data import calibration_windows, load_texts, token_windows
+from dpq_core.inputs import batches_of
 from dpq_core.linear import W4A8Linear, stored_bytes
 from dpq_core.perplexity import perplexity_token
 from dpq_core.plan import PlannedLayer, plan_layers
@@ -50,12 +51,13 @@ def quantize_all(
     stream = StreamedModel(folder)
     plan = plan_layers(stream, recipe.scheme)
     rounding = InputRounding.of(recipe.scheme, section)
-    hidden = stream.embed(windows, section.batch_size)
+    batches = stream.begin(batches_of(windows, section.batch_size))
+    few = -(-recipe.repair.samples // section.batch_size)  # batches
     made: Made = {}
     losses: dict[Variant, float] = {}
     for block in range(plan.blocks):
-        before = hidden[: recipe.repair.samples].clone()
-        found = calibrate_block(stream, block, hidden, rounding, section.batch_size, advance=True)
+        before = [batch.clone() for batch in batches[:few]]
+        found = calibrate_block(stream, block, batches, rounding, advance=True)
         variants = {}
         for layer in plan.of_block(block):
             weight = stream.reader.tensor(f"{layer.name}.weight")
@@ -69,7 +71,7 @@ def quantize_all(
         loaders: dict[Variant, Callable[[], QuantizedLinear]] = {
             variant: lambda each=each: each for variant, each in variants.items()
         }
-        losses |= block_losses(stream, block, before, loaders, section.batch_size)
+        losses |= block_losses(stream, block, before, loaders)
         print(f"block {block + 1} of {plan.blocks} measured", flush=True)
     return list(plan.layers), made, losses
 

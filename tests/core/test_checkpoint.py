@@ -26,6 +26,7 @@ from dpq_core.checkpoint import (
 )
 from dpq_core.choices import CHOICES, chosen_scheme
 from dpq_core.hessian import InputStatistics
+from dpq_core.inputs import batches_of
 from dpq_core.linear import W4A8Linear, layer_from_tensors
 from dpq_core.packing import pack_codes
 from dpq_core.pipeline import quantize_checkpoint
@@ -42,6 +43,7 @@ MEMBERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 
 
 def calibration(**changes):
+    changes = {"min_tokens_per_input": 0} | changes
     return CalibrationSection(dataset=TextDataset(path="none"), batch_size=2, **changes)
 
 
@@ -363,11 +365,11 @@ def test_single_layers_round_trip(tmp_path, method):
 @pytest.mark.parametrize("base", BASES)
 def test_streamed_blocks_give_the_models_logits(bases, windows, base):
     stream = StreamedModel(bases[base])
-    hidden = stream.embed(windows, batch_size=4)
+    batches = stream.begin(batches_of(windows, batch_size=4))
     for index in range(stream.block_count):
         with stream.block(index):
-            stream.advance(hidden, batch_size=4)
-    assert torch.equal(stream.logits(hidden), logits_of(original(bases[base]), windows))
+            stream.advance(batches)
+    assert torch.equal(stream.logits(batches[0].hidden), logits_of(original(bases[base]), windows))
     assert not any(True for _ in stream.model.parameters())  # and nothing stays in memory
 
 
@@ -627,7 +629,9 @@ def test_empty_folder_is_refused(tmp_path):
 @pytest.mark.parametrize("model_type", ["gpt2", None])
 def test_unknown_model_type_is_refused(base_copy, model_type):
     rewrite_json(base_copy / "config.json", lambda config: config.update(model_type=model_type))
-    with pytest.raises(CheckpointError, match=f"{model_type}.*known are llama, qwen2"):
+    with pytest.raises(
+        CheckpointError, match=f"{model_type}.*model table, which has llama, mistral"
+    ):
         StreamedModel(base_copy)
 
 

@@ -6,6 +6,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from dpq_core.calibration import InputRounding, calibrate_block
 from dpq_core.choices import chosen_scheme
+from dpq_core.inputs import batches_of
 from dpq_core.linear import W4A8Linear
 from dpq_core.plan import plan_layers
 from dpq_core.proxy import OutputMoments, output_moments
@@ -44,14 +45,14 @@ def windows():
 @pytest.mark.parametrize("block", [0, 2])
 def test_losses_are_those_of_whole_models(folder, windows, block):
     stream = StreamedModel(folder)
-    hidden = stream.embed(windows, 2)
+    batches = stream.begin(batches_of(windows, 2))
     for earlier in range(block):
         with stream.block(earlier):
-            stream.advance(hidden, 2)
+            stream.advance(batches)
     section = CalibrationSection(dataset=TextDataset(path="none"))
     rounding = InputRounding.of(SCHEME, section)
-    before = hidden.clone()
-    statistics = calibrate_block(stream, block, hidden.clone(), rounding, 2, advance=False)
+    before = [batch.hidden.clone() for batch in batches]
+    statistics = calibrate_block(stream, block, batches, rounding, advance=False)
     layers = {}
     for planned in plan_layers(stream, SCHEME).of_block(block):
         weight = stream.reader.tensor(f"{planned.name}.weight")
@@ -61,9 +62,9 @@ def test_losses_are_those_of_whole_models(folder, windows, block):
                 weight, statistics[planned.statistics], scheme
             )
     found = block_losses(
-        stream, block, hidden, {v: lambda layer=layer: layer for v, layer in layers.items()}, 2
+        stream, block, batches, {v: lambda layer=layer: layer for v, layer in layers.items()}
     )
-    assert torch.equal(hidden, before)
+    assert all(torch.equal(b.hidden, h) for b, h in zip(batches, before, strict=True))
     assert list(found) == list(layers)
     for variant, layer in layers.items():
         assert found[variant] == pytest.approx(by_hand(folder, windows, variant, layer), abs=2e-6)
@@ -77,7 +78,8 @@ def test_losses_are_those_of_whole_models(folder, windows, block):
 
 
 def test_moments_are_those_of_a_whole_model(folder, windows):
-    found = output_moments(StreamedModel(folder), windows, 2)
+    stream = StreamedModel(folder)
+    found = output_moments(stream, stream.begin(batches_of(windows, 2)))
     model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
     outputs = {}
     for name in found:

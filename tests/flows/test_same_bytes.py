@@ -42,7 +42,9 @@ def test_plain_python_and_prefect(propagated, tmp_path, quickstart_model):
         load_texts(section.dataset), tokenizer, section.samples, section.sequence_length
     )
     about = provenance(
-        recipe, inspect(recipe.model, store), store_calibration(section, tokenizer, store)
+        recipe,
+        inspect(recipe.model, store),
+        store_calibration(section, tokenizer, quickstart_model, store),
     )
     plain = tmp_path / "plain"
     quantize_checkpoint(quickstart_model, plain, windows, recipe.scheme, section, about)
