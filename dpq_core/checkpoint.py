@@ -19,9 +19,9 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
-from dpq_core.digests import file_digest
+from dpq_core.digests import write_json
 from dpq_core.foreign import fill_gptq, load_compressed_tensors, quantization_of, unsupported
 from dpq_core.linear import W4A8Linear, expected_shapes, layer_from_tensors, layer_tensors
 from dpq_core.plan import Plan
@@ -34,6 +34,7 @@ from dpq_core.reader import (
     side_files,
 )
 from dpq_core.scheme import Scheme
+from dpq_core.shards import ShardWriter, check_files, digests_of
 from dpq_core.streaming import building, check_tensors, empty_model, fill_parameters
 
 FORMAT_VERSION = 2
@@ -87,7 +88,7 @@ def write_checkpoint(
     Returns:
         The manifest.
     """
-    shards = _ShardWriter(folder)
+    shards = ShardWriter(folder, _SHARD_BYTES)
     rows: list[dict[str, Any]] = []
     planned = {f"{item.name}.weight": item for item in plan.layers}
     for name in source.names:
@@ -116,10 +117,7 @@ def write_checkpoint(
         "bytes_per_weight": sum(row["bytes"] for row in rows) / weights,
         "layers": rows,
         "skipped": plan.skipped | {row["name"]: row["kept"] for row in rows if row["kept"]},
-        "files": {
-            path.name: {"sha256": file_digest(path), "size": path.stat().st_size}
-            for path in sorted(folder.iterdir())
-        },
+        "files": digests_of(folder),
     }
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
     return manifest
@@ -133,44 +131,6 @@ def _changes(scheme: Scheme, own: Scheme) -> dict[str, Any]:
     }
 
 
-class _ShardWriter:
-    """Collects tensors into shards of about `_SHARD_BYTES`, and writes the index at the end."""
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        self._pending: dict[str, Tensor] = {}
-        self._pending_bytes = 0
-        self._shards: list[list[str]] = []
-        self._bytes = 0
-
-    def add(self, name: str, tensor: Tensor) -> None:
-        if self._pending and self._pending_bytes + tensor.nbytes > _SHARD_BYTES:
-            self._flush()
-        self._pending[name] = tensor
-        self._pending_bytes += tensor.nbytes
-
-    def close(self) -> None:
-        self._flush()
-        total = len(self._shards)
-        weight_map: dict[str, str] = {}
-        for number, names in enumerate(self._shards, 1):
-            final = f"model-{number:05}-of-{total:05}.safetensors"
-            self._part(number).rename(self._folder / final)
-            weight_map |= dict.fromkeys(names, final)
-        index = {"metadata": {"total_size": self._bytes}, "weight_map": weight_map}
-        path = self._folder / "model.safetensors.index.json"
-        path.write_text(json.dumps(index, indent=1, sort_keys=True) + "\n")
-
-    def _flush(self) -> None:
-        self._shards.append(list(self._pending))
-        save_file(self._pending, self._part(len(self._shards)), metadata={"format": "pt"})
-        self._bytes += self._pending_bytes
-        self._pending, self._pending_bytes = {}, 0
-
-    def _part(self, number: int) -> Path:
-        return self._folder / f"shard-{number:05}.part"
-
-
 def _write_side_files(
     folder: Path,
     source: Path,
@@ -178,8 +138,7 @@ def _write_side_files(
     dtype: torch.dtype,
     rows: Sequence[Mapping[str, Any]],
 ) -> None:
-    for path in side_files(source):
-        shutil.copyfile(path, folder / path.name)
+    copy_side_files(source, folder)
     config = read_config(source)
     config["dtype"] = str(dtype).removeprefix("torch.")
     config["quantization_config"] = {
@@ -188,7 +147,14 @@ def _write_side_files(
         **scheme.model_dump(mode="json"),
         "layers": {row["name"]: row["scheme"] for row in rows if row["scheme"]},
     }
-    (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    write_json(folder / "config.json", config)
+
+
+def copy_side_files(source: Path, folder: Path) -> None:
+    """Configuration, tokenizer, chat template, processor, generation settings, and the model's own
+    code, as they are."""
+    for path in side_files(source):
+        shutil.copyfile(path, folder / path.name)
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -269,12 +235,7 @@ class QuantizedCheckpoint:
         Raises:
             CheckpointError: naming the file or the tensor.
         """
-        for name, entry in self.manifest["files"].items():
-            path = self.folder / name
-            if not path.is_file():
-                raise CheckpointError(f"{path}: file is missing")
-            if path.stat().st_size != entry["size"] or file_digest(path) != entry["sha256"]:
-                raise CheckpointError(f"{path}: content differs from the manifest's digest")
+        check_files(self.folder, self.manifest["files"])
         for name, (shape, dtype) in self._expected().items():
             if name not in self.reader:
                 raise CheckpointError(f"{self.folder}: tensor {name} is missing")
@@ -340,10 +301,15 @@ def load_model(
 
 
 def load_quantized(
-    folder: str | Path, device: torch.device | str = "cpu", trust_remote_code: bool = False
+    folder: str | Path,
+    device: torch.device | str = "cpu",
+    trust_remote_code: bool = False,
+    linear: Callable[[QuantizedLinear, Tensor | None], nn.Module] = W4A8Linear,
 ) -> Any:
     """A transformers model from a native checkpoint, its quantized linears `W4A8Linear`: a causal
     LM, or one that takes images too.
+
+    `linear` makes another module of a quantized layer and its bias: another arithmetic.
 
     Raises:
         CheckpointError: missing manifest, unknown version, missing or misshapen tensors.
@@ -352,11 +318,11 @@ def load_quantized(
     model = checkpoint.empty_model()
     for name in checkpoint.shapes:
         bias = f"{name}.bias"
-        linear = W4A8Linear(
+        module = linear(
             checkpoint.layer(name),
             checkpoint.reader.tensor(bias) if bias in checkpoint.reader else None,
         )
-        model.set_submodule(name, linear)
+        model.set_submodule(name, module)
     return _complete(model, checkpoint.reader, device)
 
 

@@ -22,6 +22,11 @@ def file_digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def write_json(path: Path, content: Any, indent: int | None = 2) -> None:
+    """Write JSON in the one way that the same content gives the same bytes."""
+    path.write_text(json.dumps(content, indent=indent, sort_keys=True) + "\n")
+
+
 def code_digest(module: str) -> str:
     """SHA-256 (hex) of a module's source and of all that it imports from its own package.
 

@@ -70,7 +70,7 @@ def fill_gptq(model: nn.Module, reader: CheckpointReader, config: dict[str, Any]
     reader.check_finite()
     for name, linear in linears.items():
         tensors = _layer(reader, name, linear, layout)
-        weight = _dequantize(tensors, layout).to(linear.weight.dtype)
+        weight = _dequantize(tensors, layout).to(linear.weight.dtype).contiguous()
         linear.weight = nn.Parameter(weight, requires_grad=False)
 
 
@@ -139,7 +139,7 @@ def _check_loaded(folder: Path, model: nn.Module, expected: nn.Module) -> None:
 
     A scale of another shape would be broadcast.
     """
-    found = dict(model.named_parameters())
+    found = dict(model.named_parameters(remove_duplicate=False))  # a tied head is one as well
     for name, parameter in expected.named_parameters():
         loaded = found.get(name)
         shape = None if loaded is None else list(loaded.shape)

@@ -10,6 +10,13 @@
 identity and s8 is one. The margin of 14/15 in R' keeps the affine range of the second step, which
 rounding of s4 and z can widen, inside the inner format. Source: DPQ (Gafni et al.), section 3; the
 storage types and the margin are DESIGN's.
+
+`group_scale: e4m3` keeps s4 on the E4M3 grid, at most 56 = 448 / 8, so that s4 * (k - 8) stays
+inside E4M3, and gives 56 to the largest group of a row. vLLM takes the product s4 * s8, stored in
+BF16, apart in this way when it loads a checkpoint: the row's largest is 56 * s8, s8 no less than
+1 / 28672 (its smallest scale of an FP8 value, 1 / (448 * 512), times 8), and what is left of each
+product is rounded to E4M3. That gives back this s4 and this s8 where the row's largest product,
+56 * s8, is a BF16 number: s8 is chosen so, or is a power of two.
 """
 
 from collections.abc import Iterator
@@ -25,6 +32,10 @@ from dpq_core.scheme import Scheme
 RANGE_MARGIN = 14 / 15
 SYMMETRIC_ZERO_POINT = 8
 CODES = FORMATS["uint4"]
+
+_LARGEST_GROUP_SCALE = FORMATS["e4m3"].maximum / 8  # of `group_scale: e4m3`
+_SMALLEST_GROUP_SCALE = 2.0**-9  # the smallest E4M3 number
+_LEAST_ROW_SCALE = 8 / (448 * 512)
 
 # Shares of the full range that the shrink search tries, largest first: ties keep the range.
 _SHRINK = tuple(1 - step / 64 for step in range(32))
@@ -109,6 +120,8 @@ def choose_grid(weight: Tensor, scheme: Scheme, importance: Tensor | None) -> Gr
     inner = scheme.inner_format
     maximum = inner.maximum * RANGE_MARGIN if inner else 1.0
     channel_scale = choose_channel_scale(weight, scheme, maximum)
+    if scheme.group_scale == "e4m3":
+        channel_scale = _separable(channel_scale, scheme.power_of_two)
     groups = _split_groups(weight / channel_scale, scheme.group_size)
     loop_inner = inner if scheme.rounds_inside else None
     image = round_to(groups, loop_inner) if loop_inner else groups
@@ -121,9 +134,11 @@ def choose_grid(weight: Tensor, scheme: Scheme, importance: Tensor | None) -> Gr
                 raise ValueError("scale_search: hessian needs the layer's calibration statistics")
             columns = importance.float()
         column_weights = _split_groups(columns[None], scheme.group_size)[0]
-        share = _best_shrink(groups, low, high, column_weights, scheme.symmetric, loop_inner)
+        share = _best_shrink(groups, low, high, column_weights, scheme, loop_inner)
         low, high = low * share, high * share
-    group_scale, zero_point = _affine(low, high, scheme.symmetric)
+    group_scale, zero_point = _affine(low, high, scheme)
+    if scheme.group_scale == "e4m3":
+        _raise_largest(group_scale, channel_scale)
     return Grid(channel_scale, group_scale, zero_point.to(torch.uint8), scheme.group_size, inner)
 
 
@@ -154,12 +169,33 @@ def _split_groups(values: Tensor, group_size: int) -> Tensor:
     return groups
 
 
-def _affine(low: Tensor, high: Tensor, symmetric: bool) -> tuple[Tensor, Tensor]:
+def _separable(scale: Tensor, power_of_two: bool) -> Tensor:
+    """Row scales [out, 1] near `scale` that vLLM finds again in 56 * s8 rounded to BF16."""
+    scale = scale.clamp(min=_LEAST_ROW_SCALE)
+    if power_of_two:
+        return power_of_two_above(scale)
+    return (scale * _LARGEST_GROUP_SCALE).to(torch.bfloat16).float() / _LARGEST_GROUP_SCALE
+
+
+def _raise_largest(group_scale: Tensor, channel_scale: Tensor) -> None:
+    """Give the largest scale of each row 56, in place; a row scale that is as small as it may be
+    needs no such group."""
+    largest = group_scale.float().argmax(1, keepdim=True)
+    full = torch.full_like(group_scale[:, :1], _LARGEST_GROUP_SCALE)
+    raised = torch.where(channel_scale > _LEAST_ROW_SCALE, full, group_scale.gather(1, largest))
+    group_scale.scatter_(1, largest, raised)
+
+
+def _affine(low: Tensor, high: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
     """Stored scale (bf16) and zero point (fp32 integers) of ranges [low, high] that include 0."""
-    width = 2 * torch.maximum(high, -low) if symmetric else high - low
-    scale = (width / CODES.steps).to(torch.bfloat16)
+    width = 2 * torch.maximum(high, -low) if scheme.symmetric else high - low
+    scale = width / CODES.steps
+    if scheme.group_scale == "e4m3":
+        scale = round_to(scale, FORMATS["e4m3"])
+        scale = scale.clamp_(_SMALLEST_GROUP_SCALE, _LARGEST_GROUP_SCALE)
+    scale = scale.to(torch.bfloat16)
     scale = torch.where(scale > 0, scale, torch.ones_like(scale))
-    if symmetric:
+    if scheme.symmetric:
         return scale, torch.full_like(low, SYMMETRIC_ZERO_POINT)
     return scale, (-low / scale.float()).round().clamp(CODES.minimum, CODES.maximum)
 
@@ -169,7 +205,7 @@ def _best_shrink(
     low: Tensor,  # [out, G]
     high: Tensor,  # [out, G]
     importance: Tensor,  # [G, g]
-    symmetric: bool,
+    scheme: Scheme,
     inner: NumberFormat | None,
 ) -> Tensor:
     """For each group the share of its range with the least weighted error after inner rounding."""
@@ -177,7 +213,7 @@ def _best_shrink(
     for rows in _row_slices(groups):
         best = torch.full_like(low[rows], torch.inf)
         for share in _SHRINK:
-            scale, zero = _affine(low[rows] * share, high[rows] * share, symmetric)
+            scale, zero = _affine(low[rows] * share, high[rows] * share, scheme)
             grid = ColumnGrid(
                 groups.new_ones(()), scale.float().unsqueeze(2), zero.unsqueeze(2), inner
             )

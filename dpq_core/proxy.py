@@ -17,7 +17,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from dpq_core.streaming import Batch, StreamedModel
+from dpq_core.inputs import Batch
+from dpq_core.streaming import StreamedModel
 
 _SEED = 0  # of the labels
 

@@ -15,6 +15,9 @@ from dpq_core.digests import digest
 from dpq_core.errors import InputError
 from dpq_core.scheme import Scheme
 
+# Rows of `dpq_core.exports.EXPORTS`, which is slow to import.
+ExportName = Literal["compressed-tensors", "gptq", "inc", "fp8_to_int"]
+
 
 class RecipeError(InputError):
     """A recipe that cannot be run, with one line that says where and why."""
@@ -153,6 +156,10 @@ class Recipe(_Section):
     evaluation: EvaluationSection = EvaluationSection()
     gates: GatesSection = GatesSection()
     repair: RepairSection = RepairSection()
+    export: list[ExportName] = Field(
+        default_factory=list,
+        description="formats to write and verify before a promotion, see dpq_core/exports",
+    )
     registry: RegistrySection = RegistrySection()
     execution: ExecutionSection = ExecutionSection()
     variants: dict[str, dict[str, Any]] | None = Field(

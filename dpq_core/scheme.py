@@ -1,7 +1,7 @@
-"""How a layer is quantized: the `scheme` section of a recipe, and the table of methods."""
+"""How a layer is quantized: the `scheme` section of a recipe, the tables of methods and presets."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -28,6 +28,26 @@ METHODS: dict[MethodName, Method] = {
     "gptq": Method(compensate=True, round_inside=False),
     "naive": Method(compensate=True, round_inside=False),
     "dpq": Method(compensate=True, round_inside=True),
+}
+
+
+# `preset: name` in a scheme stands for these fields; those written beside it count more.
+PRESETS: dict[str, dict[str, Any]] = {
+    # The grid that vLLM's W4A8 kernel for Hopper multiplies with: what is gated is what is served.
+    "hopper-vllm": {
+        "group_size": 128,
+        "symmetric": True,
+        "group_scale": "e4m3",
+        "activations": "dynamic",
+    },
+    # Intel Neural Compressor on Gaudi 2, and AutoRound's variant of it.
+    "gaudi-inc": {
+        "group_size": 128,
+        "symmetric": True,
+        "fp8_max": 240,
+        "channel_scale": "tensor",
+        "power_of_two": True,
+    },
 }
 
 
@@ -61,6 +81,10 @@ class Scheme(BaseModel):
         "row", description="one 16-to-8-bit scale per …"
     )
     power_of_two: bool = Field(False, description="round channel scales up to powers of two")
+    group_scale: Literal["bf16", "e4m3"] = Field(
+        "bf16",
+        description="type of group scales; e4m3: none above 56, which each row's largest takes",
+    )
     scale_search: Literal["minmax", "mse", "hessian"] = Field(
         "minmax", description="group ranges: as they are, or shrunk to lower the (weighted) error"
     )
@@ -74,6 +98,16 @@ class Scheme(BaseModel):
     block_columns: int = Field(128, ge=1, description="columns a block of the loop")
     max_passes: int = Field(8, ge=1, description="most passes of gradient-aware rounding")
 
+    @model_validator(mode="before")
+    @classmethod
+    def _preset(cls, data: Any) -> Any:
+        if not isinstance(data, dict) or "preset" not in data:
+            return data
+        name, own = data["preset"], {key: data[key] for key in data if key != "preset"}
+        if name not in PRESETS:
+            raise ValueError(f"preset {name!r} is unknown: there are {', '.join(PRESETS)}")
+        return {**PRESETS[name], **own}
+
     @model_validator(mode="after")
     def _combinations_make_sense(self) -> "Scheme":
         if self.method == "gptq" and self.inner != "none":
@@ -86,6 +120,8 @@ class Scheme(BaseModel):
                 f"method {self.method} needs an 8-bit inner format, but inner is 'none': "
                 "set inner: e4m3 or int8, or choose gptq or rtn"
             )
+        if self.group_scale == "e4m3" and self.bits == 4 and self.method != "none":
+            self._check_e4m3_scales()
         if self.bits == 8 and self.inner == "none":
             raise ValueError("bits is 8 but inner is 'none': set inner: e4m3 or int8, or bits: 4")
         if self.inner == "none" and self.activations != "none":
@@ -94,6 +130,15 @@ class Scheme(BaseModel):
                 "set activations: none, or inner: e4m3"
             )
         return self
+
+    def _check_e4m3_scales(self) -> None:
+        needs = {"inner": "e4m3", "fp8_max": 448, "symmetric": True, "channel_scale": "row"}
+        for field, value in needs.items():
+            if (found := getattr(self, field)) != value:
+                raise ValueError(
+                    f"group_scale e4m3 needs {field}: {value}, but it is {found}: "
+                    f"set {field}: {value}, or group_scale: bf16"
+                )
 
     @property
     def inner_format(self) -> NumberFormat | None:

@@ -104,6 +104,47 @@ def compare(recipe: RecipePath, overrides: Overrides = None, as_json: AsJson = F
 
 
 @app.command()
+def export(
+    checkpoint: Annotated[Path, typer.Argument(help="folder of a native checkpoint")],
+    name: Annotated[
+        str, typer.Option("--format", help="compressed-tensors, gptq, inc, fp8_to_int")
+    ],
+    output: Annotated[
+        Path | None, typer.Option("--output", help="folder; by default beside the checkpoint")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Write a checkpoint for other people's loaders, and verify it."""
+    with errors(as_json):
+        from dpq_core.exports import export_to
+
+        folder, manifest = export_to(checkpoint, name, output)
+        keys = ("format", "bits_per_weight", "distance", "checks")
+        summary = {"export": str(folder)} | {key: manifest[key] for key in keys}
+        if as_json:
+            print_json(summary)
+        else:
+            for key, value in summary.items():
+                print(f"{key}: {value}")
+
+
+@app.command()
+def verify(
+    checkpoint: Annotated[Path, typer.Argument(help="folder of a native checkpoint or an export")],
+    as_json: AsJson = False,
+) -> None:
+    """Compare every byte with the manifest: 0 intact, 1 not, with the file or tensor."""
+    with errors(as_json):
+        from dpq_core.exports import verify as verify_folder
+
+        kind = verify_folder(checkpoint)
+        if as_json:
+            print_json({"checkpoint": str(checkpoint), "kind": kind, "intact": True})
+        else:
+            print(f"{checkpoint}: {kind}, intact")
+
+
+@app.command()
 def ui() -> None:
     """Leave the Prefect server and MLflow up, print their addresses, stop with Ctrl-C."""
     import threading

@@ -30,7 +30,7 @@ from tasks.evaluate import Measured, Subject, load_evaluation
 from tasks.preflight import Inputs, preflight, replanned
 
 _PLAIN = {"order": "none", "rounding": "nearest", "scale_search": "minmax"}
-_W4A16 = {"inner": "none", "activations": "none"}
+_W4A16 = {"inner": "none", "activations": "none", "group_scale": "bf16"}
 
 STANDARD_LADDER: dict[str, dict[str, Any]] = {
     "w16a8": {"method": "none"},

@@ -1,4 +1,4 @@
-"""The release: baseline, quantize, verify, evaluate, gate, register."""
+"""The release: baseline, quantize, verify, evaluate, gate, export, register."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +11,7 @@ from dpq_core.device import share_machine
 from dpq_core.gates import Verdict
 from dpq_core.recipe import Recipe, RecipeError
 from flows.attempt import Attempt, attempt
+from flows.exporting import with_exports, write_cards
 from flows.measure import measure
 from flows.options import Options
 from flows.repair import repair, round_rows
@@ -18,6 +19,7 @@ from flows.report import publish, publish_parts
 from infra.settings import home
 from infra.tracking import PARENT, TrackedRun, tracked_run, tracking_store
 from tasks.evaluate import Subject
+from tasks.export import Export
 from tasks.log import log_evaluation, log_metrics, log_release
 from tasks.preflight import preflight
 from tasks.register import Registration, register
@@ -33,6 +35,7 @@ class Release:
     registration: Registration
     manifest: dict[str, Any]
     rounds: list[dict[str, Any]]
+    exports: list[Export]
 
     def as_dict(self) -> dict[str, Any]:
         """The object that `dpq release --json` prints."""
@@ -43,12 +46,16 @@ class Release:
             "model_version": self.registration.version,
             "registered_model": self.registration.name,
             "rounds": self.rounds,
+            "exports": [each.as_row() for each in self.exports],
         }
 
 
 @flow(name="release")
 def release(recipe: Recipe) -> Release:
     """Quantize a model, measure it against the 16-bit original, and promote it within the gates.
+
+    What passes them is exported before it is registered: an export that cannot be verified rejects
+    the release. What is rejected is not exported.
 
     Raises:
         The errors of the stages; a rejection is a result and no error.
@@ -63,13 +70,15 @@ def release(recipe: Recipe) -> Release:
         model, data = inputs.model, inputs.evaluation
         baseline = measure(recipe, data, Subject("baseline", model.folder, model.digest))
         repaired = repair(recipe, inputs, baseline, attempt(recipe, inputs, baseline))
-        last = repaired.last
+        last, exports = with_exports(baseline, repaired.last)
+        repaired.attempts[-1] = last
         checkpoint, manifest = last.candidate.checkpoint, last.candidate.manifest
         log_release(run, last.recipe, model, manifest, last.verdict)
         parts = log_evaluation(run, recipe, {"baseline": baseline, "candidate": last.measured})
         registration = register(
             tracking_uri, run.run_id, last.recipe, model, checkpoint, last.verdict
         )
+        write_cards(run, last.candidate.checkpoint, exports, last.verdict)
         publish(last.verdict, manifest, checkpoint.folder, registration, run.url)
         publish_parts(parts)
         rounds = list(round_rows(repaired.attempts))
@@ -79,7 +88,8 @@ def release(recipe: Recipe) -> Release:
             create_table_artifact(rounds, key="rounds", description="Repair: what each bit bought")
             run.log_table(rounds, "rounds")
             _log_rounds(run, repaired.attempts, rounds, tracking_uri, artifact_root)
-    return Release(last.verdict, str(checkpoint.folder), run.run_id, registration, manifest, rounds)
+    folder = str(checkpoint.folder)
+    return Release(last.verdict, folder, run.run_id, registration, manifest, rounds, exports)
 
 
 def _log_options(run: TrackedRun, options: Options) -> None:

@@ -73,6 +73,10 @@ def show_release(release: Release) -> None:
         console.print(f"  {reason}", highlight=False, markup=False)
     for line in model_notes(release.manifest):
         console.print(f"  {line}", highlight=False, markup=False)
+    for export in release.exports:
+        console.print(
+            f"export {export.name} {export.artifact.folder}", highlight=False, soft_wrap=True
+        )
     registration = release.registration
     bits = 8 * release.manifest["bytes_per_weight"]
     console.print(

@@ -13,6 +13,7 @@ from torch import Tensor
 from dpq_core.checkpoint import QuantizedCheckpoint, load_layer, write_checkpoint
 from dpq_core.device import resolve_device
 from dpq_core.digests import code_digest, digest
+from dpq_core.exports.card import licence_of
 from dpq_core.inputs import ModelInputs
 from dpq_core.plan import plan_layers
 from dpq_core.quantize import QuantizedLinear
@@ -31,9 +32,10 @@ def provenance(recipe: Recipe, model: Model, windows: ArtifactRef) -> dict[str, 
     """What a checkpoint's manifest says of where it comes from."""
     return {
         "base_model": {
-            "id": Path(model.id).name if model.revision is None else model.id,
+            "id": Path(model.id).name if Path(model.id).is_dir() else model.id,
             "revision": model.revision,
             "digest": model.digest,
+            "licence": licence_of(model.folder),
             "trust_remote_code": recipe.model.trust_remote_code,
         },
         "calibration": recipe.calibration.model_dump(mode="json", exclude={"dataset"})

@@ -58,7 +58,13 @@ def resolve(model: ModelSection) -> tuple[Path, str | None]:
             snapshot_download(
                 model.id,
                 revision=model.revision,
-                allow_patterns=["*.safetensors", "*.safetensors.index.json", *SIDE_FILES, *code],
+                allow_patterns=[
+                    "*.safetensors",
+                    "*.safetensors.index.json",
+                    "README.md",
+                    *SIDE_FILES,
+                    *code,
+                ],
                 ignore_patterns=["*/*", "consolidated*"],  # the same weights in other layouts
             )
         )

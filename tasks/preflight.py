@@ -2,11 +2,15 @@
 
 from dataclasses import dataclass, replace
 
+import torch
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 from prefect.logging import get_run_logger
 
+from dpq_core.choices import chosen_scheme
 from dpq_core.device import resolve_device
+from dpq_core.exports import check_exportable, planned_targets
+from dpq_core.exports.format import ExportError
 from dpq_core.linear import stored_bytes
 from dpq_core.plan import Plan, kept_lines, plan_layers
 from dpq_core.recipe import Recipe, RecipeError
@@ -28,20 +32,22 @@ class Inputs:
 
 @task(name="preflight", cache_policy=NO_CACHE)
 def preflight(recipe: Recipe) -> Inputs:
-    """Check device, model, layers, suites and data sets; tokenise the data sets.
+    """Check device, model, layers, exports, suites and data sets; tokenise the data sets.
 
     Raises:
-        CheckpointError, DataError, DeviceError, MirrorError, SuiteError: one line that says what
-            and where.
+        CheckpointError, DataError, DeviceError, ExportError, MirrorError, SuiteError: one line that
+            says what and where.
     """
     resolve_device(recipe.execution.device)
     store = Store(recipe.execution.store)
     store.clean()
     model = inspect(recipe.model, store)
-    plan = plan_layers(stream_of(recipe, model), recipe.scheme, recipe.layers)
+    stream = stream_of(recipe, model)
+    plan = plan_layers(stream, recipe.scheme, recipe.layers)
     for line in kept_lines(plan.skipped):
         get_run_logger().warning(line)
     _check_budget(recipe, plan)
+    _check_exports(recipe, plan, stream.dtype)
     tokenizer = load_tokenizer(model.folder, recipe.model.trust_remote_code)
     return Inputs(
         model=model,
@@ -65,3 +71,18 @@ def _check_budget(recipe: Recipe, plan: Plan) -> None:
             f"repair.max_bits_per_weight is {recipe.repair.max_bits_per_weight:g}, and the scheme"
             f" alone takes {bits:.2f}: raise it, or choose a larger scheme.group_size"
         )
+
+
+def _check_exports(recipe: Recipe, plan: Plan, dtype: torch.dtype) -> None:
+    """Every format takes every layer as it is planned, and as a repair may change it."""
+    planned = planned_targets(plan, recipe.scheme, dtype)
+    choices = recipe.repair.candidates if recipe.repair.enabled else []
+    for name in recipe.export:
+        check_exportable(name, planned)
+        for choice in choices:
+            scheme = chosen_scheme(recipe.scheme, choice)
+            fitting = [t for t in planned if scheme.bits == 8 or t.features >= scheme.group_size]
+            try:
+                check_exportable(name, [replace(target, scheme=scheme) for target in fitting])
+            except ExportError as error:
+                raise ExportError(f"repair.candidates.{choice}: {error}") from error

@@ -25,6 +25,7 @@ from dpq_core.checkpoint import (
     save_layer,
 )
 from dpq_core.choices import CHOICES, chosen_scheme
+from dpq_core.digests import file_digest
 from dpq_core.hessian import InputStatistics
 from dpq_core.inputs import batches_of
 from dpq_core.linear import W4A8Linear, layer_from_tensors
@@ -493,7 +494,7 @@ def sign(folder):
         for name in manifest["files"]:
             path = folder / name
             manifest["files"][name] = {
-                "sha256": checkpoint_module.file_digest(path),
+                "sha256": file_digest(path),
                 "size": path.stat().st_size,
             }
 

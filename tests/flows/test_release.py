@@ -13,8 +13,8 @@ from flows.release import release
 from infra.registry import Registry
 from infra.tracking import mlflow_client, tracking_store
 
-# preflight, 2 perplexities, 5 blocks, 35 layers, assemble, verify, gate, log twice, register
-TASK_RUNS = 1 + 2 + 5 + 35 + 6
+# preflight, 2 perplexities, 5 blocks, 35 layers, assemble, verify, gate, log twice, register, cards
+TASK_RUNS = 1 + 2 + 5 + 35 + 7
 
 
 @pytest.fixture

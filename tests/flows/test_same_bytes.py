@@ -7,6 +7,7 @@ from conftest import dpq_process, run_flow
 from transformers import AutoTokenizer
 
 from dpq_core.data import calibration_windows, load_texts
+from dpq_core.exports.card import CARD
 from dpq_core.pipeline import quantize_checkpoint
 from flows.quantize import quantize
 from infra.store import Store
@@ -16,7 +17,7 @@ from tasks.windows import store_calibration
 
 
 def contents(folder):
-    files = (path for path in sorted(folder.iterdir()) if not path.name.startswith("."))
+    files = (path for path in sorted(folder.iterdir()) if path.name[0] != "." and path.name != CARD)
     return {path.name: path.read_bytes() for path in files}
 
 

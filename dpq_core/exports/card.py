@@ -1,0 +1,157 @@
+"""The model card: README.md of a native checkpoint or an export, from its manifest."""
+
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from dpq_core.checkpoint import MANIFEST, QuantizedCheckpoint
+from dpq_core.digests import file_digest
+from dpq_core.exports.compressed_tensors import vllm_obstacle
+from dpq_core.exports.format import targets_of
+from dpq_core.scheme import Scheme
+
+CARD = "README.md"
+_FRONT_MATTER = re.compile(r"\A---\n(.*?)\n---\n", re.DOTALL)
+_LICENCE = ("license", "license_name", "license_link")
+_TITLES = {"native": "W4A8 by Dual Precision Quantization"}
+_USES = {
+    "native": (
+        "With `dpq` installed, in transformers:\n\n```python\n"
+        "from dpq_core.checkpoint import load_quantized\n\n"
+        'model = load_quantized("…")  # this folder\n```'
+    ),
+    "compressed-tensors": (
+        "With `transformers` and `compressed-tensors` installed:\n\n```python\n"
+        "from transformers import AutoModelForCausalLM\n\n"
+        'model = AutoModelForCausalLM.from_pretrained("…")  # this folder\n```'
+    ),
+    "gptq": (
+        "A GPTQ file of W4A16, for loaders of that format. It was read back by dpq alone: no "
+        "runtime was tried."
+    ),
+    "inc": (
+        "For Intel Neural Compressor on Gaudi (`load(…, format='huggingface', device='hpu')`), "
+        "which measures the activations' scales itself. Not tried on Gaudi."
+    ),
+    "fp8_to_int": "For Intel Neural Compressor on Gaudi, as AutoRound writes it. Not tried there.",
+}
+
+
+def licence_of(folder: Path) -> dict[str, str]:
+    """What the card of a model says of its licence; empty where it says nothing."""
+    path = folder / CARD
+    found = _FRONT_MATTER.match(path.read_text("utf-8")) if path.is_file() else None
+    if found is None:
+        return {}
+    try:
+        content = yaml.safe_load(found[1])
+    except yaml.YAMLError:
+        return {}
+    content = content if isinstance(content, dict) else {}
+    return {key: str(content[key]) for key in _LICENCE if content.get(key)}
+
+
+def model_card(
+    checkpoint: QuantizedCheckpoint,
+    export: Mapping[str, Any] | None = None,
+    verdict: str | None = None,
+    gates: Sequence[Mapping[str, str]] = (),
+) -> str:
+    """README.md of a native checkpoint, or of its export where `export` is that one's manifest.
+
+    gates: the rows of the gate table, as they are shown.
+    """
+    native = checkpoint.manifest
+    name = export["format"] if export else "native"
+    base = {"id": "unknown", "digest": "", **(native.get("base_model") or {})}
+    licence = base.get("licence") or {}
+    front = {**licence, "base_model": base["id"], "library_name": "transformers"}
+    bits = export["bits_per_weight"] if export else 8 * native["bytes_per_weight"]
+    card: str = _template().render(
+        front=front,
+        base=base | {"license": licence.get("license")},
+        title=_TITLES.get(name, name),
+        verdict=verdict,
+        bits=bits,
+        scheme=shown_scheme(checkpoint.scheme),
+        calibration=_calibration(native.get("calibration") or {}),
+        format=name,
+        digest=file_digest(checkpoint.folder / MANIFEST),
+        layers=_layer_rows(checkpoint),
+        skipped=list(native["skipped"]),
+        gates=list(gates),
+        uses=_uses(name, checkpoint),
+        checks=export["checks"] if export else {},
+        reader=export["reader"] if export else "",
+        distance=export["distance"] if export else None,
+        tolerance=export["tolerance"]["logits"] if export else 0,
+        reason=export["tolerance"]["reason"] if export else "",
+        files=(export or native)["files"],
+    )
+    return card
+
+
+def shown_scheme(scheme: Scheme) -> str:
+    """A scheme in a line."""
+    if scheme.method == "none":
+        return "16 bits"
+    inner = {"e4m3": f"E4M3 up to {scheme.fp8_max}", "int8": "INT8", "none": "16 bits"}
+    weights = "8 bits, a scale a row"
+    if scheme.bits == 4:
+        kind = "symmetric" if scheme.symmetric else "asymmetric"
+        weights = f"4 bits, {kind} groups of {scheme.group_size}"
+    parts = [scheme.method, weights, f"arithmetic in {inner[scheme.inner]}"]
+    if scheme.activations != "none":
+        parts.append(f"{scheme.activations} activations")
+    return ", ".join(parts)
+
+
+def _layer_rows(checkpoint: QuantizedCheckpoint) -> list[dict[str, Any]]:
+    """How many layers have which scheme, and the bits that they take in the native checkpoint."""
+    shown = {name: shown_scheme(scheme) for name, scheme in checkpoint.schemes.items()}
+    stored: Counter[str] = Counter()
+    weights: Counter[str] = Counter()
+    for row in checkpoint.manifest["layers"]:
+        stored[shown[row["name"]]] += row["bytes"]
+        weights[shown[row["name"]]] += row["shape"][0] * row["shape"][1]
+    return [
+        {"count": count, "scheme": scheme, "bits": 8 * stored[scheme] / weights[scheme]}
+        for scheme, count in Counter(shown.values()).most_common()
+    ]
+
+
+def _calibration(about: Mapping[str, Any]) -> str:
+    if "samples" not in about:
+        return "not recorded"
+    return (
+        f"{about['samples']} windows of {about['sequence_length']} tokens, "
+        f"{about['propagation']} propagation, windows' digest `{about.get('windows', '')[:16]}`"
+    )
+
+
+def _uses(name: str, checkpoint: QuantizedCheckpoint) -> list[str]:
+    uses = [_USES[name]]
+    if name == "compressed-tensors":
+        obstacle = vllm_obstacle(targets_of(checkpoint))
+        uses.append(
+            f"Not for vLLM: {obstacle}."
+            if obstacle
+            else "With vLLM, on hardware that has its kernels (four-bit weights with FP8 "
+            "activations: Hopper):\n\n```sh\nvllm serve …  # this folder\n```"
+        )
+    return uses
+
+
+def _template() -> Any:
+    loader = FileSystemLoader(Path(__file__).parent)
+    return Environment(
+        loader=loader,
+        undefined=StrictUndefined,
+        autoescape=False,  # Markdown
+        keep_trailing_newline=True,
+    ).get_template("card.md.jinja")

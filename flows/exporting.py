@@ -1,0 +1,48 @@
+"""The exports of a release, between its verdict and its registration."""
+
+from dataclasses import replace
+
+from prefect.artifacts import create_table_artifact
+
+from dpq_core.gates import Verdict
+from flows.attempt import Attempt, gate
+from flows.report import gate_rows
+from infra.store import ArtifactRef
+from infra.tracking import TrackedRun
+from tasks.evaluate import Measured
+from tasks.export import Export, cards, export
+from tasks.progress import stepper
+
+
+def with_exports(baseline: Measured, attempt: Attempt) -> tuple[Attempt, list[Export]]:
+    """The attempt judged with its exports, where it passed without them; to be called in a flow.
+
+    A release that is registered as promoted has every export that its recipe asks for, verified: a
+    failed verification is a failed check of integrity.
+    """
+    recipe, checkpoint = attempt.recipe, attempt.candidate.checkpoint
+    if not recipe.export or attempt.verdict.verdict != "promoted":
+        return attempt, []
+    step = stepper("export", len(recipe.export))
+    exports: list[Export] = []
+    for name in recipe.export:
+        exports.append(export(recipe, checkpoint, name))
+        step()
+    integrity = {f"export {each.name}": each.wrong for each in exports}
+    candidate = replace(attempt.candidate, integrity=attempt.candidate.integrity | integrity)
+    judged = replace(attempt, candidate=candidate)
+    if any(integrity.values()):
+        judged = replace(judged, verdict=gate(recipe, baseline, attempt.measured, candidate))
+    return judged, exports
+
+
+def write_cards(
+    run: TrackedRun, checkpoint: ArtifactRef, exports: list[Export], verdict: Verdict
+) -> None:
+    """Model cards with the gate table; the exports as a table on the run page and in MLflow."""
+    cards(run, checkpoint, exports, verdict.verdict, gate_rows(verdict.metrics))
+    rows = [each.as_row() for each in exports]
+    if rows:
+        create_table_artifact(rows, key="exports", description="Other formats, and their checks")
+        run.log_table(rows, "exports")
+        run.set_tags({f"export.{each.name}": each.artifact.uri for each in exports})

@@ -1,0 +1,94 @@
+"""Write a checkpoint in a format of other people's loaders, and tell what a release measured."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from prefect import task
+from prefect.cache_policies import NO_CACHE
+
+from dpq_core.checkpoint import QuantizedCheckpoint
+from dpq_core.digests import code_digest, digest
+from dpq_core.exports import export_checkpoint, failures, read_export
+from dpq_core.exports.card import CARD, model_card
+from dpq_core.recipe import Recipe
+from infra.store import ArtifactRef, Store
+from infra.tracking import TrackedRun
+
+_READERS = ("transformers", "compressed-tensors")  # what the verification depends on, besides us
+
+
+@dataclass(frozen=True)
+class Export:
+    """An export, and its manifest, which says whether it was verified."""
+
+    name: str
+    artifact: ArtifactRef
+    manifest: dict[str, Any]
+
+    @property
+    def wrong(self) -> str | None:
+        """What its checks found."""
+        return "; ".join(failures(self.manifest)) or None
+
+    def as_row(self) -> dict[str, Any]:
+        return {
+            "format": self.name,
+            "folder": str(self.artifact.folder),
+            "sha256": self.artifact.sha256,
+            "bytes": self.artifact.size,
+            "bits per weight": self.manifest["bits_per_weight"],
+            "distance": self.manifest["distance"],
+            "verification": self.wrong or "passed",
+        }
+
+
+@task(name="export", task_run_name="export {name}", cache_policy=NO_CACHE)
+def export(recipe: Recipe, checkpoint: ArtifactRef, name: str) -> Export:
+    """The checkpoint in the format `name`, written and verified once for each checkpoint.
+
+    Raises:
+        CheckpointError, ExportError: before anything is written.
+    """
+    store = Store(recipe.execution.store)
+    key = digest(
+        {
+            "code": code_digest("dpq_core.exports"),
+            "readers": {package: version(package) for package in _READERS},
+            "checkpoint": checkpoint.sha256,
+            "format": name,
+        }
+    )
+
+    def make(folder: Path) -> None:
+        export_checkpoint(store.open(checkpoint), folder, name)
+        (folder / CARD).unlink(missing_ok=True)  # it is to tell of a release, see `cards`
+
+    artifact, _ = store.get_or_make("exports", key, make)
+    return Export(name, artifact, read_export(store.open(artifact)))
+
+
+@task(name="cards", cache_policy=NO_CACHE)
+def cards(
+    run: TrackedRun,
+    checkpoint: ArtifactRef,
+    exports: Sequence[Export],
+    verdict: str,
+    gates: Sequence[Mapping[str, str]],
+) -> None:
+    """README.md of the checkpoint (in the MLflow run as well) and of its exports.
+
+    It lies beside what the store and the manifests have digests of: the same checkpoint may be
+    released again, under other gates.
+    """
+    native = QuantizedCheckpoint(checkpoint.folder)
+    card = model_card(native, None, verdict, gates)
+    (checkpoint.folder / CARD).write_text(card, "utf-8")
+    run.log_text(card, CARD)
+    for each in exports:
+        if each.wrong:
+            continue
+        card = model_card(native, each.manifest, verdict, gates)
+        (each.artifact.folder / CARD).write_text(card, "utf-8")
