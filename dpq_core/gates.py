@@ -44,9 +44,9 @@ class Metric(Difference):
 @dataclass(frozen=True)
 class Verdict:
     """`promoted`, `rejected`, or `inspected` where documents were left out and nothing is broken;
-    with every reason and all the numbers."""
+    with every reason and all the numbers. `withheld`: the gates let it pass, the registry not."""
 
-    verdict: Literal["promoted", "rejected", "inspected"]
+    verdict: Literal["promoted", "rejected", "inspected", "withheld"]
     reasons: tuple[str, ...]
     metrics: dict[str, Metric]
 

@@ -1,12 +1,12 @@
 """The `dpq` command.
 
-Exit codes: 0 promoted (or done), 2 not promoted (rejected or inspected), 1 error. With `--json`,
-stdout carries one object and nothing else; progress and errors go to stderr.
+Exit codes: 0 promoted (or done), 2 not promoted (rejected, inspected, withheld), 1 error, 130 ended
+by Ctrl-C, 143 by SIGTERM. With `--json`, stdout carries one object and nothing else; progress and
+errors go to stderr.
 """
 
 import dataclasses
 import os
-import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -14,12 +14,17 @@ from typing import Annotated, Any, TypeVar
 import typer
 
 from dpq_core.recipe import Recipe, load_recipe
+from flows.ends import ending_cleanly, exit_codes, leave_threads
 from flows.errors import errors, print_json
 from flows.mirror import app as mirror_app
+from flows.rollback import rollback
+from flows.store import app as store_app
 from infra.settings import home
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 app.add_typer(mirror_app, name="mirror")
+app.add_typer(store_app, name="store")
+app.command()(rollback)
 
 RecipePath = Annotated[Path, typer.Argument(help="YAML file", metavar="RECIPE")]
 Overrides = Annotated[list[str] | None, typer.Option("--set", help="key.path=value, repeatable")]
@@ -151,12 +156,11 @@ def ui() -> None:
 
     from infra.services import ui as run_ui
 
-    with errors(as_json=False), run_ui(home()) as addresses:
+    with errors(as_json=False), ending_cleanly(), run_ui(home()) as addresses:
         print(f"Prefect  {addresses.prefect}\nMLflow   {addresses.mlflow}\nCtrl-C stops both.")
         try:
             threading.Event().wait()
         except KeyboardInterrupt:
-            signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second one would leave servers behind
             print("stopping …")
 
 
@@ -168,7 +172,12 @@ def main() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TQDM_DISABLE", "1")  # progress is shown by flows.terminal
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    app()
+    try:
+        app()
+    except SystemExit as end:
+        if end.code in exit_codes():
+            leave_threads(end.code)
+        raise
 
 
 def _flow(name: str) -> Callable[..., Any]:
@@ -179,7 +188,7 @@ def _flow(name: str) -> Callable[..., Any]:
     flow = getattr(importlib.import_module(f"flows.{name}"), name)
 
     def run(recipe: Recipe, *arguments: Any) -> Any:
-        from flows.quantize import task_runner
+        from flows.runners import task_runner
 
         return flow.with_options(task_runner=task_runner(recipe.execution))(recipe, *arguments)
 
@@ -189,7 +198,7 @@ def _flow(name: str) -> Callable[..., Any]:
 def _run(recipe: Recipe, run: Callable[[], _Result]) -> _Result:
     from infra.services import services
 
-    with services(home()):
+    with ending_cleanly(), services(home()):
         from flows.terminal import progress
 
         with progress():

@@ -19,6 +19,7 @@ from dpq_core.recipe import Recipe, RecipeError
 from dpq_core.scheme import Scheme
 from dpq_core.scores import PERPLEXITY
 from flows.attempt import subject_of
+from flows.attended import attended
 from flows.ladder import Row, as_records, html, markdown
 from flows.measure import measure
 from flows.quantize import make_candidate
@@ -58,6 +59,7 @@ class MeasurementError(RuntimeError):
 
 
 @flow(name="compare")
+@attended
 def compare(recipe: Recipe) -> list[Row]:
     """Quantize and measure every variant; one that fails is a row that says why.
 

@@ -5,12 +5,16 @@ import sys
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import typer
 
 from dpq_core.errors import InputError
+from flows.ends import Ended
+from infra.disk import is_full, space_left
 from infra.settings import home
+from infra.store import StoreFullError
 
 
 def print_json(content: dict[str, Any]) -> None:
@@ -20,20 +24,47 @@ def print_json(content: dict[str, Any]) -> None:
 
 @contextmanager
 def errors(as_json: bool) -> Iterator[None]:
-    """One line on stderr and exit code 1 for any error; the traceback goes to a log file."""
+    """One line on stderr and an exit code for any error: 1, or 130 and 143 for a process that was
+    told to stop. The traceback goes to a log file."""
     try:
         yield
-    except (typer.Exit, KeyboardInterrupt):
+        return
+    except typer.Exit:
         raise
+    except Ended as end:
+        message = f"{end}: what is finished is kept, and the same command goes on from there"
+        code = end.exit_code
+    except InputError as error:
+        message, code = _one_line(error), 1
     except Exception as error:
-        message = " ".join(str(error).split()) or type(error).__name__
-        if not isinstance(error, InputError):
-            log = home() / "logs" / "dpq.log"
-            log.parent.mkdir(parents=True, exist_ok=True)
-            with log.open("a") as file:
-                traceback.print_exc(file=file)
-            message = f"{message} (traceback in {log})"
-        print(f"error: {message}", file=sys.stderr)
-        if as_json:
-            print_json({"verdict": "error", "reasons": [message]})
-        raise typer.Exit(1) from None
+        message, code = f"{_explained(error)}{_logged()}", 1
+    print(f"error: {message}", file=sys.stderr)
+    if as_json:
+        print_json({"verdict": "error", "reasons": [message]})
+    raise typer.Exit(code)
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _explained(error: Exception) -> str:
+    """What an error says, and of a full disk where it may be: libraries leave that out."""
+    if not is_full(error) or isinstance(error, StoreFullError):
+        return _one_line(error)
+    return (
+        f"no space left: {space_left(home())} in {home()}, {space_left(Path.cwd())} here: make room"
+        f" and run again, what is finished is kept: {_one_line(error)[:300]}"
+    )
+
+
+def _logged() -> str:
+    """Write the traceback to the log, and say where; nothing where there is no room for it."""
+    log = home() / "logs" / "dpq.log"
+    try:
+        log.parent.mkdir(parents=True, exist_ok=True)
+        with log.open("a") as file:
+            traceback.print_exc(file=file)
+    except OSError as error:
+        return f" (no traceback: {log}: {error.strerror})"
+    return f" (traceback in {log})"

@@ -10,6 +10,7 @@ from dpq_core.device import resolve_device, share_machine
 from dpq_core.gates import Metric, compare, judge
 from dpq_core.pairing import CONFIDENCE, Evaluation, Failure
 from dpq_core.recipe import Recipe, RecipeError
+from flows.attended import attended
 from flows.measure import measure
 from flows.report import gate_rows, publish_parts, score_rows
 from infra.settings import home
@@ -45,6 +46,7 @@ class EvaluationReport:
 
 
 @flow(name="evaluate")
+@attended
 def evaluate(recipe: Recipe, checkpoint: str, against: str | None = None) -> EvaluationReport:
     """Run a recipe's evaluation on `checkpoint`, and on `against` as its baseline.
 

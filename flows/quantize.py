@@ -6,11 +6,11 @@ from typing import Any
 
 from prefect import flow
 from prefect.futures import PrefectFuture
-from prefect.task_runners import ProcessPoolTaskRunner, TaskRunner, ThreadPoolTaskRunner
 
 from dpq_core.checkpoint import MANIFEST
 from dpq_core.device import share_machine
-from dpq_core.recipe import ExecutionSection, Recipe
+from dpq_core.recipe import Recipe
+from flows.attended import attended
 from infra.store import ArtifactRef
 from tasks.assemble import assemble, verify
 from tasks.calibrate import calibrate
@@ -37,6 +37,7 @@ class IntegrityError(RuntimeError):
 
 
 @flow(name="quantize")
+@attended
 def quantize(recipe: Recipe) -> Candidate:
     """Checkpoint in, verified W4A8 checkpoint out.
 
@@ -58,17 +59,6 @@ def make_candidate(recipe: Recipe, inputs: Inputs) -> Candidate:
     integrity = verify(recipe, inputs.model, inputs.calibration, layers, checkpoint)
     manifest = json.loads((checkpoint.folder / MANIFEST).read_text("utf-8"))
     return Candidate(inputs, layers, statistics, checkpoint, manifest, integrity)
-
-
-def task_runner(execution: ExecutionSection) -> TaskRunner[Any]:
-    """The runner that a recipe asks for, with no more workers than it says."""
-    if execution.runner == "processes":
-        return ProcessPoolTaskRunner(
-            max_workers=execution.workers,
-            initializer=share_machine,
-            initargs=(execution.threads_per_worker,),
-        )
-    return ThreadPoolTaskRunner(max_workers=execution.workers)
 
 
 def _quantize_layers(

@@ -11,16 +11,18 @@ from dpq_core.device import share_machine
 from dpq_core.gates import Verdict
 from dpq_core.recipe import Recipe, RecipeError
 from flows.attempt import Attempt, attempt
+from flows.attended import attended
 from flows.exporting import with_exports, write_cards
 from flows.measure import measure
 from flows.options import Options
 from flows.repair import repair, round_rows
 from flows.report import publish, publish_parts
+from infra.registry import Registry
 from infra.settings import home
 from infra.tracking import PARENT, TrackedRun, tracked_run, tracking_store
 from tasks.evaluate import Subject
 from tasks.export import Export
-from tasks.log import log_evaluation, log_metrics, log_release
+from tasks.log import log_evaluation, log_metrics, log_release, log_verdict
 from tasks.preflight import preflight
 from tasks.register import Registration, register
 
@@ -51,6 +53,7 @@ class Release:
 
 
 @flow(name="release")
+@attended
 def release(recipe: Recipe) -> Release:
     """Quantize a model, measure it against the 16-bit original, and promote it within the gates.
 
@@ -64,7 +67,9 @@ def release(recipe: Recipe) -> Release:
         raise RecipeError("evaluation measures nothing: name a perplexity data set, or suites")
     share_machine(recipe.execution.threads_per_worker)
     tracking_uri, artifact_root = tracking_store(home())
-    name, tags = recipe.registered_name, {"recipe_digest": recipe.digest}
+    name = recipe.registered_name
+    champion = Registry(tracking_uri).champion(name)
+    tags = {"recipe_digest": recipe.digest, "champion_at_start": str(champion or "")}
     with tracked_run(tracking_uri, recipe.registry.experiment, name, tags, artifact_root) as run:
         inputs = preflight(recipe)
         model, data = inputs.model, inputs.evaluation
@@ -76,10 +81,13 @@ def release(recipe: Recipe) -> Release:
         log_release(run, last.recipe, model, manifest, last.verdict)
         parts = log_evaluation(run, recipe, {"baseline": baseline, "candidate": last.measured})
         registration = register(
-            tracking_uri, run.run_id, last.recipe, model, checkpoint, last.verdict
+            tracking_uri, run.run_id, last.recipe, model, checkpoint, last.verdict, champion
         )
-        write_cards(run, last.candidate.checkpoint, exports, last.verdict)
-        publish(last.verdict, manifest, checkpoint.folder, registration, run.url)
+        verdict = registration.verdict
+        if verdict != last.verdict:
+            log_verdict(run, verdict)
+        write_cards(run, last.candidate.checkpoint, exports, verdict)
+        publish(verdict, manifest, checkpoint.folder, registration, run.url)
         publish_parts(parts)
         rounds = list(round_rows(repaired.attempts))
         if repaired.options is not None:
@@ -89,7 +97,7 @@ def release(recipe: Recipe) -> Release:
             run.log_table(rounds, "rounds")
             _log_rounds(run, repaired.attempts, rounds, tracking_uri, artifact_root)
     folder = str(checkpoint.folder)
-    return Release(last.verdict, folder, run.run_id, registration, manifest, rounds, exports)
+    return Release(verdict, folder, run.run_id, registration, manifest, rounds, exports)
 
 
 def _log_options(run: TrackedRun, options: Options) -> None:

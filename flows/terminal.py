@@ -22,9 +22,10 @@ from flows.evaluate import EvaluationReport
 from flows.ladder import Row, cells, columns
 from flows.release import Release
 from flows.report import gate_rows, model_notes, notes, score_rows
+from infra.leases import telling_of_waits
 from tasks.progress import reporting_to
 
-_COLOURS = {"promoted": "green", "rejected": "red", "inspected": "yellow"}
+_COLOURS = {"promoted": "green", "rejected": "red", "inspected": "yellow", "withheld": "yellow"}
 _UNLIMITED = 200  # characters a line, where stdout is a file
 _LINE_EVERY = 60.0  # seconds, where lines take the place of bars
 
@@ -57,7 +58,11 @@ def progress() -> Iterator[None]:
             known = f": {done} of {total}, {left / 60:.0f} min left" if left else " …"
             console.print(f"{stage}{known}", highlight=False)
 
-    with bars, reporting_to(report):
+    with (
+        bars,
+        reporting_to(report),
+        telling_of_waits(lambda line: console.print(line, style="dim")),
+    ):
         yield
 
 

@@ -1,18 +1,32 @@
 """The model registry: one registered model a product, one version a released checkpoint.
 
 The alias `champion` names the version in use. Promotion moves it, rejection never does; tags on the
-version keep the verdict, the reasons, and the champion that was replaced, so a release can be taken
-back by hand. MLflow has no compare-and-set for aliases: whoever promotes must do it one at a time.
+version keep the verdict, the reasons, and the champion that was replaced, to which `roll_back`
+returns.
+
+MLflow has no compare-and-set for aliases. So whoever promotes or rolls back does it inside
+`exclusive`, and a release is promoted only where the champion is still the one that it saw when it
+began. The lease lies beside the database where that is a file, and in the artifact store where the
+registry is a server: releases of one model that use one server and different stores are then not
+kept apart.
 """
 
-from collections.abc import Mapping, Sequence
+import hashlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from datetime import UTC, datetime
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+from infra.leases import Leases
+from infra.store import Store
 from infra.tracking import mlflow_client
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
+    from mlflow.entities.model_registry import ModelVersion
 
 CHAMPION = "champion"
 _TAG_LENGTH = 5000  # of the oldest servers we may meet; 3.16 itself takes 100,000
@@ -20,6 +34,15 @@ _TAG_LENGTH = 5000  # of the oldest servers we may meet; 3.16 itself takes 100,0
 
 class RegistryError(RuntimeError):
     """A registration that the registry cannot take, with the way out."""
+
+
+@dataclass(frozen=True)
+class Rollback:
+    """A champion that was taken back: versions, before and now."""
+
+    name: str
+    taken_back: int
+    champion: int
 
 
 class Registry:
@@ -62,15 +85,11 @@ class Registry:
 
     def find(self, name: str, tags: Mapping[str, str]) -> int | None:
         """Newest version that carries all of `tags`, such as a release's digest."""
-        token: str | None = None
-        found: list[int] = []
         wanted = {key: _tag(value) for key, value in tags.items()}
-        while True:
-            page = self._client.search_model_versions(f"name = '{name}'", page_token=token)
-            found += [int(v.version) for v in page if wanted.items() <= v.tags.items()]
-            token = page.token
-            if not token:
-                return max(found, default=None)
+        versions = self._versions(name)
+        return max(
+            (int(v.version) for v in versions if wanted.items() <= v.tags.items()), default=None
+        )
 
     def champion(self, name: str) -> int | None:
         """The version in use; None before the first promotion."""
@@ -84,13 +103,45 @@ class Registry:
             raise
         return int(aliases[CHAMPION]) if CHAMPION in aliases else None
 
+    def exclusive(self, name: str, store: Store) -> AbstractContextManager[None]:
+        """Held by whoever decides who is champion; the others wait."""
+        about = hashlib.sha256(f"{self.tracking_uri}\n{name}".encode()).hexdigest()[:16]
+        lease = f"champion-{about}"
+        if self.tracking_uri.startswith("sqlite:///"):
+            database = Path(self.tracking_uri.removeprefix("sqlite:///"))
+            return Leases(database.parent / "leases").held(lease)
+        return store.lease(lease)
+
+    def obstacle(self, name: str, version: int, seen: int | None) -> str | None:
+        """Why a version that passed its gates is not to be promoted; None: nothing is in its way.
+
+        Args:
+            seen: the champion when its release began.
+        """
+        tags = self._tags(name, version)
+        if "rolled_back" in tags:
+            return (
+                f"version {version} of {name} is this very release, and was rolled back"
+                f" ({tags['rolled_back']}): delete its tag rolled_back to let it be promoted again"
+            )
+        champion = self.champion(name)
+        if champion in (seen, version):
+            return None
+        before = "there was none" if seen is None else f"it was version {seen}"
+        after = "there is none" if champion is None else f"version {champion} is champion"
+        return (
+            f"{after} of {name} now, and {before} when this release began: run it again to"
+            " put it in that place knowingly (nothing is computed twice)"
+        )
+
     def promote(self, name: str, version: int) -> int | None:
-        """Make `version` the champion and return the one that it replaced.
+        """Make `version` the champion and return the one that it replaced; to be called inside of
+        `exclusive`, where `obstacle` sees none.
 
         Tags go first: a champion without its verdict is never visible. Promoting the champion
         again changes nothing, and returns what it replaced then.
         """
-        tags = self._client.get_model_version(name, str(version)).tags
+        tags = self._tags(name, version)
         previous = self.champion(name)
         if previous == version:
             replaced = tags.get("previous_champion")
@@ -109,6 +160,86 @@ class Registry:
         lines = [f"{number}. {reason}" for number, reason in enumerate(reasons, 1)]
         self._set_tag(name, version, "reasons", "\n".join(lines))
         self._set_tag(name, version, "verdict", verdict)
+
+    def roll_back(self, name: str, about: str, check: Callable[[str], None]) -> Rollback:
+        """Make the champion before the present one champion again, of those that were not rolled
+        back themselves; inside of `exclusive`.
+
+        Args:
+            about: by whom and why; kept in the tag `rolled_back` of the version, with the time.
+            check: called with the source of the version to return to; raises where it is unusable.
+
+        Raises:
+            RegistryError: nothing to go back to.
+        """
+        champion = self.champion(name)
+        if champion is None:
+            known = ", ".join(sorted(self._names())) or "none"
+            raise RegistryError(f"{name}: no champion to roll back; models with versions: {known}")
+        target = self._before(name, champion)
+        check(self._client.get_model_version(name, str(target)).source)
+        # The tag first: killed in between, the next rollback goes on from here.
+        time = datetime.now(UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
+        self._set_tag(name, champion, "rolled_back", f"{time} {about}")
+        self._client.set_registered_model_alias(name, CHAMPION, str(target))
+        return Rollback(name, champion, target)
+
+    def references(self) -> Iterator[str]:
+        """All that any version says: where its files are, and its tags."""
+        for name in self._names():
+            for version in self._versions(name):
+                yield version.source
+                yield from version.tags.values()
+
+    def _before(self, name: str, champion: int) -> int:
+        passed, version = {champion}, champion
+        while True:
+            before = self._tags(name, version).get("previous_champion")
+            if before is None or int(before) in passed:
+                raise RegistryError(
+                    f"{name}: version {champion} is champion, and no version before it is left to"
+                    " roll back to"
+                )
+            version = int(before)
+            passed.add(version)
+            try:
+                tags = self._tags(name, version)
+            except RegistryError as error:
+                raise RegistryError(
+                    f"{name}: version {version}, a former champion, was deleted:"
+                    " set the alias champion by hand"
+                ) from error
+            if "rolled_back" not in tags:
+                return version
+
+    def _names(self) -> Iterator[str]:
+        token: str | None = None
+        while True:
+            page = self._client.search_registered_models(page_token=token)
+            yield from (model.name for model in page)
+            token = page.token
+            if not token:
+                return
+
+    def _versions(self, name: str) -> "Iterator[ModelVersion]":
+        token: str | None = None
+        while True:
+            page = self._client.search_model_versions(f"name = '{name}'", page_token=token)
+            yield from page
+            token = page.token
+            if not token:
+                return
+
+    def _tags(self, name: str, version: int) -> dict[str, str]:
+        from mlflow.exceptions import MlflowException
+
+        try:
+            tags: dict[str, str] = self._client.get_model_version(name, str(version)).tags
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                raise
+            raise RegistryError(f"{name}: version {version} not found") from error
+        return tags
 
     def _ensure_model(self, name: str) -> None:
         from mlflow.exceptions import MlflowException

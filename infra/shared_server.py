@@ -4,13 +4,15 @@
 
 Each user holds a file lock on its file in `users/`: the kernel lets go of the lock when a process
 dies, however it dies, so nobody trusts a pid that may since have been given to somebody else. A
-server that a killed process left behind is taken over by the next user.
+server that a killed process left behind is taken over by the next user; if none comes for a while,
+it is stopped by the process that watches each server (`infra.server_watch`).
 """
 
 import json
 import os
 import socket
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -26,6 +28,8 @@ HOST = "127.0.0.1"
 _START_TIMEOUT = 120.0  # s; the first start migrates a database, and takes 15 s of two busy cores
 _ADOPT_TIMEOUT = 20.0  # s; a server that somebody left, perhaps in the middle of its start
 _STOP_TIMEOUT = 15.0  # s, before SIGKILL
+_FORSAKEN = 30.0  # s without a living user, before a server is stopped
+_WATCH = 1.0  # s between two looks at the users
 
 
 class ServiceError(RuntimeError):
@@ -110,6 +114,27 @@ def shared_server(kind: ServerKind, root: Path) -> Iterator[str]:
                     (home / "server.json").unlink(missing_ok=True)
 
 
+def stop_when_forsaken(home: Path, pid: int, patience: float) -> None:
+    """Wait until a server has ended, or stop it after `patience` seconds without a living user.
+
+    Nobody starts, takes over or stops a server meanwhile; a user that comes later starts another.
+    """
+    forsaken: float | None = None
+    while (server := _load(home)) and server.pid == pid and server.family():
+        time.sleep(min(_WATCH, patience / 4))
+        try:
+            with FileLock(home / "lock", timeout=0):
+                if _users(home):
+                    forsaken = None
+                    continue
+                forsaken = forsaken or time.monotonic()
+                if time.monotonic() - forsaken > patience and _load(home) == server:
+                    server.stop()
+                    (home / "server.json").unlink(missing_ok=True)
+        except Timeout:  # somebody is about to be a user, or to stop it
+            forsaken = None
+
+
 @contextmanager
 def _exclusive(home: Path) -> Iterator[None]:
     """Held while somebody starts, takes over, or stops a server."""
@@ -185,11 +210,11 @@ def _start_on(port: int, kind: ServerKind, root: Path) -> _Server:
             stderr=subprocess.STDOUT,
             start_new_session=True,  # Ctrl-C is for us; the server goes when the flow is done
         )
-    # Collects the exit status whenever that comes: no zombie, no warning about a child left behind.
-    threading.Thread(target=process.wait, daemon=True).start()
+    _await_end(process)
     server = _Server(process.pid, port, command)
     # Before it is up: should we be killed now, the next user finds it.
     (home / "server.json").write_text(json.dumps(asdict(server)), "utf-8")
+    _watch(server, home, log)
     try:
         _await_health(server, kind, process, log)
     except BaseException:
@@ -197,6 +222,26 @@ def _start_on(port: int, kind: ServerKind, root: Path) -> _Server:
         (home / "server.json").unlink(missing_ok=True)
         raise
     return server
+
+
+def _watch(server: _Server, home: Path, log: Path) -> None:
+    arguments = [str(home), str(server.pid), str(_FORSAKEN)]
+    path = [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
+    with log.open("ab") as output:
+        watch = subprocess.Popen(
+            [sys.executable, "-m", "infra.server_watch", *arguments],
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, path))},
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,  # as the server
+        )
+    _await_end(watch)
+
+
+def _await_end(process: "subprocess.Popen[bytes]") -> None:
+    """Collect the exit status whenever it comes: no zombie, no warning about a child left."""
+    threading.Thread(target=process.wait, daemon=True).start()
 
 
 def _await_health(

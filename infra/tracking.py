@@ -21,6 +21,8 @@ from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock
 
+from infra.owners import PROCESS, Owner
+
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
@@ -161,14 +163,16 @@ def tracked_run(
     tags: Mapping[str, str],
     artifact_root: Path | None,
 ) -> Iterator[TrackedRun]:
-    """A run that ends FINISHED, FAILED when an exception passes through, KILLED on Ctrl-C.
+    """A run that ends FINISHED, FAILED when an error passes through, KILLED when the process is
+    told to stop. Its tag `dpq.process` says whose it is: `infra.dead_runs` looks after the rest.
 
     `artifact_root` is where the experiment's runs keep their files; it counts only when this call
     creates the experiment, and None leaves the choice to the tracking server.
     """
     client = mlflow_client(tracking_uri)
     experiment_id = _experiment_id(client, experiment, artifact_root)
-    run_id = client.create_run(experiment_id, run_name=name).info.run_id
+    process = {PROCESS: str(Owner.new())}
+    run_id = client.create_run(experiment_id, run_name=name, tags=process).info.run_id
     if tracking_uri.startswith(("http://", "https://")):
         url = f"{tracking_uri.rstrip('/')}/#/experiments/{experiment_id}/runs/{run_id}"
     else:
@@ -177,11 +181,11 @@ def tracked_run(
     try:
         run.set_tags(tags)
         yield run
-    except KeyboardInterrupt:
-        client.set_terminated(run_id, "KILLED")
-        raise
-    except BaseException:
+    except (Exception, SystemExit):
         client.set_terminated(run_id, "FAILED")
+        raise
+    except BaseException:  # Ctrl-C, and what Prefect makes of SIGTERM
+        client.set_terminated(run_id, "KILLED")
         raise
     client.set_terminated(run_id, "FINISHED")
 

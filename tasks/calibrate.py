@@ -46,11 +46,31 @@ def calibrate(
     store = Store(recipe.execution.store)
     stream = stream_of(recipe, model, resolve_device(recipe.execution.device))
     keys = _Keys(recipe, model, windows, layers, stream)
-    names = [group[0] for group in stream.groups(block)]
-    found = {name: store.find("statistics", keys.statistics(name)) for name in names}
-    if all(found.values()):
-        return {name: artifact for name, artifact in found.items() if artifact}
+    wanted = {group[0]: keys.statistics(group[0]) for group in stream.groups(block)}
+    if found := _find_all(wanted, store):
+        return found
+    with store.lease(f"calibrate-{digest(wanted)}"):  # the block's forward passes are of all names
+        if found := _find_all(wanted, store):
+            return found
+        return _calibrate(recipe, stream, windows, block, layers, keys, wanted, store)
 
+
+def _find_all(wanted: Mapping[str, str], store: Store) -> dict[str, ArtifactRef] | None:
+    found = {name: store.find("statistics", key) for name, key in wanted.items()}
+    present = {name: artifact for name, artifact in found.items() if artifact}
+    return present if len(present) == len(wanted) else None
+
+
+def _calibrate(
+    recipe: Recipe,
+    stream: StreamedModel,
+    windows: ArtifactRef,
+    block: int,
+    layers: dict[str, ArtifactRef],
+    keys: "_Keys",
+    wanted: Mapping[str, str],
+    store: Store,
+) -> dict[str, ArtifactRef]:
     batches = _batches_before(block, recipe, stream, windows, layers, keys, store)
     original = recipe.calibration.propagation == "original"
     rounding = InputRounding.of(recipe.scheme, recipe.calibration)
@@ -58,10 +78,8 @@ def calibrate(
     step = stepper("calibrate: batches of a block", passes * len(batches))
     statistics = calibrate_block(stream, block, batches, rounding, original, step)
     made = {
-        name: store.get_or_make("statistics", keys.statistics(name), _saver(statistics.pop(name)))[
-            0
-        ]
-        for name in names
+        name: store.get_or_make("statistics", key, _saver(statistics.pop(name)))[0]
+        for name, key in wanted.items()
     }
     if original and block + 1 < stream.block_count:
         _store_hidden(batches, block + 1, keys, store)

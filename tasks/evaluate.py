@@ -27,7 +27,7 @@ from dpq_core.perplexity import perplexity_token
 from dpq_core.recipe import EvaluationSection, Recipe
 from dpq_core.scores import PERPLEXITY, Scores, load_scores, save_scores
 from dpq_core.suites.definitions import SuiteError, SuiteSources, check_suites, loaded_suites
-from infra.store import ArtifactRef, Store
+from infra.store import ArtifactRef, Store, StoreError
 from tasks import windows
 from tasks.model import load_tokenizer
 from tasks.progress import progress_of
@@ -187,8 +187,11 @@ def _scored(
 
 
 def _may_pass_next_time(_task: Any, _run: TaskRun, state: State[Any]) -> bool:
-    """Whether a retry can help: not where the input is what is wrong, or time was not enough."""
-    return not isinstance(state.result(raise_on_failure=False), InputError | TimeoutError)
+    """Whether a retry can help: not where the input is what is wrong, or time or space was not
+    enough."""
+    return not isinstance(
+        state.result(raise_on_failure=False), InputError | TimeoutError | StoreError
+    )
 
 
 def _until(timeout: float | None, report: Progress) -> Progress:

@@ -37,6 +37,11 @@ def log_release(
     run.log_metrics({"bytes_per_weight": manifest["bytes_per_weight"]})
     run.log_table(layer_rows(manifest), "layers")
     run.log_figure(layer_error_figure(manifest), "layer_error.png")
+    log_verdict(run, verdict)
+
+
+def log_verdict(run: TrackedRun, verdict: Verdict) -> None:
+    """The verdict, in place of an earlier one."""
     run.log_dict(verdict.as_dict(), "verdict.json")
     run.set_tags({"verdict": verdict.verdict, "reasons": "; ".join(verdict.reasons)})
 

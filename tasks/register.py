@@ -1,6 +1,6 @@
 """Register a release's checkpoint, and move the champion if it was promoted."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from prefect import task
 from prefect.cache_policies import NO_CACHE
@@ -9,17 +9,19 @@ from dpq_core.digests import digest
 from dpq_core.gates import Verdict
 from dpq_core.recipe import Recipe
 from infra.registry import Registry
-from infra.store import ArtifactRef
+from infra.store import ArtifactRef, Store
 from tasks.model import Model
 
 
 @dataclass(frozen=True)
 class Registration:
-    """Where a release ended up in the registry."""
+    """Where a release ended up in the registry. verdict: `withheld` in place of `promoted` where
+    the champion changed while the release ran, or the release was rolled back once."""
 
     name: str
     version: int
     previous_champion: int | None
+    verdict: Verdict
 
 
 @task(name="register", cache_policy=NO_CACHE)
@@ -30,19 +32,26 @@ def register(
     model: Model,
     checkpoint: ArtifactRef,
     verdict: Verdict,
+    champion_before: int | None,
 ) -> Registration:
     """A model version whose source is the checkpoint; a release that is registered already is
-    found again. Promotion moves the alias `champion`; any other verdict leaves it where it is."""
-    registry = Registry(tracking_uri)
+    found again. Promotion moves the alias `champion`, one release at a time, and only where it is
+    still `champion_before` or this release; any other verdict leaves it where it is."""
+    registry, store = Registry(tracking_uri), Store(recipe.execution.store)
     name = recipe.registered_name
     identity = digest([recipe.digest, model.digest, checkpoint.sha256])
     tags = {"release_digest": identity}
-    version = registry.find(name, tags)
-    if version is None:
-        tags |= {"recipe_digest": recipe.digest, "model_digest": model.digest}
-        tags |= {"checkpoint_sha256": checkpoint.sha256}
-        version = registry.register(name, checkpoint.uri, run_id, tags)
-    if verdict.verdict == "promoted":
-        return Registration(name, version, registry.promote(name, version))
-    registry.withhold(name, version, verdict.verdict, verdict.reasons)
-    return Registration(name, version, registry.champion(name))
+    store.remember_registry(tracking_uri)
+    with registry.exclusive(name, store):
+        version = registry.find(name, tags)
+        if version is None:
+            tags |= {"recipe_digest": recipe.digest, "model_digest": model.digest}
+            tags |= {"checkpoint_sha256": checkpoint.sha256}
+            version = registry.register(name, checkpoint.uri, run_id, tags)
+        if verdict.verdict == "promoted":
+            reason = registry.obstacle(name, version, champion_before)
+            if reason is None:
+                return Registration(name, version, registry.promote(name, version), verdict)
+            verdict = replace(verdict, verdict="withheld", reasons=(reason,))
+        registry.withhold(name, version, verdict.verdict, verdict.reasons)
+        return Registration(name, version, registry.champion(name), verdict)

@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 from dpq_core.recipe import parse_recipe
 from flows.cli import app
-from flows.quantize import task_runner
+from flows.runners import task_runner
 from infra.services import services
 
 
@@ -63,6 +63,15 @@ def recipe_file(content, services_home, tmp_path):
     path = tmp_path / "recipe.yaml"
     path.write_text(json.dumps(content))  # JSON is YAML
     return path
+
+
+@pytest.fixture
+def brief(text_file, tmp_path):
+    """Setting of a recipe whose evaluation is over in a moment."""
+    path = tmp_path / "brief.jsonl"
+    text = json.loads(text_file.read_text().splitlines()[0])["text"]
+    path.write_text(json.dumps({"text": text[:1000]}))
+    return f"evaluation.perplexity.dataset.data_files={path}"
 
 
 @pytest.fixture

@@ -1,11 +1,17 @@
 """The registry in a real MLflow store on SQLite: versions, verdicts, and who is champion."""
 
+import os
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from infra.registry import Registry, RegistryError
+from infra.registry import Registry, RegistryError, Rollback
 from infra.tracking import mlflow_client, tracked_run, tracking_store
+
+REPOSITORY = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -23,7 +29,7 @@ def run_id(uri) -> str:
 
 @pytest.fixture
 def name(request) -> str:
-    return request.node.name  # a registered model a test
+    return request.node.name.replace("[", "-").rstrip("]")  # a registered model a test
 
 
 @pytest.fixture
@@ -117,3 +123,124 @@ def test_a_remote_server_is_not_given_a_local_folder(run_id):
 def test_addresses():
     assert Registry.uri("llama", 3) == "models:/llama/3"
     assert Registry.uri("llama") == "models:/llama@champion"
+
+
+CANDIDATE = """
+import sys
+from infra.registry import Registry
+from infra.store import Store
+registry, store = Registry(sys.argv[1]), Store(sys.argv[2])
+for line in sys.stdin:
+    name, run_id, label = line.split()
+    seen = registry.champion(name)
+    print("ready", flush=True)
+    sys.stdin.readline()
+    with registry.exclusive(name, store):
+        version = registry.find(name, {"release": label})
+        if version is None:
+            version = registry.register(name, f"file:///{label}", run_id, {"release": label})
+        reason = registry.obstacle(name, version, seen)
+        if reason is None:
+            registry.promote(name, version)
+    print(version, reason or "promoted", flush=True)
+"""
+
+
+@pytest.fixture(scope="module")
+def candidates(uri, tmp_path_factory):
+    """Two processes that register and promote what they are told."""
+    store = tmp_path_factory.mktemp("store")
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", CANDIDATE, uri, str(store)],
+            env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            bufsize=1,
+        )
+        for _ in range(2)
+    ]
+    yield processes
+    for process in processes:
+        process.communicate(timeout=60)
+
+
+@pytest.mark.parametrize("same_release", [False, True])
+def test_of_two_that_finish_together_one_is_promoted_and_the_other_says_why(
+    uri, registry, name, run_id, candidates, same_release
+):
+    first = registry.register(name, "file:///first", run_id, {})
+    registry.promote(name, first)
+    for candidate, label in zip(candidates, "aa" if same_release else "ab", strict=True):
+        candidate.stdin.write(f"{name} {run_id} {label}\n")
+    for candidate in candidates:
+        assert candidate.stdout.readline() == "ready\n"  # both saw the first as champion
+    for candidate in candidates:
+        candidate.stdin.write("\n")
+    said = [candidate.stdout.readline().strip() for candidate in candidates]
+    champion = registry.champion(name)
+    if same_release:
+        assert said == 2 * [f"{champion} promoted"]
+        assert champion == first + 1  # registered once
+        return
+    (won,) = (each for each in said if each.endswith("promoted"))
+    (withheld,) = (each for each in said if each != won)
+    assert won == f"{champion} promoted"
+    assert f"version {champion} is champion of {name} now, and it was version {first}" in withheld
+    assert tags(uri, name, champion)["previous_champion"] == str(first)
+
+
+def sound(source):
+    """A version's files are as they should be."""
+
+
+def promoted_versions(registry, name, run_id, count):
+    versions = [registry.register(name, f"file:///{i}", run_id, {}) for i in range(count)]
+    for version in versions:
+        registry.promote(name, version)
+    return versions
+
+
+def test_rollback_returns_step_by_step_and_no_further(uri, registry, name, run_id):
+    with pytest.raises(RegistryError, match="no champion to roll back"):
+        registry.roll_back(name, "by nobody", sound)
+    first, second, third = promoted_versions(registry, name, run_id, 3)
+    for bad, good in ((third, second), (second, first)):
+        assert registry.roll_back(name, "by me: slow", sound) == Rollback(name, bad, good)
+        assert registry.champion(name) == good
+        assert re.fullmatch(
+            r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d UTC by me: slow", tags(uri, name, bad)["rolled_back"]
+        )
+    with pytest.raises(RegistryError, match=f"version {first} is champion, and no version before"):
+        registry.roll_back(name, "by me", sound)
+    assert registry.champion(name) == first
+    assert "rolled_back" not in tags(uri, name, first)
+
+
+def test_rollback_passes_over_what_was_rolled_back(registry, name, run_id):
+    first, second = promoted_versions(registry, name, run_id, 2)
+    registry.roll_back(name, "by me", sound)
+    fourth = registry.register(name, "file:///4", run_id, {})
+    registry.promote(name, fourth)
+    assert registry.obstacle(name, second, fourth).startswith(f"version {second} of {name} is this")
+    registry.promote(name, second)  # by hand
+    assert registry.roll_back(name, "by me", sound).champion == fourth
+    assert registry.roll_back(name, "by me", sound).champion == first
+
+
+def test_nothing_changes_where_the_version_before_is_damaged(uri, registry, name, run_id):
+    _, second = promoted_versions(registry, name, run_id, 2)
+
+    def damaged(source):
+        raise RegistryError(f"{source} is damaged")
+
+    with pytest.raises(RegistryError, match="file:///0 is damaged"):
+        registry.roll_back(name, "by me", damaged)
+    assert registry.champion(name) == second
+    assert "rolled_back" not in tags(uri, name, second)
+
+
+def test_references_are_all_that_versions_say(registry, name, run_id):
+    registry.register(name, "file:///only-here", run_id, {"checkpoint_sha256": "d" * 64})
+    assert {"file:///only-here", "d" * 64} <= set(registry.references())

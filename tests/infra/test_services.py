@@ -285,3 +285,34 @@ def test_a_server_that_stays_silent_is_an_error_and_is_stopped(tmp_path, monkeyp
     ):
         pass
     assert not psutil.pid_exists(int(pid.read_text()))
+
+
+FORSAKING = """
+import os, pathlib, sys
+import infra.shared_server as servers
+servers._FORSAKEN = 1.0
+def launch(home, port):
+    return [sys.executable, "-m", "http.server", str(port), "--bind", "127.0.0.1"], dict(os.environ)
+web = servers.ServerKind("web", 0, "/", launch, settle=lambda url: None)
+with servers.shared_server(web, pathlib.Path(sys.argv[1])) as url:
+    print(url, flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_a_server_whose_users_were_all_killed_ends_by_itself(tmp_path):
+    command = [sys.executable, "-c", FORSAKING, str(tmp_path)]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    pipes["env"] = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    with subprocess.Popen(command, **pipes) as first, subprocess.Popen(command, **pipes) as second:
+        url = first.stdout.readline().strip()
+        assert second.stdout.readline().strip() == url
+        server = psutil.Process(server_pid(tmp_path, "web"))
+        first.kill()
+        first.wait()
+        time.sleep(2)
+        assert answers(url)  # for the other
+        second.kill()
+    assert eventually(lambda: not server.is_running() or server.status() == psutil.STATUS_ZOMBIE)
+    assert eventually(lambda: not (tmp_path / "web" / "server.json").exists())
+    assert not answers(url)

@@ -8,8 +8,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
-from infra.store import ArtifactRef, Store, StoreError
+from infra.store import ArtifactRef, Store, StoreError, StoreFullError
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -126,3 +128,90 @@ def test_a_missing_artifact_and_an_unknown_version_are_named(store):
     store.remove(made)  # twice is fine
     with pytest.raises(StoreError, match="missing"):
         store.open(made)
+
+
+MAKING = """
+import sys, time
+from pathlib import Path
+from infra.store import Store
+store, log = Store(sys.argv[1]), Path(sys.argv[2])
+def make(folder):
+    with log.open("a") as file:
+        file.write("made\\n")
+    time.sleep(0.05)
+    (folder / "content.txt").write_text("one")
+with store.in_use():
+    print("ready", flush=True)
+    sys.stdin.readline()
+    references = [store.get_or_make("stage", str(key), make)[0].sha256 for key in range(20)]
+    print(*references, flush=True)
+    sys.stdin.readline()
+"""
+
+
+def process(code, *arguments):
+    return subprocess.Popen(
+        [sys.executable, "-c", code, *map(str, arguments)],
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+
+
+def test_two_processes_share_the_work(store, tmp_path):
+    log = tmp_path / "log"
+    with process(MAKING, store.root, log) as one, process(MAKING, store.root, log) as two:
+        for each in (one, two):
+            assert each.stdout.readline() == "ready\n"
+        for each in (one, two):
+            each.stdin.write("\n")
+            each.stdin.flush()
+        assert one.stdout.readline() == two.stdout.readline() != ""
+        one.stdin.close()
+        two.stdin.close()
+    assert log.read_text() == 20 * "made\n"
+    assert list((store.root / "leases").iterdir()) == []
+
+
+def test_a_full_disk_is_named_and_the_work_goes_on_when_there_is_room(tmp_path):
+    folder = tmp_path / "small disk"
+    folder.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=300k", "tmpfs", folder], capture_output=True, text=True
+    )
+    if mounted.returncode:
+        pytest.skip(f"needs root to mount a small disk: {mounted.stderr.strip()}")
+    try:
+        small = Store(folder)
+        kept, _ = small.get_or_make("stage", "first", write("one"))
+        filler = folder / "filler"
+        filler.write_bytes(bytes(200_000))
+
+        def large(folder):  # as a library does it, which has its own errors
+            save_file({"x": torch.zeros(40_000)}, folder / "x.safetensors")
+
+        with pytest.raises(StoreFullError, match=r"small disk: .* free of 307\.2 kB.*stage/second"):
+            small.get_or_make("stage", "second", large)
+        assert list((folder / "tmp").iterdir()) == list((folder / "leases").iterdir()) == []
+        assert small.problems(kept.folder) == []
+        filler.unlink()
+        made, new = small.get_or_make("stage", "second", large)
+        assert new
+        small.open(made)
+    finally:
+        subprocess.run(["umount", folder], check=True)
+
+
+def test_problems_name_every_file(store):
+    made, _ = store.get_or_make("stage", "key", write("one"))
+    assert store.problems(made.folder) == []
+    inner = made.folder / "inner" / "content.txt"
+    inner.write_text("two")
+    assert store.problems(made.folder) == [f"{inner}: content differs from the manifest"]
+    inner.write_text("on")
+    assert store.problems(made.folder) == [f"{inner}: 2 bytes, 3 in the manifest"]
+    inner.unlink()
+    assert store.problems(made.folder) == [f"{inner}: missing"]
+    (made.folder / ".artifact.json").write_text("{")
+    assert "unreadable" in store.problems(made.folder)[0]

@@ -1,0 +1,48 @@
+"""`dpq rollback`: the champion before, champion again."""
+
+import getpass
+import socket
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+from urllib.parse import unquote, urlparse
+
+import typer
+
+from dpq_core.recipe import ExecutionSection
+from flows.errors import errors, print_json
+from infra.registry import Registry, RegistryError
+from infra.settings import home
+from infra.store import Store, artifact_around
+from infra.tracking import tracking_store
+
+_DEFAULT = Path(ExecutionSection().store)
+
+
+def rollback(
+    name: Annotated[str, typer.Argument(help="registered model", metavar="NAME")],
+    why: Annotated[str, typer.Option("--why", help="kept with the version")] = "no reason given",
+    store: Annotated[
+        Path, typer.Option("--store", help="of the releases, where the registry is a server")
+    ] = _DEFAULT,
+    as_json: Annotated[bool, typer.Option("--json", help="one JSON object on stdout")] = False,
+) -> None:
+    """Make the champion before the present one champion again; repeated, the one before that."""
+    with errors(as_json):
+        opened, registry = Store(store), Registry(tracking_store(home())[0])
+        who = f"by {getpass.getuser()} on {socket.gethostname()}: {why}"
+        with registry.exclusive(name, opened):
+            done = registry.roll_back(name, who, lambda source: _check(source, opened))
+        if as_json:
+            print_json(asdict(done))
+        else:
+            print(f"{name}: version {done.champion} is champion, {done.taken_back} was taken back")
+
+
+def _check(source: str, store: Store) -> None:
+    """Read all files of a version before it becomes champion, where they are on this machine."""
+    if urlparse(source).scheme not in ("file", ""):
+        return
+    folder = artifact_around(Path(unquote(urlparse(source).path)))
+    if wrong := store.problems(folder):
+        raise RegistryError(f"the version to return to is damaged, nothing was changed: {wrong[0]}")

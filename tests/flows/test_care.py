@@ -1,0 +1,108 @@
+"""`dpq store` and `dpq rollback`: what they print, and their exit codes."""
+
+import hashlib
+import json
+import os
+import time
+
+import pytest
+from typer.testing import CliRunner
+
+from flows.cli import app
+from infra.registry import Registry
+from infra.store import Store
+from infra.tracking import tracked_run, tracking_store
+
+DAY = 86400
+
+
+@pytest.fixture
+def filled(tmp_path):
+    """A store with an artifact of each of two stages, 20 days and no day old."""
+    store = Store(tmp_path / "store")
+    for stage, days in (("layers", 20), ("scores", 0)):
+        key = hashlib.sha256(f"{tmp_path}{stage}".encode()).hexdigest()
+        artifact, _ = store.get_or_make(stage, key, lambda f: (f / "x").write_bytes(bytes(1000)))
+        then = time.time() - days * DAY
+        os.utime(artifact.folder / ".used", (then, then))
+    return store
+
+
+@pytest.fixture
+def dpq(services_home):
+    def run(*arguments):
+        result = CliRunner().invoke(app, [*map(str, arguments), "--json"])
+        return result.exit_code, json.loads(result.stdout), result.stderr
+
+    return run
+
+
+def test_ls(dpq, filled):
+    code, said, _ = dpq("store", "ls", "--store", filled.root)
+    assert code == 0
+    assert [(row["stage"], row["artifacts"]) for row in said["stages"]] == [
+        ("layers", 1),
+        ("scores", 1),
+    ]
+    assert all(row["bytes"] > 1000 for row in said["stages"])
+    assert 19.9 < said["stages"][0]["days unused, most"] < 20.1
+    shown = CliRunner().invoke(app, ["store", "ls", "--store", str(filled.root)])
+    assert "layers" in shown.stdout
+    assert " free of " in shown.stdout
+
+
+def test_verify(dpq, filled):
+    assert dpq("store", "verify", "--store", filled.root)[:2] == (0, {"artifacts": 2, "wrong": []})
+    (wrong,) = filled.root.glob("layers/*/x")
+    wrong.write_bytes(bytes(999) + b"\1")
+    code, said, _ = dpq("store", "verify", "--store", filled.root)
+    assert code == 2
+    assert said["wrong"] == [f"{wrong}: content differs from the manifest"]
+
+
+def test_gc(dpq, filled):
+    command = ("store", "gc", "--store", filled.root)
+    code, planned, _ = dpq(*command, "--dry-run")
+    assert code == 0
+    assert planned["dry_run"]
+    assert [row["stage"] for row in planned["stages"]] == ["layers"]
+    assert len(list(filled.folders())) == 2
+    code, done, _ = dpq(*command)
+    assert (code, done["bytes"]) == (0, planned["bytes"])
+    assert [folder.parent.name for folder in filled.folders()] == ["scores"]
+    with filled.in_use():  # a run that has found nothing yet
+        code, done, errors = dpq(*command, "--keep-days", "0")
+    assert [row["stage"] for row in done["stages"]] == ["scores"]
+    assert f"process {os.getpid()} on " in errors
+
+
+@pytest.mark.parametrize("command", [["ls"], ["verify"], ["gc"], ["gc", "--dry-run"]])
+def test_a_store_that_is_none(dpq, tmp_path, command):
+    code, said, errors = dpq("store", *command, "--store", tmp_path / "none")
+    assert code == 1
+    assert "none: no such store; name it with --store" in errors
+    assert said["verdict"] == "error"
+    assert not (tmp_path / "none").exists()
+
+
+def test_rollback(dpq, filled, services_home):
+    uri = tracking_store(services_home)[0]
+    registry, name = Registry(uri), filled.root.parent.name
+    folders = list(filled.folders())
+    with tracked_run(uri, "dpq", "release", {}, None) as run:
+        for folder in folders:
+            version = registry.register(name, folder.as_uri(), run.run_id, {})
+            registry.promote(name, version)
+    (folders[0] / "x").write_bytes(b"damaged")
+    command = ("rollback", name, "--why", "slow", "--store", filled.root)
+    code, _, errors = dpq(*command)
+    assert code == 1
+    assert "the version to return to is damaged, nothing was changed" in errors
+    assert registry.champion(name) == 2
+    (folders[0] / "x").write_bytes(bytes(1000))
+    assert dpq(*command)[:2] == (0, {"name": name, "taken_back": 2, "champion": 1})
+    assert registry.champion(name) == 1
+    code, said, errors = dpq(*command)
+    assert code == 1
+    assert said["verdict"] == "error"
+    assert "no version before it is left to roll back to" in errors

@@ -1,0 +1,169 @@
+"""Ends before the end: signals, kills, a full disk; real processes on real services."""
+
+import json
+import os
+import shutil
+import signal
+import sqlite3
+import subprocess
+import time
+from contextlib import suppress
+from pathlib import Path
+
+import psutil
+import pytest
+from conftest import dpq_process, run_flow
+from prefect.client.orchestration import get_client
+from test_same_bytes import in_store, layer_artifacts
+
+from flows.quantize import quantize
+from infra.owners import PROCESS, Owner
+from infra.tracking import mlflow_client, tracking_store
+
+PROMPT = 30.0  # s, on a machine as busy as it likes: the grace that Kubernetes gives
+
+
+def started(command, recipe_file, store, *settings, layers=3):
+    """`dpq release` or `quantize` that is at its layers."""
+    options = [f"execution.store={store}", *settings]
+    arguments = [part for each in options for part in ("--set", each)]
+    process = dpq_process(command, recipe_file, "--json", *arguments)
+    deadline = time.monotonic() + 300
+    while len(layer_artifacts(store)) < layers:
+        assert process.poll() is None, process.communicate()[1]
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    return process
+
+
+def ended(process, number):
+    """Send a signal: seconds until the end, the JSON object, the line of the error."""
+    began = time.monotonic()
+    process.send_signal(number)
+    output, errors = process.communicate(timeout=60)
+    seconds = time.monotonic() - began
+    (error,) = (line for line in errors.splitlines() if line.startswith("error: "))
+    return seconds, json.loads(output), error
+
+
+def mlflow_runs(uri, pid):
+    client = mlflow_client(uri)
+    experiments = [each.experiment_id for each in client.search_experiments()]
+    runs = client.search_runs(experiments)
+    return [run for run in runs if Owner.parse(run.data.tags[PROCESS]).pid == pid]
+
+
+@pytest.fixture
+def own_home(tmp_path, monkeypatch):
+    """Services that nobody else uses."""
+    monkeypatch.delenv("PREFECT_API_URL", raising=False)
+    monkeypatch.setenv("DPQ_HOME", str(tmp_path / "home"))
+    return tmp_path / "home"
+
+
+def test_sigterm_ends_promptly_with_everything_marked_and_the_server_stopped(
+    recipe, recipe_file, brief, own_home, tmp_path
+):
+    store = tmp_path / "store"
+    process = started("release", recipe_file, store, brief)
+    server = psutil.Process(json.loads((own_home / "prefect" / "server.json").read_text())["pid"])
+    seconds, said, error = ended(process, signal.SIGTERM)
+    assert process.returncode == 143
+    assert seconds < PROMPT
+    assert said["verdict"] == "error"
+    assert error.startswith("error: ended by SIGTERM: ")
+    assert not server.is_running()
+    assert not (own_home / "prefect" / "server.json").exists()
+    (run,) = mlflow_runs(f"sqlite:///{own_home / 'mlflow' / 'mlflow.db'}", process.pid)
+    assert run.info.status == "KILLED"
+    with sqlite3.connect(own_home / "prefect" / "prefect.db") as database:
+        states = database.execute("select state_type from flow_run").fetchall()
+    assert states == [("CRASHED",)]
+
+    before = layer_artifacts(store)
+    run_flow(quantize, in_store(recipe, store))
+    after = layer_artifacts(store)
+    assert len(after) == 35
+    assert {key: after[key] for key in before} == before
+    assert list((store / "tmp").iterdir()) == list((store / "leases").iterdir()) == []
+
+
+def test_ctrl_c_ends_worker_processes_too(recipe_file, tmp_path):
+    store, runner = tmp_path / "store", "execution.runner=processes"
+    process = started("quantize", recipe_file, store, runner)
+    workers = psutil.Process(process.pid).children(recursive=True)
+    assert len(workers) >= 2
+    seconds, _, error = ended(process, signal.SIGINT)
+    assert process.returncode == 130
+    assert seconds < PROMPT
+    assert error.startswith("error: ended by SIGINT: ")
+    assert psutil.wait_procs(workers, timeout=10)[1] == []
+
+
+def test_what_a_killed_process_left_is_marked_by_the_next_run(recipe, recipe_file, brief, tmp_path):
+    store, runner = tmp_path / "store", "execution.runner=processes"
+    process = started("release", recipe_file, store, runner, brief)
+    workers = psutil.Process(process.pid).children(recursive=True)
+    uri = tracking_store(Path(os.environ["DPQ_HOME"]))[0]
+    process.kill()
+    process.communicate()
+    assert psutil.wait_procs(workers, timeout=20)[1] == []  # nobody works on for a dead run
+    (run,) = mlflow_runs(uri, process.pid)
+    assert run.info.status == "RUNNING"
+    assert flow_states(process.pid) == ["RUNNING"]
+
+    run_flow(quantize, recipe)
+    (run,) = mlflow_runs(uri, process.pid)
+    assert run.info.status == "FAILED"
+    assert run.data.tags["died"].startswith(f"process {process.pid} on ")
+    assert flow_states(process.pid) == ["CRASHED"]
+
+
+def flow_states(pid):
+    with get_client(sync_client=True) as client:
+        runs = client.read_flow_runs(limit=200)
+    owners = [(Owner.parse(run.labels.get(PROCESS, "")), run.state_type.value) for run in runs]
+    return [state for owner, state in owners if owner and owner.pid == pid]
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", folder]
+    mounted = subprocess.run(command, capture_output=True, text=True)
+    if mounted.returncode:
+        pytest.skip(f"needs root to mount a small disk: {mounted.stderr.strip()}")
+    yield folder
+    subprocess.run(["umount", "-l", folder], check=True)  # files may still be mapped
+
+
+STAGES = ("model", "windows", "scores", "statistics", "layers", "checkpoints", "integrity")
+
+
+def test_a_disk_that_is_full_in_any_stage_is_an_error_and_the_next_run_goes_on(
+    dpq, small_disk, brief
+):
+    store, filler = small_disk / "store", small_disk / "filler"
+    command = ["release", "--json", "--set", f"execution.store={store}", "--set", brief]
+    whole = dpq(*command)
+    assert whole.exit_code == 0, whole.stderr
+    for stage in STAGES:
+        shutil.rmtree(store / stage)
+        fill(filler, leave=8192)  # a page to say that we are here, and one to begin
+        full = dpq(*command)
+        assert full.exit_code == 1
+        (reason,) = json.loads(full.stdout)["reasons"]
+        assert f"{store}: " in reason
+        assert f"too little for {stage}/" in reason
+        filler.unlink()
+    assert json.loads(dpq(*command).stdout)["metrics"] == json.loads(whole.stdout)["metrics"]
+    assert list((store / "tmp").iterdir()) == list((store / "leases").iterdir()) == []
+
+
+def fill(path, leave):
+    """Write until the disk is full, and give back a few bytes."""
+    with path.open("wb", buffering=0) as file, suppress(OSError):
+        while file.write(bytes(4096)):
+            pass
+    os.truncate(path, path.stat().st_size // 4096 * 4096 - leave)
