@@ -135,6 +135,9 @@ class RepairSection(_Section):
 class RegistrySection(_Section):
     name: str | None = Field(None, description="registered model; by default from the model's id")
     experiment: str = "dpq"
+    destination: str | None = Field(
+        None, pattern="^s3://[^/]+", description="s3://… where promoted releases are copied to"
+    )
 
 
 class ExecutionSection(_Section):

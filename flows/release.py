@@ -24,6 +24,7 @@ from tasks.evaluate import Subject
 from tasks.export import Export
 from tasks.log import log_evaluation, log_metrics, log_release, log_verdict
 from tasks.preflight import preflight
+from tasks.publish import publish_release
 from tasks.register import Registration, register
 
 
@@ -80,13 +81,17 @@ def release(recipe: Recipe) -> Release:
         checkpoint, manifest = last.candidate.checkpoint, last.candidate.manifest
         log_release(run, last.recipe, model, manifest, last.verdict)
         parts = log_evaluation(run, recipe, {"baseline": baseline, "candidate": last.measured})
+        write_cards(run, checkpoint, exports, last.verdict)
+        source = None
+        if recipe.registry.destination and last.verdict.verdict == "promoted":
+            source = publish_release(recipe, checkpoint, exports)
         registration = register(
-            tracking_uri, run.run_id, last.recipe, model, checkpoint, last.verdict, champion
+            tracking_uri, run.run_id, last.recipe, model, checkpoint, last.verdict, champion, source
         )
         verdict = registration.verdict
         if verdict != last.verdict:
             log_verdict(run, verdict)
-        write_cards(run, last.candidate.checkpoint, exports, verdict)
+            write_cards(run, checkpoint, exports, verdict)
         publish(verdict, manifest, checkpoint.folder, registration, run.url)
         publish_parts(parts)
         rounds = list(round_rows(repaired.attempts))

@@ -1,6 +1,7 @@
 """Find the model, check it, and name it by its content."""
 
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,11 +10,12 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer
 
-from dpq_core.checkpoint import check_checkpoint
+from dpq_core.checkpoint import MANIFEST, check_checkpoint
 from dpq_core.digests import code_digest, digest
 from dpq_core.reader import SIDE_FILES, CheckpointError, CheckpointReader
 from dpq_core.recipe import ModelSection, Recipe
 from dpq_core.streaming import StreamedModel, check_tensors
+from infra import remote
 from infra.store import Store
 
 
@@ -81,13 +83,48 @@ def resolve(model: ModelSection) -> tuple[Path, str | None]:
     return folder, folder.name  # <cache>/snapshots/<commit>
 
 
+def fetch(model: ModelSection, store: Store) -> tuple[Path, str | None]:
+    """`resolve`, or a copy of a model on S3 in the store: made once for as long as no object there
+    changes, and continued where an earlier run was interrupted.
+
+    Raises:
+        CheckpointError: as above.
+        RemoteError: the address gives nothing, or not what was put there.
+    """
+    if not remote.is_remote(model.id):
+        return resolve(model)
+    if model.revision is not None:
+        raise CheckpointError(
+            f"model.revision: {model.id} is a bucket, which has no revisions: leave it out"
+        )
+    objects = {
+        name: identity
+        for name, identity in remote.listing(model.id).items()
+        if name.endswith((".safetensors", ".safetensors.index.json"))
+        or name in ("README.md", MANIFEST, *SIDE_FILES)
+        or (model.trust_remote_code and name.endswith(".py"))
+    }
+    if not any(name.endswith(".safetensors") for name in objects):
+        raise CheckpointError(f"model.id: {model.id} has no safetensors")
+    key = digest([model.id, objects])
+
+    def make(folder: Path) -> None:
+        partial = store.root / "downloads" / key
+        remote.download(model.id, objects, partial)
+        shutil.copytree(partial, folder, dirs_exist_ok=True, copy_function=shutil.move)
+        shutil.rmtree(partial)
+
+    artifact, _ = store.get_or_make("sources", key, make)
+    return store.open(artifact), None
+
+
 def inspect(model: ModelSection, store: Store) -> Model:
     """Find a model to quantize: every tensor is checked.
 
     Raises:
         CheckpointError: unreadable, damaged, or not finite, with the file or tensor.
     """
-    folder, revision = resolve(model)
+    folder, revision = fetch(model, store)
 
     def check() -> None:
         check_tensors(folder, model.trust_remote_code)
@@ -103,7 +140,7 @@ def inspect_any(checkpoint: str, store: Store, trust_remote_code: bool = False) 
         CheckpointError: as above.
     """
     section = ModelSection(id=checkpoint, trust_remote_code=trust_remote_code)
-    folder, revision = resolve(section)
+    folder, revision = fetch(section, store)
 
     def check() -> None:
         check_checkpoint(folder, trust_remote_code)

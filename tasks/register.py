@@ -33,10 +33,12 @@ def register(
     checkpoint: ArtifactRef,
     verdict: Verdict,
     champion_before: int | None,
+    source: str | None = None,
 ) -> Registration:
-    """A model version whose source is the checkpoint; a release that is registered already is
-    found again. Promotion moves the alias `champion`, one release at a time, and only where it is
-    still `champion_before` or this release; any other verdict leaves it where it is."""
+    """A model version whose source is the checkpoint, in the store or at `source`; a release that
+    is registered already is found again. Promotion moves the alias `champion`, one release at a
+    time, and only where it is still `champion_before` or this release; any other verdict leaves it
+    where it is."""
     registry, store = Registry(tracking_uri), Store(recipe.execution.store)
     name = recipe.registered_name
     identity = digest([recipe.digest, model.digest, checkpoint.sha256])
@@ -47,7 +49,7 @@ def register(
         if version is None:
             tags |= {"recipe_digest": recipe.digest, "model_digest": model.digest}
             tags |= {"checkpoint_sha256": checkpoint.sha256}
-            version = registry.register(name, checkpoint.uri, run_id, tags)
+            version = registry.register(name, source or checkpoint.uri, run_id, tags)
         if verdict.verdict == "promoted":
             reason = registry.obstacle(name, version, champion_before)
             if reason is None:
