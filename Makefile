@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: release test test-fast lint format ui train bench-memory bench-evaluate bench-bits bench-scale constraints clean
+.PHONY: release test test-fast lint format ui train bench-memory bench-evaluate bench-bits bench-four-bits bench-scale constraints clean
 
 release: $(READY)  ## run the release pipeline; succeeds when it reaches a verdict, and says which
 	@$(BIN)/dpq release $(RECIPE); code=$$?; [ $$code -eq 0 ] || [ $$code -eq 2 ]
@@ -41,6 +41,9 @@ bench-evaluate: $(READY)  ## time of a fake-quantized forward beside the BF16 mo
 
 bench-bits: $(READY)  ## perplexity against bits per weight: by plan, at random, by position
 	$(BIN)/python tests/bench/bits_curve.py $(RECIPE)
+
+bench-four-bits: $(READY)  ## ideas for better four bits, each alone and together
+	$(BIN)/python tests/bench/four_bits.py $(RECIPE)
 
 bench-scale: $(READY)  ## what 8B, 70B and 405B take, and the constants measured here (docs/scale.md)
 	$(BIN)/python tests/bench/scale.py

@@ -186,7 +186,7 @@ class W4A8Linear(nn.Module):
         rows = x.reshape(-1, self.in_features)
         y = x.new_empty(len(rows), self.out_features)
         scales = torch.ones(1, 1, dtype=torch.float32) if scale is None else scale.reshape(-1, 1)
-        bias = torch.empty(0) if self.bias is None else self.bias.detach()
+        bias = x.new_empty(0) if self.bias is None else self.bias.detach()
         threads = _start_threads(torch.get_num_threads())
         numba.set_num_threads(threads)
         _forward_rows(

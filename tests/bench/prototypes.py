@@ -1,0 +1,236 @@
+"""Prototypes that `four_bits.py` measures: no part of the pipeline.
+
+b  refit           group scales of least objective for fixed codes, then gradient rounding again
+c  target_weight   the weight that comes nearest to the 16-bit model's output (GPTAQ, arXiv
+                   2504.02692; Qronos, 2505.11695, solves for it as here)
+   restored        what a layer's inputs tell of the residual stream's loss
+d  scaled          channels scaled by rms(x)^α / rms(w)^β (AWQ, arXiv 2306.00978), chosen by the
+                   objective of the layers that read them
+e  rotated         residual stream (R1) and values (R2) rotated (QuaRot, SpinQuant)
+f  output_range    the activation range of least output error
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+import transforms
+from torch import Tensor
+
+from dpq_core.calibration import InputRounding, _observing
+from dpq_core.column_loop import inverse_factor
+from dpq_core.formats import NumberFormat, fake_quantize
+from dpq_core.gradient_rounding import refine_codes
+from dpq_core.grid import Grid
+from dpq_core.hessian import InputStatistics, static_input_scale
+from dpq_core.inputs import Batch, batches_of
+from dpq_core.quantize import QuantizedLinear, QuantizedWeight, objective, quantize_layer
+from dpq_core.reader import read_config
+from dpq_core.recipe import Recipe
+from dpq_core.streaming import StreamedModel
+
+
+def members_of(stream: StreamedModel, block: int) -> list[list[str]]:
+    """The linears of a block by their names inside it, those that read the same input together."""
+    prefix = f"{stream.block_name(block)}."
+    return [[name.removeprefix(prefix) for name in group] for group in stream.groups(block)]
+
+
+def inputs_of(
+    stream: StreamedModel,
+    block: int,
+    batches: Sequence[Batch],
+    done: dict[str, QuantizedLinear],
+    members: list[str],
+) -> dict[str, Tensor]:
+    """What linears of a block read, [tokens, in] each."""
+    seen: dict[str, list[Tensor]] = {member: [] for member in members}
+    with stream.block(block, done) as module:
+        watched = {member: module.get_submodule(member) for member in members}
+
+        def keep(name: str, x: Tensor) -> None:
+            seen[name].append(x.flatten(0, -2).clone())
+
+        with _observing(watched, keep):
+            for batch in batches:
+                stream.forward(batch)
+    return {name: torch.cat(parts) for name, parts in seen.items()}
+
+
+# (b) scales refitted to fixed codes
+
+
+def refit(weight: Tensor, hessian: Tensor, layer: QuantizedLinear) -> QuantizedLinear:
+    """Group by group the scale of least objective for the codes, then gradient rounding."""
+    assert isinstance(layer.weight, QuantizedWeight)
+    grid = layer.weight.grid
+    codes = layer.weight.codes.T.float().contiguous()
+    grid = refit_scales(codes, weight.T.contiguous(), grid, hessian)
+    columns = torch.arange(len(codes))
+    scheme = layer.scheme
+    refine_codes(
+        codes,
+        weight.T.contiguous(),
+        grid.at(columns),
+        hessian,
+        scheme.block_columns,
+        scheme.max_passes,
+    )
+    return replace(layer, weight=QuantizedWeight(codes.T.to(torch.uint8).contiguous(), grid))
+
+
+def refit_scales(codes: Tensor, weight: Tensor, grid: Grid, hessian: Tensor) -> Grid:
+    """codes, weight [in, out] fp32. Objective never rises."""
+    columns = torch.arange(len(codes))
+    residual = grid.at(columns).decode(codes) - weight
+    gradient = hessian @ residual
+    scales = grid.group_scale.clone()
+    size = grid.group_size
+    for group in range(scales.shape[1]):
+        span = slice(group * size, min((group + 1) * size, len(codes)))
+        inside = hessian[span, span]
+        column = grid.at(columns[span])
+        now = column.decode(codes[span])
+        direction = column.channel_scale * (codes[span] - column.zero_point)
+        # around the target of this group alone: now - step along the direction
+        curvature = (direction * (inside @ direction)).sum(0)
+        slope = (direction * gradient[span]).sum(0)
+        old = scales[:, group].float()
+        base = old - torch.where(curvature > 0, slope / curvature, 0)
+        best_gain = torch.zeros_like(old)
+        best = scales[:, group].clone()
+        best_change = torch.zeros_like(now)
+        for ratio in [1 + step / 128 for step in range(-12, 13)]:
+            for start in (base, old):
+                tried = (start * ratio).to(torch.bfloat16)
+                tried = torch.where(tried > 0, tried, scales[:, group])
+                new = replace(column, group_scale=tried.float().expand_as(now))
+                change = new.decode(codes[span]) - now
+                gain = -(2 * (change * gradient[span]).sum(0) + (change * (inside @ change)).sum(0))
+                better = gain > best_gain
+                best_gain = torch.where(better, gain, best_gain)
+                best = torch.where(better, tried, best)
+                best_change = torch.where(better, change, best_change)
+        scales[:, group] = best
+        gradient += hessian[:, span] @ best_change
+    return replace(grid, group_scale=scales)
+
+
+# (c) what the residual stream lost
+
+
+def target_weight(
+    weight: Tensor,  # [out, in] fp32
+    hessian: Tensor,  # [in, in] fp32, of the inputs x
+    shift: Tensor,  # [in, in] fp32, S = mean 2 (x16 - x) xᵀ
+    damp_frac: float,
+) -> Tensor:  # [out, in] fp32
+    """W' = W + W S (H + λ)⁻¹, the least squares of W x16 on x, held near W by the damping."""
+    factor, _ = inverse_factor(hessian, damp_frac)
+    return weight + (weight @ shift @ factor.T) @ factor
+
+
+def restored(lost: Tensor, x8: Tensor, hessian: Tensor, damp_frac: float) -> Tensor:
+    """R (H + λ)⁻¹, R = mean 2 lost x8ᵀ: what the layer's inputs tell of the stream's loss."""
+    factor, _ = inverse_factor(hessian, damp_frac)
+    return (2 * lost.T @ x8 / len(x8) @ factor.T) @ factor
+
+
+# (d) scaled channels
+
+
+def scaled(
+    tensors: transforms.Tensors, recipe: Recipe, windows: Tensor, sites: tuple[str, ...]
+) -> transforms.Tensors:
+    """Each site's s = rms(x)^α / rms(w)^β, α and β from a grid, by the objective of a layer."""
+    stream = StreamedModel(Path(recipe.model.id))
+    heads = transforms.Heads.of(read_config(Path(recipe.model.id)))
+    scheme, section = recipe.scheme, recipe.calibration
+    search = scheme.model_copy(update={"max_passes": 2, "scale_search": "hessian"})
+    batches = stream.begin(batches_of(windows, section.batch_size))
+    rounding = InputRounding.of(scheme, section)
+    factors: dict[str, Tensor] = {}
+    for block in range(stream.block_count):
+        prefix = stream.block_name(block)
+        groups = [g for g in members_of(stream, block) if g[0].split(".")[-1] in sites]
+        raw = inputs_of(stream, block, batches, {}, [g[0] for g in groups])
+        for group in groups:
+            x = raw[group[0]].float()
+            weights = [tensors[f"{prefix}.{member}.weight"] for member in group]
+            joined = torch.cat(weights)
+            fold = group[0].endswith("o_proj")
+            spread = (lambda v: transforms.spread_values(v, heads)) if fold else (lambda v: v)
+            activity, size = x.square().mean(0), joined.square().mean(0)
+            if fold:
+                activity = unspread(activity, heads)
+                size = unspread(size, heads)
+            activity, size = activity.clamp(min=1e-12).sqrt(), size.clamp(min=1e-12).sqrt()
+            best, least = torch.ones_like(activity), torch.inf
+            for alpha in (0.0, 0.125, 0.25, 0.375, 0.5, 0.75):
+                for beta in (0.0, 0.25, 0.5, 0.75):
+                    factor = activity**alpha / size**beta
+                    factor = factor / factor.log().mean().exp()
+                    columns = spread(factor)
+                    found = InputStatistics.empty(x.shape[1])
+                    scaled_x = (x / columns).to(torch.bfloat16)
+                    found.add_magnitudes(scaled_x)
+                    found.add_hessian(rounding.apply(scaled_x, found) if rounding else scaled_x)
+                    hessian = found.hessian()
+                    total = 0.0
+                    for weight in weights:
+                        goal = weight * columns
+                        layer = quantize_layer(goal, found, search)
+                        total += layer.report.error * objective(goal.T, hessian)
+                    if total < least:
+                        best, least = factor, total
+            factors[f"{prefix}.{group[0]}"] = best
+        with stream.block(block):
+            stream.advance(batches)
+    return transforms.scale_channels(tensors, heads, factors)
+
+
+def unspread(square: Tensor, heads: transforms.Heads) -> Tensor:
+    grouped = square.view(heads.values, heads.queries // heads.values, heads.features)
+    return grouped.mean(1).flatten()
+
+
+# (e) rotations
+
+
+def rotated(
+    tensors: transforms.Tensors, recipe: Recipe, seed: int, stream: bool, values: bool
+) -> transforms.Tensors:
+    config = read_config(Path(recipe.model.id))
+    heads = transforms.Heads.of(config)
+    generator = torch.Generator().manual_seed(seed)
+    if stream:
+        rotation = transforms.random_rotation(int(config["hidden_size"]), generator)
+        tensors = transforms.rotate_stream(tensors, heads, rotation)
+    if values:
+        count = heads.blocks * heads.values
+        each = [transforms.random_rotation(heads.features, generator) for _ in range(count)]
+        rotations = torch.stack(each).unflatten(0, (heads.blocks, heads.values))
+        tensors = transforms.rotate_values(tensors, heads, rotations)
+    return tensors
+
+
+# (f) activation ranges by output error
+
+
+def output_range(
+    x: Tensor, weights: list[Tensor], found: InputStatistics, inner: NumberFormat
+) -> Tensor:
+    """sx of least ‖W (x − x8)‖² over the layers that read x, among shrunk ranges."""
+    top = static_input_scale(found.magnitudes, inner, "amax")
+    joined = torch.cat(weights)
+    metric = joined.T @ joined
+    x = x[:: max(1, len(x) // 8192)].float()
+    best, least = top, torch.inf
+    for step in range(33):
+        scale = top * 2 ** (-step / 8)
+        residual = fake_quantize(x, scale, inner) - x
+        error = float(((residual @ metric) * residual).sum())
+        if error < least:
+            best, least = scale, error
+    return best
