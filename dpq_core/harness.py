@@ -23,6 +23,7 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dpq_core.scores import Scores
+from dpq_core.streaming import building
 from dpq_core.suites.definitions import Suite, SuiteError, quiet
 
 Progress = Callable[[int, int], None]
@@ -47,7 +48,8 @@ def evaluate_suite(
         SuiteError: the tokenizer has no token to begin an empty context with.
     """
     with quiet():
-        harness = _harness(model, tokenizer, batch_size, on_progress)
+        with building:  # the harness ties the model's embeddings anew
+            harness = _harness(model, tokenizer, batch_size, on_progress)
         return _score(harness, suite, limit)
 
 

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+import s3fs
 import torch
 
 REPOSITORY = Path(__file__).parents[1]
@@ -46,5 +47,7 @@ def s3(s3_endpoint, monkeypatch):
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "tests")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "tests")
     monkeypatch.setenv("AWS_REGION", "us-east-1")
+    s3fs.S3FileSystem.clear_instance_cache()  # of a test that had no credentials
     s3_endpoint.faults.clear()
-    return s3_endpoint
+    yield s3_endpoint
+    s3fs.S3FileSystem.clear_instance_cache()

@@ -1,14 +1,17 @@
 import json
 import math
 import os
+import threading
+import time
 from pathlib import Path
 
 import lm_eval
 import pytest
 import torch
+from accelerate import init_empty_weights
 from transformers import AutoTokenizer, ByT5Tokenizer, LlamaConfig, LlamaForCausalLM
 
-from dpq_core import corpus, device, harness
+from dpq_core import corpus, device, harness, streaming
 from dpq_core.suites import definitions, python_docs
 from dpq_core.suites.definitions import SuiteError, SuiteSources, check_suites, loaded_suites
 
@@ -49,7 +52,7 @@ validation_split: null
 NORM = "  - {metric: acc_norm, aggregation: mean, higher_is_better: true}"
 
 
-def tiny(seed=0):
+def tiny(seed=0, **changes):
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=259,
@@ -61,6 +64,7 @@ def tiny(seed=0):
         bos_token_id=None,
         eos_token_id=1,
         pad_token_id=0,
+        **changes,
     )
     return LlamaForCausalLM(config).eval()
 
@@ -133,6 +137,26 @@ def test_two_models_differ_on_the_same_documents_and_nothing_is_cached():
     assert first.values != second.values
     assert first == again
     assert {path for path in site.rglob("*") if "__pycache__" not in path.parts} == before
+
+
+def test_a_model_is_tied_while_another_thread_builds_one():
+    """On a head that became empty, PyTorch multiplies with whatever is in memory."""
+    model = tiny(tie_word_embeddings=True)
+    expected = evaluate_suites(model, BYTES, ["python_docs"], limit=8)
+    inside = threading.Event()
+
+    def build():
+        with streaming.building, init_empty_weights():
+            inside.set()
+            time.sleep(2)
+
+    builder = threading.Thread(target=build)
+    builder.start()
+    inside.wait()
+    found = evaluate_suites(model, BYTES, ["python_docs"], limit=8)
+    builder.join()
+    assert not model.lm_head.weight.is_meta
+    assert found == expected
 
 
 def test_a_broken_model_has_no_accuracy():

@@ -19,7 +19,7 @@ BAD_MOMENTS = [503, "close", 500, "close"]
 @pytest.fixture
 def content(content, s3, quickstart_model, text_file):
     """Model, calibration and evaluation data on S3; a release goes there too."""
-    s3fs.S3FileSystem().mkdir("pipeline", exist_ok=True)
+    s3fs.S3FileSystem().makedirs("pipeline", exist_ok=True)
     names = [path.name for path in quickstart_model.iterdir() if path.is_file()]
     remote.upload(quickstart_model, "s3://pipeline/model", names)
     remote.upload(text_file.parent, "s3://pipeline/data", [text_file.name])
