@@ -33,7 +33,7 @@ train: $(READY)  ## train the quickstart model again
 	MALLOC_MMAP_THRESHOLD_=4000000000 MALLOC_TRIM_THRESHOLD_=16000000000 \
 	$(BIN)/python recipes/quickstart/train.py --output recipes/quickstart/model
 
-bench-memory: $(READY)  ## peak memory of quantizing a 1.1-billion-parameter Llama
+bench-memory: $(READY)  ## memory of quantizing beside its prediction, three sizes
 	$(BIN)/python tests/bench/peak_memory.py
 
 bench-evaluate: $(READY)  ## time of a fake-quantized forward beside the BF16 model's

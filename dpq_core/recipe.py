@@ -141,11 +141,27 @@ class RegistrySection(_Section):
 
 
 class ExecutionSection(_Section):
-    runner: Literal["threads", "processes"] = "threads"
-    workers: int = Field(2, ge=1, description="layers quantized at a time")
+    runner: Literal["threads", "processes", "dask"] = "threads"
+    workers: int = Field(2, ge=1, description="layers quantized at a time; with dask_address, its")
+    dask_address: str | None = Field(
+        None,
+        description="scheduler of a Dask cluster, tcp://host:port, whose workers see the same"
+        " folders; none: `workers` processes on this machine",
+    )
+    resources: dict[str, float] = Field(
+        default_factory=dict,
+        description="what a layer's task takes of a Dask worker that declares it: {GPU: 1}",
+    )
     threads_per_worker: int = Field(1, ge=1, description="of torch, for calibration and layers")
     store: str = Field(".dpq/store", description="folder of content-addressed artifacts")
     device: str = Field("auto", description="auto, cpu, cuda, cuda:0, hpu")
+
+    @model_validator(mode="after")
+    def _dask_alone(self) -> Self:
+        for name in ("dask_address", "resources"):
+            if getattr(self, name) and self.runner != "dask":
+                raise ValueError(f"{name} needs runner: dask, and runner is {self.runner}")
+        return self
 
 
 class Recipe(_Section):

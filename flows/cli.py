@@ -86,6 +86,7 @@ def quantize(recipe: RecipePath, overrides: Overrides = None, as_json: AsJson = 
             "layer_error": sum(layer_errors) / len(layer_errors),
             "layers": len(layer_errors),
             "skipped": manifest["skipped"],
+            "memory": dataclasses.asdict(candidate.memory),
         }
         if as_json:
             print_json(summary)

@@ -1,19 +1,24 @@
 """From checked inputs to a verified checkpoint: calibrate, fan the layers out, assemble, verify."""
 
 import json
+from collections import deque
+from concurrent.futures import BrokenExecutor
 from dataclasses import dataclass
 from typing import Any
 
 from prefect import flow
 from prefect.futures import PrefectFuture
+from prefect.logging import get_run_logger
 
 from dpq_core.checkpoint import MANIFEST
 from dpq_core.device import share_machine
 from dpq_core.recipe import Recipe
 from flows.attended import attended
+from infra.memory import watched
 from infra.store import ArtifactRef
 from tasks.assemble import assemble, verify
 from tasks.calibrate import calibrate
+from tasks.memory import MemoryUse
 from tasks.preflight import Inputs, preflight
 from tasks.progress import stepper
 from tasks.quantize import quantize as quantize_layer
@@ -30,6 +35,11 @@ class Candidate:
     checkpoint: ArtifactRef
     manifest: dict[str, Any]
     integrity: dict[str, str | None]
+    memory: MemoryUse
+
+
+class WorkerLostError(RuntimeError):
+    """A process that was killed from outside while it quantized."""
 
 
 class IntegrityError(RuntimeError):
@@ -54,34 +64,62 @@ def quantize(recipe: Recipe) -> Candidate:
 
 def make_candidate(recipe: Recipe, inputs: Inputs) -> Candidate:
     """The tasks of quantization; to be called inside a flow with `task_runner(…)`."""
-    layers, statistics = _quantize_layers(recipe, inputs)
+    with watched() as peaks:
+        layers, statistics = _quantize_layers(recipe, inputs)
+    memory = MemoryUse.of(recipe, inputs.footprint, peaks)
+    get_run_logger().info(memory.line)
     checkpoint = assemble(recipe, inputs.model, inputs.calibration, layers)
     integrity = verify(recipe, inputs.model, inputs.calibration, layers, checkpoint)
     manifest = json.loads((checkpoint.folder / MANIFEST).read_text("utf-8"))
-    return Candidate(inputs, layers, statistics, checkpoint, manifest, integrity)
+    return Candidate(inputs, layers, statistics, checkpoint, manifest, integrity, memory)
 
 
 def _quantize_layers(
     recipe: Recipe, inputs: Inputs
 ) -> tuple[dict[str, ArtifactRef], dict[str, ArtifactRef]]:
     """All layers' artifacts, and all statistics. A block's layers are submitted as soon as it is
-    calibrated; with `propagation: quantized` the next block waits for them."""
+    calibrated, the larger first; with `propagation: quantized` the next block waits for them."""
     plan, model = inputs.plan, inputs.model
     futures: dict[str, PrefectFuture[ArtifactRef]] = {}
+    waiting: deque[PrefectFuture[ArtifactRef]] = deque()
     statistics: dict[str, ArtifactRef] = {}
     waits = recipe.calibration.propagation == "quantized"
     step_block = stepper("calibrate", plan.blocks)
     for block in range(plan.blocks):
-        upstream = {name: future.result() for name, future in futures.items()} if waits else {}
+        done = [layer for layer in plan.layers if waits and layer.block < block]
+        upstream = {layer.name: _result(layer.name, futures[layer.name]) for layer in done}
         statistics |= calibrate(recipe, model, inputs.calibration, block, upstream)
         step_block()
-        for layer in plan.of_block(block):
+        for layer in sorted(plan.of_block(block), key=lambda layer: -layer.weights):
+            if len(waiting) == _AHEAD:
+                waiting.popleft().wait()
             futures[layer.name] = quantize_layer.submit(
                 recipe, model, layer, statistics[layer.statistics]
             )
+            waiting.append(futures[layer.name])
     step_layer = stepper("quantize", len(futures))
     layers: dict[str, ArtifactRef] = {}
-    for name, future in futures.items():
-        layers[name] = future.result()
+    for layer in plan.layers:
+        layers[layer.name] = _result(layer.name, futures[layer.name])
         step_layer()
     return layers, statistics
+
+
+_AHEAD = 512  # layers submitted and not waited for, beyond which calibration waits for the oldest
+
+
+def _result(name: str, future: PrefectFuture[ArtifactRef]) -> ArtifactRef:
+    """A layer's artifact.
+
+    Raises:
+        WorkerLostError: its worker did not live to make it.
+    """
+    try:
+        return future.result()
+    except Exception as error:
+        if isinstance(error, BrokenExecutor) or type(error).__name__ == "KilledWorker":
+            raise WorkerLostError(
+                f"{name}: the worker that quantized it was killed, for lack of memory perhaps: "
+                "lower execution.workers, and run again: what is finished is kept"
+            ) from error
+        raise

@@ -23,6 +23,7 @@ from infra.tracking import PARENT, TrackedRun, tracked_run, tracking_store
 from tasks.evaluate import Subject
 from tasks.export import Export
 from tasks.log import log_evaluation, log_metrics, log_release, log_verdict
+from tasks.memory import MemoryUse
 from tasks.preflight import preflight
 from tasks.publish import publish_release
 from tasks.register import Registration, register
@@ -39,6 +40,7 @@ class Release:
     manifest: dict[str, Any]
     rounds: list[dict[str, Any]]
     exports: list[Export]
+    memory: MemoryUse
 
     def as_dict(self) -> dict[str, Any]:
         """The object that `dpq release --json` prints."""
@@ -80,6 +82,8 @@ def release(recipe: Recipe) -> Release:
         repaired.attempts[-1] = last
         checkpoint, manifest = last.candidate.checkpoint, last.candidate.manifest
         log_release(run, last.recipe, model, manifest, last.verdict)
+        memory = repaired.attempts[0].candidate.memory  # later rounds quantize little
+        run.log_metrics(memory.as_metrics())
         parts = log_evaluation(run, recipe, {"baseline": baseline, "candidate": last.measured})
         write_cards(run, checkpoint, exports, last.verdict)
         source = None
@@ -102,7 +106,7 @@ def release(recipe: Recipe) -> Release:
             run.log_table(rounds, "rounds")
             _log_rounds(run, repaired.attempts, rounds, tracking_uri, artifact_root)
     folder = str(checkpoint.folder)
-    return Release(verdict, folder, run.run_id, registration, manifest, rounds, exports)
+    return Release(verdict, folder, run.run_id, registration, manifest, rounds, exports, memory)
 
 
 def _log_options(run: TrackedRun, options: Options) -> None:

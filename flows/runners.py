@@ -1,4 +1,5 @@
-"""Where a flow's tasks run: threads or processes of this machine, which end when the flow does.
+"""Where a flow's tasks run: threads or processes of this machine, which end when the flow does, or
+a Dask cluster (`dask_runner`).
 
 Prefect's runners wait for what is in work, an hour perhaps, when the flow is told to stop. Nothing
 is lost by not waiting: an artifact that is not whole does not exist.
@@ -18,6 +19,10 @@ from dpq_core.recipe import ExecutionSection
 
 def task_runner(execution: ExecutionSection) -> TaskRunner[Any]:
     """The runner that a recipe asks for, with no more workers than it says."""
+    if execution.runner == "dask":
+        from flows.dask_runner import LayersOnDask  # a second
+
+        return LayersOnDask.of(execution)
     if execution.runner == "processes":
         return _Processes(
             max_workers=execution.workers,

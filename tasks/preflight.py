@@ -11,21 +11,25 @@ from dpq_core.choices import chosen_scheme
 from dpq_core.device import resolve_device
 from dpq_core.exports import check_exportable, planned_targets
 from dpq_core.exports.format import ExportError
+from dpq_core.footprint import Footprint, footprint
 from dpq_core.linear import stored_bytes
 from dpq_core.plan import Plan, kept_lines, plan_layers
 from dpq_core.recipe import Recipe, RecipeError
 from infra.store import ArtifactRef, Store
 from tasks import windows
 from tasks.evaluate import EvaluationData, prepare
+from tasks.memory import check_room
 from tasks.model import Model, inspect, load_tokenizer, stream_of
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a run starts from, checked: a model, its plan, tokens, and the evaluation's data."""
+    """What a run starts from, checked: a model, its plan and what that takes, tokens, and the
+    evaluation's data."""
 
     model: Model
     plan: Plan
+    footprint: Footprint
     calibration: ArtifactRef
     evaluation: EvaluationData
 
@@ -35,8 +39,8 @@ def preflight(recipe: Recipe) -> Inputs:
     """Check device, model, layers, exports, suites and data sets; tokenise the data sets.
 
     Raises:
-        CheckpointError, DataError, DeviceError, ExportError, MirrorError, SuiteError: one line that
-            says what and where.
+        CheckpointError, DataError, DeviceError, ExportError, MirrorError, RoomError, SuiteError:
+            one line that says what and where.
     """
     resolve_device(recipe.execution.device)
     store = Store(recipe.execution.store)
@@ -48,10 +52,13 @@ def preflight(recipe: Recipe) -> Inputs:
         get_run_logger().warning(line)
     _check_budget(recipe, plan)
     _check_exports(recipe, plan, stream.dtype)
+    needed = footprint(plan, recipe.calibration)
+    check_room(recipe, needed, store)
     tokenizer = load_tokenizer(model.folder, recipe.model.trust_remote_code)
     return Inputs(
         model=model,
         plan=plan,
+        footprint=needed,
         calibration=windows.store_calibration(recipe.calibration, tokenizer, model.folder, store),
         evaluation=prepare(recipe.evaluation, tokenizer, store),
     )
@@ -60,7 +67,8 @@ def preflight(recipe: Recipe) -> Inputs:
 def replanned(inputs: Inputs, recipe: Recipe) -> Inputs:
     """The same model and data with a plan for `recipe`, whose scheme or layers may differ."""
     stream = stream_of(recipe, inputs.model)
-    return replace(inputs, plan=plan_layers(stream, recipe.scheme, recipe.layers))
+    plan = plan_layers(stream, recipe.scheme, recipe.layers)
+    return replace(inputs, plan=plan, footprint=footprint(plan, recipe.calibration))
 
 
 def _check_budget(recipe: Recipe, plan: Plan) -> None:

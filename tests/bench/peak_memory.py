@@ -1,21 +1,21 @@
-"""Peak memory of `dpq quantize` on a 1.1-billion-parameter Llama with random weights.
+"""Memory that quantizing takes, beside preflight's prediction, for Llamas with random weights.
 
-    python tests/bench/peak_memory.py [--folder FOLDER]
+    python tests/bench/peak_memory.py [--models 150m 600m 1.1b] [--runner threads|processes]
+                                      [--blocks N]
 
-The model is made on the spot (hidden 2048, 22 layers, intermediate 5632, 4 key-value heads, BF16),
-quantized in a process of its own, and that process's resident memory is sampled. Reported: the peak
-above the idle process (the same program with everything imported), beside half of the BF16
-checkpoint plus the calibration activations, which it must stay below.
+Models are made on the spot; each is quantized by one worker, in a process of its own. A row a
+model: predicted and used memory of the process and of the worker. `--blocks` cuts the models: a
+block is quantized as if the others were there. For a whole 1.1-billion-parameter model in threads
+the peak above the idle process (everything imported) has to stay below half of the BF16 checkpoint
+plus the calibration activations; the row says so.
 """
 
 import argparse
 import json
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 import psutil
@@ -26,25 +26,31 @@ from transformers import ByT5Tokenizer, LlamaConfig
 from dpq_core.streaming import empty_model
 
 WINDOWS, LENGTH = 16, 512
+MODELS = {  # hidden, intermediate, heads, key-value heads, blocks
+    "150m": (768, 2048, 12, 12, 12),
+    "600m": (1536, 4096, 16, 8, 18),
+    "1.1b": (2048, 5632, 32, 4, 22),
+}
+WITHIN = 0.15  # of the prediction
 _IDLE = "import flows.quantize, flows.release, time; print('ready', flush=True); time.sleep(600)"
 
 
-def make_model(folder: Path) -> int:
+def make_model(folder: Path, name: str, blocks: int | None) -> int:
     """Random weights, a shard a block; returns the checkpoint's bytes."""
     folder.mkdir(parents=True, exist_ok=True)
-    tokenizer = ByT5Tokenizer(extra_ids=0)
+    hidden, intermediate, heads, key_value_heads, layers = MODELS[name]
     LlamaConfig(
         architectures=["LlamaForCausalLM"],
         vocab_size=32000,
-        hidden_size=2048,
-        intermediate_size=5632,
-        num_hidden_layers=22,
-        num_attention_heads=32,
-        num_key_value_heads=4,
+        hidden_size=hidden,
+        intermediate_size=intermediate,
+        num_hidden_layers=blocks or layers,
+        num_attention_heads=heads,
+        num_key_value_heads=key_value_heads,
         max_position_embeddings=2048,
         dtype=torch.bfloat16,
     ).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    ByT5Tokenizer(extra_ids=0).save_pretrained(folder)
     generator = torch.Generator().manual_seed(0)
     shards: dict[str, dict[str, torch.Tensor]] = {}
     for name, parameter in empty_model(folder).named_parameters():
@@ -63,7 +69,7 @@ def make_model(folder: Path) -> int:
     return total
 
 
-def write_recipe(folder: Path) -> Path:
+def write_recipe(folder: Path, runner: str) -> Path:
     recipe = {
         "model": {"id": str(folder / "model")},
         "calibration": {
@@ -73,70 +79,68 @@ def write_recipe(folder: Path) -> Path:
             "batch_size": 1,
         },
         "scheme": {"max_passes": 1},  # for time; a pass needs what the next one needs
-        "execution": {"store": str(folder / "store"), "workers": 1, "device": "cpu"},
+        "execution": {
+            "store": str(folder / "store"),
+            "workers": 1,
+            "device": "cpu",
+            "runner": runner,
+        },
     }
     path = folder / "recipe.yaml"
     path.write_text(json.dumps(recipe))
     return path
 
 
-def idle_bytes() -> tuple[int, int]:
+def idle_bytes() -> int:
     """Resident memory with everything imported and nothing done."""
     process = subprocess.Popen([sys.executable, "-c", _IDLE], stdout=subprocess.PIPE)
     assert process.stdout
     process.stdout.readline()
-    used = resident_bytes(psutil.Process(process.pid))
+    used = int(psutil.Process(process.pid).memory_info().rss)
     process.kill()
     process.wait()
     return used
 
 
-def resident_bytes(process: psutil.Process) -> tuple[int, int]:
-    """Resident memory, and the part of it that is no file's (mapped files can be dropped)."""
-    memory = process.memory_info()
-    return int(memory.rss), int(memory.rss - memory.shared)
-
-
-def peak_bytes(recipe: Path, home: Path) -> tuple[int, int, float]:
-    """Highest resident and private memory of `dpq quantize`, and its seconds."""
-    command = [sys.executable, "-c", "from flows.cli import main; main()", "quantize", str(recipe)]
-    started = time.monotonic()
-    run = subprocess.Popen(command, env={**os.environ, "DPQ_HOME": str(home)})
-    process, peaks = psutil.Process(run.pid), (0, 0)
-    while run.poll() is None:
-        try:
-            now = resident_bytes(process)
-            peaks = max(peaks[0], now[0]), max(peaks[1], now[1])
-        except psutil.NoSuchProcess:
-            break
-        time.sleep(0.02)
-    if run.wait():
-        raise SystemExit(f"dpq quantize failed with {run.returncode}")
-    return *peaks, time.monotonic() - started
+def memory_of(recipe: Path, home: Path) -> dict[str, int]:
+    """What `dpq quantize` says of its memory."""
+    program = "from flows.cli import main; main()"
+    command = [sys.executable, "-c", program, "quantize", str(recipe), "--json"]
+    environment = {**os.environ, "DPQ_HOME": str(home), "OMP_NUM_THREADS": "1"}
+    run = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
+    memory: dict[str, int] = json.loads(run.stdout)["memory"]
+    return memory
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--folder", type=Path, help="kept afterwards; default: a temporary one")
-    folder = parser.parse_args().folder
-    work = folder or Path(tempfile.mkdtemp())
-    try:
-        checkpoint = make_model(work / "model")
-        idle = idle_bytes()
-        resident, private, seconds = peak_bytes(write_recipe(work), work / "home")
-    finally:
-        if not folder:
-            shutil.rmtree(work)
-    activations = WINDOWS * LENGTH * 2048 * 2
-    limit = checkpoint // 2 + activations
-    mib = 1 << 20
-    print(
-        f"checkpoint {checkpoint / mib:.0f} MiB, activations {activations / mib:.0f} MiB, "
-        f"idle {idle[0] / mib:.0f} MiB; peak above idle {(resident - idle[0]) / mib:.0f} MiB "
-        f"({(private - idle[1]) / mib:.0f} MiB of it no mapped file), limit {limit / mib:.0f} MiB; "
-        f"{seconds:.0f} s"
-    )
-    raise SystemExit(resident - idle[0] >= limit)
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
+    parser.add_argument("--runner", choices=["threads", "processes"], default="threads")
+    parser.add_argument("--blocks", type=int)
+    arguments = parser.parse_args()
+    far = False
+    print("| model | process predicted | used | off | worker predicted | used | off |")
+    for name in arguments.models:
+        with tempfile.TemporaryDirectory() as folder:
+            work = Path(folder)
+            checkpoint = make_model(work / "model", name, arguments.blocks)
+            memory = memory_of(write_recipe(work, arguments.runner), work / "home")
+        cells = []
+        for predicted, used in (("predicted", "used"), ("worker_predicted", "worker_used")):
+            if memory[predicted]:
+                off = memory[used] / memory[predicted] - 1
+                far |= abs(off) > WITHIN
+                shown = [f"{memory[key] / 2**20:.0f} MiB" for key in (predicted, used)]
+                cells += [*shown, f"{off:+.1%}"]
+        print(f"| {name} | {' | '.join(cells)} |", flush=True)
+        if name == "1.1b" and arguments.runner == "threads" and not arguments.blocks:
+            above = memory["used"] - idle_bytes()
+            limit = checkpoint // 2 + WINDOWS * LENGTH * MODELS[name][0] * 2
+            print(
+                f"  above idle {above / 2**20:.0f} MiB, limit {limit / 2**20:.0f} MiB", flush=True
+            )
+            far |= above >= limit
+    raise SystemExit(far)
 
 
 if __name__ == "__main__":
