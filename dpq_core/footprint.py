@@ -23,8 +23,8 @@ _FLOAT32, _BFLOAT16, _INT64 = 4, 2, 8
 class Footprint:
     """What quantizing takes above a process that has imported everything.
 
-    layer: of a worker, at its largest layer. block: of the process that calibrates. disk: what stays
-    in the store at least: statistics, layers and the checkpoint's.
+    layer: of a worker, at its largest layer. block: of the process that calibrates. disk: what
+    stays in the store at least: statistics, layers and the checkpoint's.
     """
 
     layer: int
