@@ -116,6 +116,12 @@ class GatesSection(_Section):
         description="judge the worse end of this interval (0.95, say), not the difference itself",
     )
     allow_limited: bool = Field(False, description="judge a run whose documents were limited")
+    approval: Literal["none", "required"] = Field(
+        "none", description="required: a person decides on a release that passed its gates"
+    )
+    approval_timeout: int = Field(
+        86400, ge=1, description="seconds without an answer, after which it is rejected"
+    )
 
 
 class RepairSection(_Section):

@@ -14,6 +14,7 @@ from typing import Annotated, Any, TypeVar
 import typer
 
 from dpq_core.recipe import Recipe, load_recipe
+from flows.automation import approve, deploy, reject, trigger
 from flows.ends import ending_cleanly, exit_codes, leave_threads
 from flows.errors import errors, print_json
 from flows.mirror import app as mirror_app
@@ -24,7 +25,9 @@ from infra.settings import home
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 app.add_typer(mirror_app, name="mirror")
 app.add_typer(store_app, name="store")
-app.command()(rollback)
+app.add_typer(trigger, name="trigger")
+for command in (rollback, deploy, approve, reject):
+    app.command()(command)
 
 RecipePath = Annotated[Path, typer.Argument(help="YAML file", metavar="RECIPE")]
 Overrides = Annotated[list[str] | None, typer.Option("--set", help="key.path=value, repeatable")]

@@ -10,6 +10,7 @@ from prefect.artifacts import create_table_artifact
 from dpq_core.device import share_machine
 from dpq_core.gates import Verdict
 from dpq_core.recipe import Recipe, RecipeError
+from flows.approval import approved
 from flows.attempt import Attempt, attempt
 from flows.attended import attended
 from flows.exporting import with_exports, write_cards
@@ -61,7 +62,8 @@ def release(recipe: Recipe) -> Release:
     """Quantize a model, measure it against the 16-bit original, and promote it within the gates.
 
     What passes them is exported before it is registered: an export that cannot be verified rejects
-    the release. What is rejected is not exported.
+    the release. What is rejected is not exported. With `gates.approval: required` a person has the
+    last word.
 
     Raises:
         The errors of the stages; a rejection is a result and no error.
@@ -81,19 +83,29 @@ def release(recipe: Recipe) -> Release:
         last, exports = with_exports(baseline, repaired.last)
         repaired.attempts[-1] = last
         checkpoint, manifest = last.candidate.checkpoint, last.candidate.manifest
-        log_release(run, last.recipe, model, manifest, last.verdict)
+        judged, approval = approved(last.verdict, recipe.gates)
+        about = {"asked_digest": recipe.digest, **approval}
+        log_release(run, last.recipe, model, manifest, judged)
         memory = repaired.attempts[0].candidate.memory  # later rounds quantize little
         run.log_metrics(memory.as_metrics())
         parts = log_evaluation(run, recipe, {"baseline": baseline, "candidate": last.measured})
-        write_cards(run, checkpoint, exports, last.verdict)
+        write_cards(run, checkpoint, exports, judged)
         source = None
-        if recipe.registry.destination and last.verdict.verdict == "promoted":
+        if recipe.registry.destination and judged.verdict == "promoted":
             source = publish_release(recipe, checkpoint, exports)
         registration = register(
-            tracking_uri, run.run_id, last.recipe, model, checkpoint, last.verdict, champion, source
+            tracking_uri,
+            run.run_id,
+            last.recipe,
+            model,
+            checkpoint,
+            judged,
+            champion,
+            source,
+            about,
         )
         verdict = registration.verdict
-        if verdict != last.verdict:
+        if verdict != judged:
             log_verdict(run, verdict)
             write_cards(run, checkpoint, exports, verdict)
         publish(verdict, manifest, checkpoint.folder, registration, run.url)

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from mlflow.entities import Run
 
 _PAGE = 100
-_UNFINISHED = [StateType.RUNNING, StateType.PENDING]
+_UNFINISHED = [StateType.RUNNING, StateType.PENDING, StateType.PAUSED]
 
 
 def label_flow_run(owner: Owner) -> None:

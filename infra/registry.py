@@ -91,6 +91,22 @@ class Registry:
             (int(v.version) for v in versions if wanted.items() <= v.tags.items()), default=None
         )
 
+    def tags(self, name: str, version: int) -> dict[str, str]:
+        """What a version says of itself.
+
+        Raises:
+            RegistryError: no such version.
+        """
+        from mlflow.exceptions import MlflowException
+
+        try:
+            tags: dict[str, str] = self._client.get_model_version(name, str(version)).tags
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                raise
+            raise RegistryError(f"{name}: version {version} not found") from error
+        return tags
+
     def champion(self, name: str) -> int | None:
         """The version in use; None before the first promotion."""
         from mlflow.exceptions import MlflowException
@@ -118,7 +134,7 @@ class Registry:
         Args:
             seen: the champion when its release began.
         """
-        tags = self._tags(name, version)
+        tags = self.tags(name, version)
         if "rolled_back" in tags:
             return (
                 f"version {version} of {name} is this very release, and was rolled back"
@@ -141,7 +157,7 @@ class Registry:
         Tags go first: a champion without its verdict is never visible. Promoting the champion
         again changes nothing, and returns what it replaced then.
         """
-        tags = self._tags(name, version)
+        tags = self.tags(name, version)
         previous = self.champion(name)
         if previous == version:
             replaced = tags.get("previous_champion")
@@ -153,6 +169,11 @@ class Registry:
         self._set_tag(name, version, "verdict", "promoted")
         self._client.set_registered_model_alias(name, CHAMPION, str(version))
         return previous
+
+    def annotate(self, name: str, version: int, tags: Mapping[str, str]) -> None:
+        """Set tags of a version, replacing those of the same name."""
+        for key, value in tags.items():
+            self._set_tag(name, version, key, value)
 
     def withhold(self, name: str, version: int, verdict: str, reasons: Sequence[str]) -> None:
         """Record that `version` was not promoted (`verdict`: rejected, inspected) and why, a
@@ -194,7 +215,7 @@ class Registry:
     def _before(self, name: str, champion: int) -> int:
         passed, version = {champion}, champion
         while True:
-            before = self._tags(name, version).get("previous_champion")
+            before = self.tags(name, version).get("previous_champion")
             if before is None or int(before) in passed:
                 raise RegistryError(
                     f"{name}: version {champion} is champion, and no version before it is left to"
@@ -203,7 +224,7 @@ class Registry:
             version = int(before)
             passed.add(version)
             try:
-                tags = self._tags(name, version)
+                tags = self.tags(name, version)
             except RegistryError as error:
                 raise RegistryError(
                     f"{name}: version {version}, a former champion, was deleted:"
@@ -229,17 +250,6 @@ class Registry:
             token = page.token
             if not token:
                 return
-
-    def _tags(self, name: str, version: int) -> dict[str, str]:
-        from mlflow.exceptions import MlflowException
-
-        try:
-            tags: dict[str, str] = self._client.get_model_version(name, str(version)).tags
-        except MlflowException as error:
-            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
-                raise
-            raise RegistryError(f"{name}: version {version} not found") from error
-        return tags
 
     def _ensure_model(self, name: str) -> None:
         from mlflow.exceptions import MlflowException

@@ -24,7 +24,7 @@ from prefect.events.worker import EventsWorker
 from prefect.logging.handlers import APILogWorker
 from prefect.settings import get_current_settings, temporary_settings
 
-from infra.shared_server import HOST, ServerKind, shared_server
+from infra.shared_server import HOST, ServerKind, ServiceError, address_of, shared_server
 from infra.tracking import tracking_store
 
 _FLUSH_TIMEOUT = 10.0  # s, for what this process still has to send, and again for the server
@@ -83,6 +83,26 @@ def ui(root: Path = Path(".dpq")) -> Iterator[UiAddresses]:
             return
         with shared_server(_mlflow(running.mlflow_tracking_uri), root) as url:
             yield UiAddresses(running.prefect_ui_url, url)
+
+
+@contextmanager
+def connected(root: Path = Path(".dpq")) -> Iterator[str]:
+    """Prefect's settings for a server that is up, and its address: the configured one, or the one
+    that a `dpq` under this root has started. None is started: it would end with this command.
+
+    Raises:
+        ServiceError: there is none.
+    """
+    url = os.environ.get("PREFECT_API_URL") or get_current_settings().api.url
+    if not url:
+        server = address_of(_PREFECT, root.resolve())
+        if server is None:
+            raise ServiceError(
+                f"no Prefect server: set PREFECT_API_URL, or leave `dpq ui` up (home: {root})"
+            )
+        url = f"{server}/api"
+    with _prefect_settings({"PREFECT_API_URL": url}):
+        yield url
 
 
 @contextmanager

@@ -114,6 +114,12 @@ def shared_server(kind: ServerKind, root: Path) -> Iterator[str]:
                     (home / "server.json").unlink(missing_ok=True)
 
 
+def address_of(kind: ServerKind, root: Path) -> str | None:
+    """Where a server of this kind answers that somebody has started; None: there is none."""
+    server = _load(root / kind.name)
+    return server.url if server and server.healthy(kind.health) else None
+
+
 def stop_when_forsaken(home: Path, pid: int, patience: float) -> None:
     """Wait until a server has ended, or stop it after `patience` seconds without a living user.
 

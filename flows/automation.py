@@ -1,0 +1,136 @@
+"""`dpq deploy`, `dpq trigger release`, `dpq approve`, `dpq reject`: what release automation calls.
+
+All of them talk to the Prefect server that `PREFECT_API_URL` names, or to the one that a `dpq` of
+this folder has left up. Prefect is imported late, as everywhere in the command.
+"""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+from uuid import UUID
+
+import typer
+
+from dpq_core.errors import InputError
+from flows.errors import errors, print_json
+from infra.settings import home
+
+if TYPE_CHECKING:
+    from infra.client import Outcome
+
+trigger = typer.Typer(no_args_is_help=True, help="Start what is deployed, on a worker.")
+
+AsJson = Annotated[bool, typer.Option("--json", help="one JSON object on stdout")]
+Run = Annotated[str, typer.Argument(help="id of a flow run", metavar="RUN")]
+By = Annotated[str, typer.Option("--by", help="who decides; kept with the model version")]
+Reason = Annotated[str, typer.Option("--reason", help="kept with the model version")]
+
+
+class RunIdError(InputError):
+    """No id of a flow run."""
+
+
+def deploy(
+    notify: Annotated[
+        str | None,
+        typer.Option("--notify", help="Apprise address to tell of rejections and failures"),
+    ] = None,
+    prefect_yaml: Annotated[
+        Path | None, typer.Option("--prefect-file", help="instead of the shipped prefect.yaml")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Create work pool, queues, limits, deployments and automations, or bring them up to date."""
+    with errors(as_json):
+        from infra.deployments import PREFECT_YAML
+        from infra.deployments import deploy as create
+        from infra.services import connected
+
+        with connected(home()) as url:
+            made = create(notify, prefect_yaml or PREFECT_YAML)
+        if as_json:
+            print_json({"prefect_api_url": url, "made": made})
+        else:
+            print("\n".join([f"on {url}", *made]))
+
+
+@trigger.callback()
+def _trigger() -> None:
+    """Start what is deployed, on a worker."""
+
+
+@trigger.command("release")
+def trigger_release(
+    recipe: Annotated[str, typer.Option("--recipe", help="a shipped one, or the worker's file")],
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", help="key.path=value, repeatable")
+    ] = None,
+    wait: Annotated[bool, typer.Option("--wait", help="until it ends or needs approval")] = False,
+    timeout: Annotated[
+        float | None, typer.Option("--timeout", min=0, help="seconds to wait at most")
+    ] = None,
+    key: Annotated[
+        str | None,
+        typer.Option("--idempotency-key", help="with the same key again: the same run, no other"),
+    ] = None,
+    queue: Annotated[
+        str | None, typer.Option("--queue", help="of the work pool: cpu, gpu, gaudi")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Start a release. With --wait: 0 promoted, 2 not promoted, 3 waiting for approval, 4 still
+    running at the time limit, 1 error. Without: 0 once it is started."""
+    with errors(as_json):
+        from infra import client
+        from infra.services import connected
+
+        with connected(home()):
+            parameters = {"recipe": recipe, "settings": settings or []}
+            run = client.launch("release/release", parameters, key, queue)
+            outcome = client.wait(run, timeout) if wait else client.outcome(run)
+        _show(outcome, as_json)
+        raise typer.Exit(outcome.exit_code if wait else 0)
+
+
+def approve(run: Run, by: By, reason: Reason, as_json: AsJson = False) -> None:
+    """Let a release that waits for approval become champion."""
+    _answer(run, True, by, reason, as_json)
+
+
+def reject(run: Run, by: By, reason: Reason, as_json: AsJson = False) -> None:
+    """Reject a release that waits for approval."""
+    _answer(run, False, by, reason, as_json)
+
+
+def _answer(run: str, approve: bool, by: str, reason: str, as_json: bool) -> None:
+    with errors(as_json):
+        try:
+            name = UUID(run)
+        except ValueError as error:
+            raise RunIdError(
+                f"{run!r} is no id of a flow run: its page and --json say it"
+            ) from error
+        if not by.strip() or not reason.strip():
+            raise RunIdError("--by and --reason must say something: they are kept with the version")
+        from infra.client import answer
+        from infra.services import connected
+
+        with connected(home()):
+            answer(name, approve, by, reason)
+        said = "approved" if approve else "rejected"
+        if as_json:
+            print_json({"run": run, "answer": said, "by": by, "reason": reason})
+        else:
+            print(f"{run}: {said}")
+
+
+def _show(outcome: "Outcome", as_json: bool) -> None:
+    if as_json:
+        print_json(outcome.as_dict())
+        return
+    print(f"{outcome.verdict}: run {outcome.run}")
+    for reason in outcome.reasons:
+        print(f"  {reason}")
+    for key, value in outcome.made.items():
+        print(f"{key} {value}")
+    if outcome.verdict == "waiting":
+        print(f"answer with dpq approve|reject {outcome.run} --by NAME --reason WHY")

@@ -1,0 +1,108 @@
+"""The flows as they are deployed: their parameters are a form, their ends states with a name.
+
+A run that ended with a verdict is `Completed` under the name `Promoted`, `Rejected`, `Inspected` or
+`Withheld`; the state's message has the reasons, a line each, and the run's labels what it made
+(`infra.client`). Automations go by the same names.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import import_module
+from typing import Any
+
+from prefect import flow
+from prefect.client.schemas.objects import State
+from prefect.context import FlowRunContext
+from prefect.states import Completed
+
+from dpq_core.recipe import ExecutionSection
+from flows.deployed_recipe import Overrides, RecipeName, admitted
+from flows.runners import task_runner
+from infra.client import label
+
+_AS_IT_IS = Overrides()
+_NONE: list[str] = []
+
+
+@flow(name="release")
+def release(
+    recipe: RecipeName = "quickstart", overrides: Overrides = _AS_IT_IS, settings: list[str] = _NONE
+) -> State[None]:
+    """Quantize a model, measure it against the 16-bit original, and promote it within the gates.
+
+    Args:
+        recipe: a shipped one by name, or a file in a folder of DPQ_RECIPE_ROOTS
+        overrides: common fields; what is left empty stays as the recipe says
+        settings: key.path=value of any further field
+    """
+    asked = admitted(recipe, [*overrides.settings(), *settings])
+    with _running_on(asked.execution):
+        done = _function("release")(asked)
+    registration, verdict = done.registration, done.verdict
+    label(
+        {
+            "registered_model": registration.name,
+            "model_version": registration.version,
+            "run_id": done.run_id,
+            "checkpoint": done.checkpoint,
+        }
+    )
+    return Completed(name=verdict.verdict.capitalize(), message="\n".join(verdict.reasons))
+
+
+@flow(name="evaluate")
+def evaluate(
+    checkpoint: str,
+    against: str | None = None,
+    recipe: RecipeName = "quickstart",
+    overrides: Overrides = _AS_IT_IS,
+    settings: list[str] = _NONE,
+) -> State[None]:
+    """Measure any checkpoint by a recipe's evaluation, alone or against another.
+
+    Args:
+        checkpoint: hub id or folder; 16 bits or quantized
+        against: baseline to compare with, document by document
+        recipe: a shipped one by name, or a file in a folder of DPQ_RECIPE_ROOTS
+        overrides: common fields; what is left empty stays as the recipe says
+        settings: key.path=value of any further field
+    """
+    asked = admitted(recipe, [*overrides.settings(), *settings])
+    with _running_on(asked.execution):
+        report = _function("evaluate")(asked, checkpoint, against)
+    label({"run_id": report.run_id, "checkpoint": checkpoint})
+    return Completed(message="\n".join(report.reasons))
+
+
+@flow(name="compare")
+def compare(
+    recipe: RecipeName = "quickstart", overrides: Overrides = _AS_IT_IS, settings: list[str] = _NONE
+) -> State[None]:
+    """The ladder: the same model under several schemes, one row each.
+
+    Args:
+        recipe: a shipped one by name, or a file in a folder of DPQ_RECIPE_ROOTS
+        overrides: common fields; what is left empty stays as the recipe says
+        settings: key.path=value of any further field
+    """
+    asked = admitted(recipe, [*overrides.settings(), *settings])
+    with _running_on(asked.execution):
+        rows = _function("compare")(asked)
+    return Completed(message="\n".join(f"{row.variant}: {row.error}" for row in rows if row.error))
+
+
+def _function(name: str) -> Any:
+    """What a flow does, without a flow run of its own. Imported late: it takes seconds, and nobody
+    who deploys or schedules needs it."""
+    return getattr(import_module(f"flows.{name}"), name).fn
+
+
+@contextmanager
+def _running_on(execution: ExecutionSection) -> Iterator[None]:
+    """Run the present flow's tasks where the recipe says: a deployment's runner is chosen before
+    its recipe is known."""
+    context = FlowRunContext.get()
+    assert context is not None
+    runner = task_runner(execution)
+    with runner, context.model_copy(update={"task_runner": runner}):
+        yield

@@ -1,0 +1,124 @@
+"""What a deployment's form asks for: a recipe, the common fields of it, and settings by hand.
+
+The common fields are a table; types, bounds and help are those of the recipe's own fields. What is
+left empty stays as the recipe says. A deployment runs on a machine that is not its caller's: it
+takes recipes from there only that are shipped or lie in `DPQ_RECIPE_ROOTS`, and a checkpoint's own
+code only where `DPQ_ALLOW_REMOTE_CODE` says so.
+"""
+
+import json
+import os
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, create_model
+
+from dpq_core.recipe import Recipe, RecipeError, load_recipe
+from infra.settings import recipe_roots, remote_code_allowed
+
+SHIPPED = Path(__file__).parents[1] / "recipes"
+_EXACT = ConfigDict(extra="forbid")
+
+COMMON: dict[str, tuple[str, ...]] = {  # section of a recipe → fields
+    "model": ("id", "revision"),
+    "scheme": ("method", "order", "rounding", "group_size", "fp8_max", "activations"),
+    "calibration": ("samples", "sequence_length", "propagation"),
+    "evaluation": ("suites", "limit"),
+    "gates": (
+        "perplexity_increase",
+        "accuracy_drop",
+        "confidence",
+        "approval",
+        "approval_timeout",
+    ),
+    "repair": ("enabled", "max_rounds", "max_bits_per_weight"),
+    "execution": ("runner", "workers", "device"),
+}
+
+
+def _section(name: str, fields: tuple[str, ...]) -> Any:
+    """The fields of a recipe's section, each of which may be left empty."""
+    section: Any = Recipe.model_fields[name].annotation
+    optional: dict[str, Any] = {}
+    for field in fields:
+        info = section.model_fields[field]
+        kind: Any = info.annotation
+        for bound in info.metadata:
+            kind = Annotated[kind, bound]
+        optional[field] = (kind | None, Field(None, description=info.description))
+    return create_model(name.capitalize(), __config__=_EXACT, **optional)
+
+
+_sections: dict[str, Any] = {name: _section(name, fields) for name, fields in COMMON.items()}
+_defaults: dict[str, Any] = {name: (section, section()) for name, section in _sections.items()}
+_Common: Any = create_model("Common", __config__=_EXACT, **_defaults)
+
+
+class Overrides(_Common):
+    """Common fields of a recipe; what is left empty stays as the recipe says."""
+
+    def settings(self) -> list[str]:
+        """The same as `key.path=value`, of what is not empty."""
+        given = self.model_dump(mode="json", exclude_none=True)
+        return [
+            f"{section}.{field}={json.dumps(value)}"
+            for section, fields in given.items()
+            for field, value in fields.items()
+        ]
+
+
+def shipped() -> dict[str, Path]:
+    """The recipes that come with this installation, by name."""
+    return {path.stem: path for path in sorted(SHIPPED.glob("*.yaml"))}
+
+
+class _Offer:
+    """In a form: a list to choose from, and a free field. (Prefect drops what a `Field` says of a
+    parameter, and takes its help from the flow's docstring.)"""
+
+    def __get_pydantic_json_schema__(self, core: Any, handler: Any) -> dict[str, Any]:
+        kind = handler(core)["type"]
+        offered = {"title": "shipped", "type": kind, "enum": list(shipped())}
+        return {"anyOf": [offered, {"title": "file", "type": kind}]}
+
+
+RecipeName = Annotated[str, _Offer()]
+
+
+class Asked(BaseModel):
+    """A recipe with settings: an entry of a watch list."""
+
+    model_config = _EXACT
+
+    recipe: RecipeName = Field(description="shipped, by name, or a file in DPQ_RECIPE_ROOTS")
+    settings: list[str] = Field([], description="key.path=value of any field")
+
+
+def admitted(name: str, settings: list[str]) -> Recipe:
+    """The recipe of a deployment's run.
+
+    Raises:
+        RecipeError: not to be had here, not to be run here, or no recipe.
+    """
+    recipe = load_recipe(_path(name), settings)
+    if recipe.model.trust_remote_code and not remote_code_allowed():
+        raise RecipeError(
+            f"{name}: model.trust_remote_code is set, and this deployment runs no checkpoint's own"
+            " code: leave it out, or set DPQ_ALLOW_REMOTE_CODE=1 where the worker runs"
+        )
+    return recipe
+
+
+def _path(name: str) -> Path:
+    known, roots = shipped(), recipe_roots()
+    if name in known:
+        return known[name]
+    for root in (SHIPPED, *roots):
+        path = (root / name).resolve()  # an absolute name stands for itself
+        if path.is_relative_to(root.resolve()) and path.is_file():
+            return path
+    folders = os.pathsep.join(map(str, roots)) or "empty"
+    raise RecipeError(
+        f"recipe {name!r} is none that this deployment takes: shipped are {', '.join(known)};"
+        f" files count only in DPQ_RECIPE_ROOTS ({folders}), links followed"
+    )
