@@ -31,7 +31,7 @@ CONFIDENCE = 0.95
 
 _RESAMPLES = 10_000
 _AT_ONCE = 500  # resamples of windows: their counts take _AT_ONCE × windows × 8 bytes
-_SEED = 0
+SEED = 0  # of the bootstrap
 _FEWEST = 10  # windows: fewer say nothing of their own spread
 
 
@@ -160,7 +160,7 @@ def _unpaired(before: Scores | Failure, after: Scores | Failure) -> str | None:
 def _with_turned_answers(
     paired: Difference, pairs: Sequence[tuple[Scores, Scores]], confidence: float
 ) -> Difference:
-    rng = np.random.default_rng(_SEED)
+    rng = np.random.default_rng(SEED)
     deltas = np.zeros(_RESAMPLES)
     right = wrong = 0
     for before, after in pairs:
@@ -186,7 +186,7 @@ def _perplexity_interval(
     if count < _FEWEST:
         return None
     columns = np.stack([before.values, after.values, before.weights], axis=1)  # [windows, 3]
-    rng = np.random.default_rng(_SEED)
+    rng = np.random.default_rng(SEED)
     even = np.full(count, 1 / count)
     sums = np.concatenate(
         [

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from dpq_core.inputs import Batch
 from dpq_core.streaming import StreamedModel
 
-_SEED = 0  # of the labels
+SEED = 0  # of the labels
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ def output_moments(
 
 def _of_sampled_labels(stream: StreamedModel, batches: Sequence[Batch]) -> list[Tensor]:
     """Gradients with respect to the last hidden states, of their shapes; a window at a time."""
-    generator = torch.Generator().manual_seed(_SEED)
+    generator = torch.Generator().manual_seed(SEED)
     gradients = [torch.empty_like(batch.hidden) for batch in batches]
     with stream.head() as logits_of:
         for batch, gradient in zip(batches, gradients, strict=True):

@@ -2,8 +2,13 @@
 
 Relative folders and files that exist beside the recipe are taken from there; anything else (a hub
 id, `s3://…`) is left as it is written.
+
+A recipe is shown to everybody: in the dashboard, MLflow, logs, manifests and reports. So an address
+in it carries no credentials, which belong in the environment.
 """
 
+import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -24,7 +29,7 @@ class RecipeError(InputError):
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True)
 
 
 class TextDataset(_Section):
@@ -191,6 +196,14 @@ class Recipe(_Section):
         None, description="rows of `dpq compare`: scheme fields to override, by name"
     )
 
+    @model_validator(mode="before")
+    @classmethod
+    def _no_credentials(cls, content: Any) -> Any:
+        for where, text in _texts(content):
+            if _CREDENTIALS.search(text):
+                raise ValueError(_credentials_in(where))
+        return content
+
     @model_validator(mode="after")
     def _choices_exist(self) -> Self:
         named = {f"layers.{name}": choice for name, choice in self.layers.items()}
@@ -245,11 +258,44 @@ def parse_recipe(content: dict[str, Any], source: str = "recipe") -> Recipe:
         more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
         shown = first["input"]
         value = f" (got {shown!r})" if not isinstance(shown, dict) else ""
-        raise RecipeError(f"{source}: {where}: {first['msg']}{value}{more}") from error
+        said = ": ".join(part for part in (source, where, first["msg"]) if part)
+        raise RecipeError(f"{said}{value}{more}") from error
+
+
+# `//user:password@host`, where a password may hold slashes and a port is none; signed addresses.
+_CREDENTIALS = re.compile(
+    r"://[^/\s]*@"
+    r"|://[^\s@/:]+:(?!\d+(?:/|$))[^\s@]*@"
+    r"|[?&](?:x-amz-(?:signature|security-token)|sig|signature|(?:access_)?token|api_?key)=",
+    re.IGNORECASE,
+)
+
+
+def _credentials_in(where: str) -> str:
+    """What is said of them: not what they are."""
+    return (
+        f"{where}: an address with a password or token in it would be stored with every run: leave"
+        " it out, and give credentials by the environment (AWS_ACCESS_KEY_ID and"
+        " AWS_SECRET_ACCESS_KEY, HF_TOKEN)"
+    )
+
+
+def _texts(node: Any, where: str = "") -> Iterator[tuple[str, str]]:
+    """Every string in a recipe's content, and where it stands."""
+    if isinstance(node, dict):
+        for key, value in node.items():
+            yield from _texts(value, f"{where}.{key}" if where else str(key))
+    elif isinstance(node, list | tuple):
+        for value in node:
+            yield from _texts(value, where)
+    elif isinstance(node, str):
+        yield where, node
 
 
 def _apply(content: dict[str, Any], override: str) -> None:
     key, separator, value = override.partition("=")
+    if _CREDENTIALS.search(override):
+        raise RecipeError(f"override {_credentials_in(key)}")
     if not separator or not key:
         raise RecipeError(f"override {override!r} is not of the form key.path=value")
     *parents, last = key.split(".")

@@ -5,7 +5,6 @@ programs get the numbers themselves (`as_records`). The page stands alone: no sc
 fetched. Jinja escapes it, all but the plot, which matplotlib escapes.
 """
 
-import io
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -14,11 +13,9 @@ from typing import TypeGuard
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
-from matplotlib import rc_context
-from matplotlib.figure import Figure
 
 from dpq_core.pairing import CONFIDENCE
-from tasks.figures import ladder_figure
+from tasks.figures import ladder_figure, svg
 
 _ABSENT = "–"
 # What Markdown, or HTML inside it, would act on; underscores inside a word are safe.
@@ -117,7 +114,7 @@ def html(
     return environment.get_template("ladder.html").render(
         title=title,
         about=about,
-        plot=Markup(_svg(ladder_figure(points, limit))) if len(points) > 1 else None,
+        plot=Markup(svg(ladder_figure(points, limit), "ladder")) if len(points) > 1 else None,
         lowest=_lowest(points[1:]),
         missing=len(rows) - len(points),
         columns=columns(rows),
@@ -149,18 +146,3 @@ def _lowest(points: Sequence[tuple[str, float, float]]) -> list[tuple[str, str, 
     for variant, bits, increase in sorted(points, key=lambda point: (round(point[1], 2), point[2])):
         best.setdefault(f"{bits:.2f}", (variant, increase))
     return [(bits, name, _shown(increase, "+.4f")) for bits, (name, increase) in best.items()]
-
-
-def _svg(figure: Figure) -> str:
-    """The figure as an element: the same bytes each time, text as text, the page's own colours."""
-    settings = {
-        "svg.hashsalt": "ladder",
-        "svg.fonttype": "none",
-        "font.sans-serif": ["DejaVu Sans"],  # matplotlib's own: the same on every machine
-    }
-    nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
-    stream = io.StringIO()
-    with rc_context(settings):
-        figure.savefig(stream, format="svg", metadata=nothing, transparent=True)
-    text = stream.getvalue()
-    return text[text.index("<svg") :]

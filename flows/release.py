@@ -18,6 +18,7 @@ from flows.measure import measure
 from flows.options import Options
 from flows.repair import repair, round_rows
 from flows.report import publish, publish_parts
+from flows.reporting import Outcome, Report, report_or_error
 from infra.registry import Registry
 from infra.settings import home
 from infra.tracking import PARENT, TrackedRun, tracked_run, tracking_store
@@ -41,6 +42,7 @@ class Release:
     manifest: dict[str, Any]
     rounds: list[dict[str, Any]]
     exports: list[Export]
+    report: Report
     memory: MemoryUse
 
     def as_dict(self) -> dict[str, Any]:
@@ -53,6 +55,8 @@ class Release:
             "registered_model": self.registration.name,
             "rounds": self.rounds,
             "exports": [each.as_row() for each in self.exports],
+            "report": self.report.address,
+            "report_error": self.report.error,
         }
 
 
@@ -111,18 +115,22 @@ def release(recipe: Recipe) -> Release:
         publish(verdict, manifest, checkpoint.folder, registration, run.url)
         publish_parts(parts)
         rounds = list(round_rows(repaired.attempts))
-        if repaired.options is not None:
-            _log_options(run, repaired.options)
+        correlation = None if repaired.options is None else _log_options(run, repaired.options)
         if len(rounds) > 1:
             create_table_artifact(rounds, key="rounds", description="Repair: what each bit bought")
             run.log_table(rounds, "rounds")
             _log_rounds(run, repaired.attempts, rounds, tracking_uri, artifact_root)
+        outcome = Outcome(model, last, registration, exports, parts, rounds, correlation)
+        report = report_or_error(run, tracking_uri, outcome)
     folder = str(checkpoint.folder)
-    return Release(verdict, folder, run.run_id, registration, manifest, rounds, exports, memory)
+    return Release(
+        verdict, folder, run.run_id, registration, manifest, rounds, exports, report, memory
+    )
 
 
-def _log_options(run: TrackedRun, options: Options) -> None:
-    """What each choice of each layer costs, and how well the proxy would have ranked them."""
+def _log_options(run: TrackedRun, options: Options) -> float | None:
+    """What each choice of each layer costs, and how well the proxy would have ranked them: that
+    rank correlation."""
     rows, correlation = list(options.rows()), options.proxy_rank_correlation()
     shown = "none" if correlation is None else f"{correlation:.3f}"
     create_table_artifact(
@@ -133,6 +141,7 @@ def _log_options(run: TrackedRun, options: Options) -> None:
     )
     run.log_table(rows, "sensitivity")
     run.log_metrics({"repair.proxy_rank_correlation": correlation})
+    return correlation
 
 
 def _log_rounds(

@@ -67,11 +67,11 @@ def gate_rows(metrics: Mapping[str, Metric]) -> list[dict[str, str]]:
     return [
         {
             "metric": shown_name(name, metric),
-            "baseline": _number(metric.baseline),
-            "candidate": _number(metric.candidate),
-            "delta": _number(metric.delta, sign="+"),
-            "interval": _interval(metric),
-            "right/wrong": _turned(metric),
+            "baseline": number(metric.baseline, ".4f"),
+            "candidate": number(metric.candidate, ".4f"),
+            "delta": number(metric.delta, "+.4f"),
+            "interval": interval(metric),
+            "right/wrong": turned(metric),
             "limit": "–" if metric.limit is None else f"{metric.limit:g}",
             "result": _result(metric),
         }
@@ -101,18 +101,26 @@ def shown_name(name: str, metric: Difference) -> str:
     return name if metric.metric in (name, "") else f"{name} ({metric.metric})"
 
 
-def _number(value: float | None, sign: str = "") -> str:
-    return "missing" if value is None else f"{value:{sign}.4f}"
+def number(value: float | None, spec: str) -> str:
+    """A number as text; what is none, as a word."""
+    if value is None:
+        return "missing"
+    if math.isnan(value):
+        return "not a number"
+    if math.isinf(value):
+        return "infinite" if value > 0 else "minus infinite"
+    return format(value, spec)
 
 
-def _interval(metric: Metric) -> str:
+def interval(metric: Metric, spec: str = ".4f") -> str:
+    """Of the difference, or a dash."""
     if metric.interval is None:
         return "–"
     low, high = metric.interval
-    return f"{low:+.4f} … {high:+.4f}"
+    return f"{number(low, f'+{spec}')} … {number(high, f'+{spec}')}"
 
 
-def _turned(metric: Metric) -> str:
+def turned(metric: Metric) -> str:
     """How many answers turned right and wrong, and how likely that is of equals (McNemar)."""
     if metric.turned_right is None:
         return "–"

@@ -87,8 +87,10 @@ def show_release(release: Release) -> None:
     console.print(
         f"{registration.name} version {registration.version}, {bits:.2f} bits a weight\n"
         f"{release.memory.line}\n"
-        f"checkpoint {release.checkpoint}\nMLflow run {release.run_id}",
+        f"checkpoint {release.checkpoint}\nMLflow run {release.run_id}\n"
+        f"report {release.report.address or f'failed: {release.report.error}'}",
         highlight=False,
+        markup=False,
         soft_wrap=True,
     )
 

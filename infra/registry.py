@@ -86,7 +86,7 @@ class Registry:
     def find(self, name: str, tags: Mapping[str, str]) -> int | None:
         """Newest version that carries all of `tags`, such as a release's digest."""
         wanted = {key: _tag(value) for key, value in tags.items()}
-        versions = self._versions(name)
+        versions = self.versions(name)
         return max(
             (int(v.version) for v in versions if wanted.items() <= v.tags.items()), default=None
         )
@@ -118,6 +118,16 @@ class Registry:
                 return None
             raise
         return int(aliases[CHAMPION]) if CHAMPION in aliases else None
+
+    def versions(self, name: str) -> "Iterator[ModelVersion]":
+        """All versions of a registered model, in no particular order; none where it is unknown."""
+        token: str | None = None
+        while True:
+            page = self._client.search_model_versions(f"name = '{name}'", page_token=token)
+            yield from page
+            token = page.token
+            if not token:
+                return
 
     def exclusive(self, name: str, store: Store) -> AbstractContextManager[None]:
         """Held by whoever decides who is champion; the others wait."""
@@ -208,7 +218,7 @@ class Registry:
     def references(self) -> Iterator[str]:
         """All that any version says: where its files are, and its tags."""
         for name in self._names():
-            for version in self._versions(name):
+            for version in self.versions(name):
                 yield version.source
                 yield from version.tags.values()
 
@@ -238,15 +248,6 @@ class Registry:
         while True:
             page = self._client.search_registered_models(page_token=token)
             yield from (model.name for model in page)
-            token = page.token
-            if not token:
-                return
-
-    def _versions(self, name: str) -> "Iterator[ModelVersion]":
-        token: str | None = None
-        while True:
-            page = self._client.search_model_versions(f"name = '{name}'", page_token=token)
-            yield from page
             token = page.token
             if not token:
                 return

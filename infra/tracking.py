@@ -33,7 +33,16 @@ _PARAM_LENGTH = 6000
 _TAG_LENGTH = 8000
 _KEY_LENGTH = 250
 
+# `//user:password@host`, where a password may hold slashes and a port is none. Of a database a name
+# alone is no secret.
+_PASSWORD = re.compile(r"://[^\s@/:]*:(?!\d+(?:/|$))[^\s@]*@|^https?://[^/\s]*@")
+
 PARENT = "mlflow.parentRunId"  # tag that nests a run
+
+
+class TrackingError(RuntimeError):
+    """A tracking address that is not to be used, with the way out."""
+
 
 _QUIET = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
@@ -64,8 +73,12 @@ def tracking_store(root: Path) -> tuple[str, Path | None]:
 
     The first use migrates for seconds and would race with another process's. The folder is for
     `tracked_run`; None leaves artifacts to the server that `MLFLOW_TRACKING_URI` names.
+
+    Raises:
+        TrackingError: the address has a password in it; addresses are shown and stored.
     """
     if named := os.environ.get("MLFLOW_TRACKING_URI"):
+        _check_no_password(named)
         return named, None
     home = root.resolve() / "mlflow"
     uri, artifact_root = f"sqlite:///{home / 'mlflow.db'}", home / "artifacts"
@@ -138,6 +151,12 @@ class TrackedRun:
         """Where a logged file is: what a browser or MLflow's tools open."""
         return f"{self._client.get_run(self.run_id).info.artifact_uri}/{path}"
 
+    def link(self, path: str) -> str:
+        """Where a browser shows a logged file: the server's page of it, or the file itself."""
+        if self.url.startswith(("http://", "https://")):
+            return f"{self.url}/artifacts/{path}"
+        return self.artifact_uri(path)
+
     def log_text(self, text: str, path: str) -> None:
         """Log text as the artifact `path`."""
         self._client.log_text(self.run_id, text, path)
@@ -188,6 +207,15 @@ def tracked_run(
         client.set_terminated(run_id, "KILLED")
         raise
     client.set_terminated(run_id, "FINISHED")
+
+
+def _check_no_password(uri: str) -> None:
+    if _PASSWORD.search(uri):
+        raise TrackingError(
+            "MLFLOW_TRACKING_URI has a password or token in it, and addresses are shown in pages"
+            " and logs: leave it out, and set MLFLOW_TRACKING_USERNAME and"
+            " MLFLOW_TRACKING_PASSWORD (a server), or ~/.pgpass (PostgreSQL)"
+        )
 
 
 def _experiment_id(client: "MlflowClient", name: str, artifact_root: Path | None) -> str:

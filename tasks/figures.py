@@ -1,14 +1,18 @@
 """Plots, as matplotlib figures: drawn for a page, not for a window."""
 
+import io
+import re
 from collections.abc import Mapping, Sequence
 from itertools import count
 from statistics import median
 from typing import Any
 
+from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 _MOST_LABELS = 60
+_IDS = re.compile(r'(\bid="|href="#|url\(#)')  # in what matplotlib writes
 
 # The ladder's plot; lengths in points of 1/72 inch.
 _METHODS = (  # marker and colour; all show on white and on black
@@ -83,6 +87,22 @@ def ladder_figure(points: Sequence[tuple[str, float, float]], limit: float | Non
     return figure
 
 
+def svg(figure: Figure, name: str) -> str:
+    """A figure as an element of a page: the same bytes each time, text as text, the page's own
+    colours where the page sets them. Its ids begin with `name`, so a page may hold several."""
+    settings = {
+        "svg.hashsalt": name,
+        "svg.fonttype": "none",
+        "font.sans-serif": ["DejaVu Sans"],  # matplotlib's own: the same on every machine
+    }
+    nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+    stream = io.StringIO()
+    with rc_context(settings):
+        figure.savefig(stream, format="svg", metadata=nothing, transparent=True)
+    text = stream.getvalue()
+    return _IDS.sub(rf"\g<1>{name}-", text[text.index("<svg") :])
+
+
 def _method(variant: str) -> str:
     return variant.split("-")[0]
 
@@ -127,7 +147,7 @@ def _draw_column(
     """Markers from `first` on, and to their right a list of labels; where the column ends."""
     heights = axes.transData.transform([(0, increase) for _, increase in column])[:, 1].tolist()
     bottom, top = axes.get_window_extent().intervaly
-    levels = _spread(heights, _LINE, bottom + _LINE / 2, top - _LINE / 2)
+    levels = spread(heights, _LINE, bottom + _LINE / 2, top - _LINE / 2)
     places = [first + step * _STEP for step in _sidesteps(heights)]
     labels = max(places) + 3 * _STEP
     names = [_label(variant) for variant, _ in column]
@@ -158,7 +178,7 @@ def _sidesteps(heights: Sequence[float]) -> list[int]:
     return [step for step, _ in taken]
 
 
-def _spread(wanted: Sequence[float], apart: float, low: float, high: float) -> list[float]:
+def spread(wanted: Sequence[float], apart: float, low: float, high: float) -> list[float]:
     """Positions at least `apart` from each other between `low` and `high`, nearest to those wanted,
     which ascend: isotonic regression by pooling adjacent violators."""
     pools: list[tuple[float, int]] = []  # sum and count

@@ -31,7 +31,7 @@ from dpq_core.errors import InputError
 from dpq_core.suites import python_docs
 
 _SHIPPED = Path(python_docs.__file__).parent
-_SEED = 1234  # of the choice of few-shot examples: the harness's own default
+SEED = 1234  # of the choice of few-shot examples: the harness's own default
 # Which of the harness's metrics is ours, in order of preference, by the kind of suite.
 _NORMED_FIRST = {"acc_norm": "acc_norm", "acc": "acc"}
 _PLAIN_FIRST = {"acc": "acc", "acc_norm": "acc_norm"}
@@ -232,7 +232,7 @@ def _set_fewshot(name: str, tasks: Mapping[str, Any], num_fewshot: int) -> None:
         if num_fewshot and task.get_config("num_fewshot") == 0:
             raise SuiteError(f"suite {name!r} is zero-shot by definition: num_fewshot must be 0")
         task.set_config(key="num_fewshot", value=num_fewshot)
-        task.set_fewshot_seed(seed=_SEED)
+        task.set_fewshot_seed(seed=SEED)
         if num_fewshot and len(task.fewshot_docs()) < num_fewshot:
             raise SuiteError(
                 f"suite {name!r}: num_fewshot is {num_fewshot}, and its data hold"

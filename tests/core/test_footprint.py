@@ -21,9 +21,7 @@ def calibration(**changes):
 
 
 def test_each_part_grows_with_what_it_is_made_of(plan):
-    few, many = (
-        footprint(plan, calibration(samples=samples, batch_size=4)) for samples in (8, 16)
-    )
+    few, many = (footprint(plan, calibration(samples=samples, batch_size=4)) for samples in (8, 16))
     hidden = 8 * calibration().sequence_length * plan.layers[0].features * 2
     assert many.block - few.block == hidden
     assert many.disk == few.disk

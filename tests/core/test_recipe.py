@@ -1,7 +1,8 @@
 import pytest
 import yaml
+from pydantic import ValidationError
 
-from dpq_core.recipe import RecipeError, load_recipe, parse_recipe
+from dpq_core.recipe import Recipe, RecipeError, load_recipe, parse_recipe
 
 CONTENT = {
     "model": {"id": "org/model"},
@@ -127,6 +128,61 @@ def test_last_override_wins(recipe_file):
 )
 def test_bad_override_is_quoted(recipe_file, override):
     assert repr(override) in message_of(recipe_file, [override])
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        "s3://AKIAEXAMPLE:plan/ted@models/llama",
+        "s3://planted@models/llama",
+        "https://someone:planted@mirror.example/lm-eval",
+        "https://mirror.example:8443/a?X-Amz-Signature=planted",
+        "https://mirror.example/a?sv=1&sig=planted",
+        "https://mirror.example/a?access_token=planted",
+    ],
+)
+@pytest.mark.parametrize(
+    ("field", "where"),
+    [
+        ("model.id", "model.id"),
+        ("evaluation.data_mirror", "evaluation.data_mirror"),
+        ("evaluation.data_miror", "evaluation.data_miror"),  # no field of ours
+        ("calibration.dataset.data_files", "calibration.dataset.data_files"),
+        ("variants.rtn.method", "variants.rtn.method"),
+    ],
+)
+def test_an_address_with_credentials_is_refused_and_not_repeated(
+    recipe_file, address, field, where
+):
+    content = yaml.safe_load(recipe_file.read_text())
+    node = content
+    *parents, last = field.split(".")
+    for parent in parents:
+        node = node.setdefault(parent, {})
+    node[last] = [address] if last == "data_files" else address
+    other = recipe_file.with_name("other.yaml")
+    other.write_text(yaml.safe_dump(content))
+    for arguments in ([other], [recipe_file, [f"{field}={address}"]]):
+        message = message_of(*arguments)
+        assert f"{where}: an address with a password or token in it" in message
+        assert "AWS_SECRET_ACCESS_KEY" in message
+        assert "plan" not in message
+    with pytest.raises(ValidationError) as caught:
+        Recipe.model_validate(content)  # as Prefect does
+    assert "plan" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        "s3://models/llama@v2",
+        "https://mirror.example:8443/lm-eval@2",
+        "s3://a/b?versionId=3",
+        "someone@example.com",
+    ],
+)
+def test_an_address_without_credentials_is_taken(recipe_file, address):
+    assert load_recipe(recipe_file, [f"model.id={address}"]).model.id == address
 
 
 def test_paths_beside_the_recipe(recipe_file, monkeypatch, tmp_path):

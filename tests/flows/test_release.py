@@ -13,8 +13,9 @@ from flows.release import release
 from infra.registry import Registry
 from infra.tracking import mlflow_client, tracking_store
 
-# preflight, 2 perplexities, 5 blocks, 35 layers, assemble, verify, gate, log twice, register, cards
-TASK_RUNS = 1 + 2 + 5 + 35 + 7
+# preflight, 2 perplexities, 5 blocks, 35 layers, assemble, verify, gate, log twice, register,
+# cards, report
+TASK_RUNS = 1 + 2 + 5 + 35 + 8
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ from urllib.parse import unquote, urlparse
 
 import pytest
 
-from infra.tracking import mlflow_client, tracked_run, tracking_store
+from infra.tracking import TrackingError, mlflow_client, tracked_run, tracking_store
 
 
 @pytest.fixture(scope="module")
@@ -139,6 +139,37 @@ def test_a_named_tracking_server_wins_over_the_local_store(tmp_path, monkeypatch
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://tracking:5000")
     assert tracking_store(tmp_path) == ("http://tracking:5000", None)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "uri",
+    [
+        "https://someone:planted@tracking.example/",
+        "https://someone:pla/nted@tracking.example:5000",  # no URL, but somebody's mistake
+        "https://planted@tracking.example:5000",
+        "postgresql://dpq:planted@tracking.example/mlflow",
+    ],
+)
+def test_a_tracking_address_with_a_password_is_refused_and_not_repeated(tmp_path, monkeypatch, uri):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    with pytest.raises(TrackingError, match="MLFLOW_TRACKING_PASSWORD") as found:
+        tracking_store(tmp_path)
+    assert "nted" not in str(found.value)
+
+
+@pytest.mark.parametrize(
+    "uri", ["postgresql://dpq@host/mlflow", "http://host:5000", "sqlite:////srv/a@b/mlflow.db"]
+)
+def test_a_tracking_address_without_a_password_is_taken(tmp_path, monkeypatch, uri):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    assert tracking_store(tmp_path) == (uri, None)
+
+
+def test_a_logged_file_has_an_address_for_a_browser(store, run):
+    run.log_text("<p>", "a page.html")
+    assert Path(unquote(urlparse(run.link("a page.html")).path)).read_text() == "<p>"
+    run.url = "https://tracking.example/#/experiments/1/runs/2"
+    assert run.link("page.html") == f"{run.url}/artifacts/page.html"
 
 
 def test_mlflow_says_nothing(store, capfd):

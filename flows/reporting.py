@@ -1,0 +1,107 @@
+"""Make a release's report, keep it in MLflow, and link it from the Prefect run page."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from prefect import task
+from prefect.artifacts import create_link_artifact
+from prefect.cache_policies import NO_CACHE
+from prefect.logging import get_run_logger
+
+from dpq_core.reader import CheckpointReader
+from flows.attempt import Attempt
+from flows.page import ReportData, page
+from infra.history import newest_versions
+from infra.tracking import TrackedRun
+from tasks.environment import hardware, seeds, versions
+from tasks.export import Export
+from tasks.model import Model
+from tasks.register import Registration
+
+FILE = "report.html"
+_MOST = 30  # versions
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a report tells besides the last attempt's numbers."""
+
+    model: Model
+    attempt: Attempt
+    registration: Registration
+    exports: Sequence[Export]
+    parts: Mapping[str, Sequence[Mapping[str, Any]]]
+    rounds: Sequence[Mapping[str, Any]]
+    proxy_correlation: float | None
+
+
+@dataclass(frozen=True)
+class Report:
+    """Where a report is; `error`: why there is none."""
+
+    address: str | None
+    error: str | None = None
+
+
+def report_or_error(run: TrackedRun, tracking_uri: str, outcome: Outcome) -> Report:
+    """The report, or why there is none.
+
+    By now the release is judged and registered: an error here changes neither, and shows as a
+    failed task, in the log, as the run's tag `report`, on the terminal and in `--json`. It is no
+    reason of the verdict, which is about the model.
+    """
+    try:
+        return Report(make_report(run, tracking_uri, outcome))
+    except Exception as error:
+        said = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        get_run_logger().exception("no report: the verdict stands")
+        run.set_tags({"report": f"failed: {said}"})
+        return Report(None, said)
+
+
+@task(name="report", cache_policy=NO_CACHE)
+def make_report(run: TrackedRun, tracking_uri: str, outcome: Outcome) -> str:
+    """Write `report.html` to the run; returns the address at which a browser shows it."""
+    run.log_text(page(_gathered(run, tracking_uri, outcome)), FILE)
+    address = run.link(FILE)
+    run.set_tags({"report": address})
+    create_link_artifact(address, "Release report", key="report", description="The release report")
+    return address
+
+
+def _gathered(run: TrackedRun, tracking_uri: str, outcome: Outcome) -> ReportData:
+    attempt, registration = outcome.attempt, outcome.registration
+    recipe, candidate = attempt.recipe, attempt.candidate
+    return ReportData(
+        made=datetime.now(UTC),
+        recipe=recipe,
+        name=registration.name,
+        version=registration.version,
+        verdict=registration.verdict,
+        previous_champion=registration.previous_champion,
+        manifest=candidate.manifest,
+        checkpoint=str(candidate.checkpoint.folder),
+        checkpoint_sha256=candidate.checkpoint.sha256,
+        run=run.url,
+        sizes=(_weight_bytes(outcome.model.folder), _weight_bytes(candidate.checkpoint.folder)),
+        checks=candidate.integrity,
+        past=newest_versions(tracking_uri, registration.name, _MOST),
+        exports=[each.as_row() for each in outcome.exports],
+        rounds=outcome.rounds,
+        proxy_correlation=outcome.proxy_correlation,
+        parts=outcome.parts,
+        environment={
+            "Random seeds": seeds(recipe),
+            "Versions": versions(),
+            "Hardware": hardware(recipe.execution.device),
+        },
+    )
+
+
+def _weight_bytes(folder: Path) -> int:
+    """Of a checkpoint's safetensors."""
+    files = CheckpointReader(folder).files
+    return sum(path.stat().st_size for path in files if path.suffix == ".safetensors")
