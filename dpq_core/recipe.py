@@ -10,7 +10,7 @@ in it carries no credentials, which belong in the environment.
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -22,6 +22,8 @@ from dpq_core.scheme import Scheme
 
 # Rows of `dpq_core.exports.EXPORTS`, which is slow to import.
 ExportName = Literal["compressed-tensors", "gptq", "inc", "fp8_to_int"]
+
+_Kind = TypeVar("_Kind", bound=BaseModel)
 
 
 class RecipeError(InputError):
@@ -232,6 +234,15 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
     Raises:
         RecipeError: missing file, bad YAML, unknown field, or a value outside its limits.
     """
+    return parse_recipe(read_recipe(path, overrides), str(path))
+
+
+def read_recipe(path: str | Path, overrides: list[str] | None = None) -> dict[str, Any]:
+    """A recipe's content with its overrides, not yet validated.
+
+    Raises:
+        RecipeError: missing file, bad YAML, or an override that is none.
+    """
     path = Path(path)
     if not path.is_file():
         raise RecipeError(f"{path}: no such recipe")
@@ -242,16 +253,25 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
     if not isinstance(content, dict):
         found = type(content).__name__
         raise RecipeError(f"{path}: a recipe is a mapping of sections, not {found}")
-    content = _resolve_paths(content, path.parent)
+    resolved: dict[str, Any] = _resolve_paths(content, path.parent)
     for override in overrides or []:
-        _apply(content, override)
-    return parse_recipe(content, str(path))
+        _apply(resolved, override)
+    return resolved
 
 
 def parse_recipe(content: dict[str, Any], source: str = "recipe") -> Recipe:
     """Validate a recipe's content; `source` names it in errors."""
+    return validated(Recipe, content, source)
+
+
+def validated(kind: type[_Kind], content: dict[str, Any], source: str) -> _Kind:
+    """Content as a recipe of some kind.
+
+    Raises:
+        RecipeError: the first field that is wrong, and why.
+    """
     try:
-        return Recipe.model_validate(content)
+        return kind.model_validate(content)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
@@ -311,7 +331,7 @@ def _apply(content: dict[str, Any], override: str) -> None:
     section[last] = _resolve_paths({last: parsed}, Path.cwd())[last]
 
 
-_PATH_FIELDS = {"id", "data_files", "suites_path", "data_mirror"}
+_PATH_FIELDS = {"id", "data_files", "data_dir", "folder", "suites_path", "data_mirror"}
 
 
 def _resolve_paths(node: Any, folder: Path, field: str = "") -> Any:

@@ -15,6 +15,7 @@ import typer
 
 from dpq_core.recipe import Recipe, load_recipe
 from flows.automation import approve, deploy, reject, trigger
+from flows.convnet_cli import app as convnet_app
 from flows.ends import ending_cleanly, exit_codes, leave_threads
 from flows.errors import errors, print_json
 from flows.mirror import app as mirror_app
@@ -23,6 +24,7 @@ from flows.store import app as store_app
 from infra.settings import home
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
+app.add_typer(convnet_app, name="convnet")
 app.add_typer(mirror_app, name="mirror")
 app.add_typer(store_app, name="store")
 app.add_typer(trigger, name="trigger")

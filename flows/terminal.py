@@ -4,6 +4,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.progress import (
@@ -24,6 +25,9 @@ from flows.release import Release
 from flows.report import gate_rows, model_notes, notes, score_rows
 from infra.leases import telling_of_waits
 from tasks.progress import reporting_to
+
+if TYPE_CHECKING:
+    from flows.convnet import ConvRelease
 
 _COLOURS = {"promoted": "green", "rejected": "red", "inspected": "yellow", "withheld": "yellow"}
 _UNLIMITED = 200  # characters a line, where stdout is a file
@@ -124,6 +128,33 @@ def show_ladder(rows: Sequence[Row]) -> None:
             console.print(f"{row.variant}: {row.error}", highlight=False, soft_wrap=True)
 
 
+def show_convnet(release: "ConvRelease") -> None:
+    """Verdict, gate table, latency, and where the classifier is."""
+    console = _console()
+    _show_metrics(console, release.verdict.metrics)
+    if release.latency:
+        _show(console, release.latency)
+    else:
+        console.print("no integer kernels for this scheme: simulated", highlight=False)
+    verdict = release.verdict.verdict
+    console.print(f"[bold {_COLOURS[verdict]}]{verdict}[/] ({release.method})", highlight=False)
+    for reason in release.verdict.reasons:
+        console.print(f"  {reason}", highlight=False, markup=False)
+    console.print(
+        f"{release.registration.name} version {release.registration.version}\n"
+        f"classifier {release.classifier}\nMLflow run {release.run_id}",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+def show_tables(*tables: Sequence[Mapping[str, object]]) -> None:
+    """Rows as they are, a table each."""
+    console = _console()
+    for rows in tables:
+        _show(console, rows)
+
+
 def _console() -> Console:
     """Tables in full where nobody's window limits them."""
     return Console() if sys.stdout.isatty() else Console(width=_UNLIMITED)
@@ -148,4 +179,6 @@ def _show(console: Console, rows: Sequence[Mapping[str, object]]) -> None:
 def _text(value: object) -> str:
     if value is None:
         return "–"
+    if isinstance(value, list):  # an interval
+        return " … ".join(f"{end:+.2f}" for end in value)
     return f"{value:.4f}" if isinstance(value, float) else str(value)

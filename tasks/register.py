@@ -1,7 +1,7 @@
 """Register a release's checkpoint, and move the champion if it was promoted."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from prefect import task
 from prefect.cache_policies import NO_CACHE
@@ -44,19 +44,45 @@ def register(
     is registered already is found again. Promotion moves the alias `champion`, one release at a
     time, and only where it is still `champion_before` or this release; any other verdict leaves it
     where it is. about: further tags of the version."""
-    registry, store = Registry(tracking_uri), Store(recipe.execution.store)
-    name = recipe.registered_name
     identity = digest([recipe.digest, model.digest, checkpoint.sha256])
-    tags = {"release_digest": identity}
-    store.remember_registry(tracking_uri)
+    tags = {"recipe_digest": recipe.digest, "model_digest": model.digest}
+    tags |= {"checkpoint_sha256": checkpoint.sha256}
+    store = Store(recipe.execution.store)
+    address = source or checkpoint.uri
+    entry = Entry(recipe.registered_name, identity, address, run_id, tags, about or {})
+    return enter(Registry(tracking_uri), store, entry, verdict, champion_before)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What the registry is told of a release. identity: its digest. source: where its files are.
+    tags: of a new version. about: further tags, of one that is there already too."""
+
+    name: str
+    identity: str
+    source: str
+    run_id: str
+    tags: Mapping[str, str]
+    about: Mapping[str, str] = field(default_factory=dict)
+
+
+def enter(
+    registry: Registry,
+    store: Store,
+    entry: Entry,
+    verdict: Verdict,
+    champion_before: int | None,
+) -> Registration:
+    """A release of any pipeline into the registry, as `register` says."""
+    name = entry.name
+    tags = {"release_digest": entry.identity}
+    store.remember_registry(registry.tracking_uri)
     # The limit, where `dpq deploy` made it, holds for all that use one Prefect server.
     with concurrency(PROMOTION), registry.exclusive(name, store):
         version = registry.find(name, tags)
         if version is None:
-            tags |= {"recipe_digest": recipe.digest, "model_digest": model.digest}
-            tags |= {"checkpoint_sha256": checkpoint.sha256}
-            version = registry.register(name, source or checkpoint.uri, run_id, tags)
-        registry.annotate(name, version, about or {})
+            version = registry.register(name, entry.source, entry.run_id, {**tags, **entry.tags})
+        registry.annotate(name, version, entry.about)
         if verdict.verdict == "promoted":
             reason = registry.obstacle(name, version, champion_before)
             if reason is None:

@@ -1,0 +1,220 @@
+"""Labelled images: of scikit-learn, of idx files (MNIST's format), of anything `datasets` loads.
+
+All are `uint8 [n, channels, height, width]` and `int64 [n]`; a network reads x / 127.5 − 1.
+
+idx (http://yann.lecun.com/exdb/mnist): two zero bytes, the type (8: unsigned byte), the number of
+dimensions, each dimension as a big-endian int32, then the values, the last dimension fastest.
+"""
+
+import gzip
+import hashlib
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from dpq_core.convnet.recipe import ImagesSection
+from dpq_core.digests import file_digest
+from dpq_core.errors import InputError
+
+_DIGITS_HELD_OUT = 360  # of 1797: the last fifth, other writers than the first
+_UNSIGNED_BYTE = 8
+
+
+class ImagesError(InputError):
+    """Images that cannot be read, with the file or column."""
+
+
+@dataclass(frozen=True)
+class Images:
+    """Pictures and their classes."""
+
+    pixels: Tensor  # [n, channels, height, width] uint8
+    labels: Tensor  # [n] int64
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def first(self, count: int | None) -> "Images":
+        return Images(self.pixels[:count], self.labels[:count])
+
+    def names(self) -> list[str]:
+        """SHA-256 of each picture and its class."""
+        return [
+            hashlib.sha256(picture.tobytes() + bytes([int(label) % 256])).hexdigest()
+            for picture, label in zip(self.pixels.numpy(), self.labels, strict=True)
+        ]
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """To train and calibrate on, and held out."""
+
+    train: Images
+    test: Images
+
+    @property
+    def classes(self) -> int:
+        return int(torch.cat([self.train.labels, self.test.labels]).max()) + 1
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Channels, height, width."""
+        channels, height, width = self.train.pixels.shape[1:]
+        return channels, height, width
+
+
+def as_input(pixels: Tensor) -> Tensor:
+    """What a network reads: uint8 → fp32 in −1…1, same shape."""
+    return pixels.float() / 127.5 - 1
+
+
+def sources(section: ImagesSection) -> dict[str, str]:
+    """SHA-256 of every file that `load_images` will read, where it reads files.
+
+    Raises:
+        ImagesError: a file is missing.
+    """
+    if section.source != "idx":
+        return {}
+    folder = Path(section.folder or "")
+    return {
+        f"{split} {kind}": file_digest(_idx_file(folder, split, kind))
+        for split in ("train", "t10k")
+        for kind in ("images-idx3", "labels-idx1")
+    }
+
+
+def load_images(section: ImagesSection) -> ImageSet:
+    """Both splits, as the recipe asks.
+
+    Raises:
+        ImagesError: a file, column or class is not what it should be.
+    """
+    load = {"digits": _digits, "idx": _idx, "datasets": _datasets}[section.source]
+    images = load(section)
+    found = ImageSet(
+        images.train.first(section.train_samples), images.test.first(section.test_samples)
+    )
+    if len(found.train) == 0 or len(found.test) == 0:
+        raise ImagesError(
+            f"{section.source}: {len(found.train)} training and {len(found.test)} test images:"
+            " both splits need some"
+        )
+    return found
+
+
+def save_images(images: ImageSet, path: Path) -> None:
+    """Write both splits as safetensors."""
+    parts = {"train": images.train, "test": images.test}
+    save_file(
+        {f"{name}.pixels": part.pixels.contiguous() for name, part in parts.items()}
+        | {f"{name}.labels": part.labels.contiguous() for name, part in parts.items()},
+        path,
+    )
+
+
+def read_images(path: Path) -> ImageSet:
+    """Inverse of `save_images`."""
+    tensors = load_file(path)
+    train, test = (
+        Images(tensors[f"{name}.pixels"], tensors[f"{name}.labels"]) for name in ("train", "test")
+    )
+    return ImageSet(train, test)
+
+
+def _digits(_section: ImagesSection) -> ImageSet:
+    from sklearn.datasets import load_digits
+
+    found = load_digits()
+    grey = np.rint(found.images * (255 / 16)).astype(np.uint8)[:, None]
+    everything = Images(torch.from_numpy(grey), torch.from_numpy(found.target.astype(np.int64)))
+    train = everything.first(-_DIGITS_HELD_OUT)
+    rest = slice(-_DIGITS_HELD_OUT, None)
+    return ImageSet(train, Images(everything.pixels[rest], everything.labels[rest]))
+
+
+def _idx(section: ImagesSection) -> ImageSet:
+    folder = Path(section.folder or "")
+    return ImageSet(_idx_split(folder, "train"), _idx_split(folder, "t10k"))
+
+
+def _idx_split(folder: Path, split: str) -> Images:
+    pixels = read_idx(_idx_file(folder, split, "images-idx3"))
+    labels = read_idx(_idx_file(folder, split, "labels-idx1"))
+    if pixels.ndim != 3 or labels.ndim != 1 or len(pixels) != len(labels):
+        raise ImagesError(
+            f"{folder}: {split}: images of shape {pixels.shape} and labels of shape {labels.shape}"
+            " do not belong together"
+        )
+    return Images(
+        torch.from_numpy(pixels.copy())[:, None], torch.from_numpy(labels.astype(np.int64))
+    )
+
+
+def _idx_file(folder: Path, split: str, kind: str) -> Path:
+    name = f"{split}-{kind}-ubyte"
+    for path in (folder / f"{name}.gz", folder / name):
+        if path.is_file():
+            return path
+    raise ImagesError(f"{folder}: neither {name}.gz nor {name}: images.folder names their folder")
+
+
+def read_idx(path: Path) -> NDArray[np.uint8]:
+    """The array of one idx file of bytes, gzipped or not.
+
+    Raises:
+        ImagesError: not idx, another type, or not as long as its header says.
+    """
+    try:
+        content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    except (OSError, EOFError) as error:
+        raise ImagesError(f"{path}: unreadable: {error}") from error
+    if len(content) < 4 or content[:2] != b"\0\0" or content[2] != _UNSIGNED_BYTE:
+        raise ImagesError(f"{path}: no idx file of bytes: it begins with {content[:4].hex()}")
+    start = 4 + 4 * content[3]
+    if len(content) < start:
+        raise ImagesError(f"{path}: {len(content)} bytes, cut in its header")
+    shape = struct.unpack(f">{content[3]}i", content[4:start])
+    if min(shape, default=0) < 0 or len(content) - start != int(np.prod(shape)):
+        raise ImagesError(f"{path}: {len(content) - start} values, and its header says {shape}")
+    return np.frombuffer(content, np.uint8, offset=start).reshape(shape)
+
+
+def _datasets(section: ImagesSection) -> ImageSet:
+    return ImageSet(
+        _split(section, section.train_split, section.train_samples),
+        _split(section, section.test_split, section.test_samples),
+    )
+
+
+def _split(section: ImagesSection, split: str, count: int | None) -> Images:
+    from datasets import load_dataset
+
+    try:
+        rows = load_dataset(section.path, data_dir=section.data_dir, split=split)
+    except Exception as error:  # of any loader
+        raise ImagesError(f"{section.path}: {split}: {' '.join(str(error).split())}") from error
+    for column in (section.image_column, section.label_column):
+        if column not in rows.column_names:
+            raise ImagesError(
+                f"{section.path}: no column {column!r}, but {', '.join(rows.column_names)}"
+            )
+    rows = rows.select(range(min(count or len(rows), len(rows))))
+    pixels = np.stack([_square(row[section.image_column], section.size) for row in rows])
+    labels = np.array([row[section.label_column] for row in rows], np.int64)
+    return Images(torch.from_numpy(pixels), torch.from_numpy(labels))
+
+
+def _square(picture: Any, size: int) -> NDArray[np.uint8]:
+    """Resized so that the shorter side fits, the middle cut out: [3, size, size]."""
+    from PIL import ImageOps
+
+    fitted = ImageOps.fit(picture.convert("RGB"), (size, size))
+    return np.asarray(fitted, np.uint8).transpose(2, 0, 1)

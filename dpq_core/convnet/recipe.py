@@ -1,0 +1,186 @@
+"""A recipe of the second pipeline: an image classifier, how its weights and activations are
+quantized, and what that may cost.
+
+The words are those of Krishnamoorthi's whitepaper (2018): weights a scale per channel or per layer,
+symmetric or affine; activations a scale per layer, affine; either left out (weight-only,
+activation-only); quantization-aware training where post-training quantization is not enough.
+"""
+
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from dpq_core.digests import digest
+from dpq_core.recipe import ExecutionSection, read_recipe, validated
+
+Bits = Literal[4, 8, 16]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class NetworkSection(Section):
+    kind: Literal["mobilenet", "resnet", "transformers"] = Field(
+        "mobilenet", description="a small network of dpq_core/convnet/networks.py, or transformers'"
+    )
+    width: float = Field(1.0, gt=0, le=8, description="multiplies the small networks' channels")
+    id: str | None = Field(
+        None, description="transformers: hub id or folder of a trained classifier"
+    )
+    config: dict[str, Any] = Field(
+        default_factory=dict,
+        description="transformers: model_type (mobilenet_v1, mobilenet_v2, resnet) and its fields",
+    )
+
+    @model_validator(mode="after")
+    def _transformers_is_named(self) -> Self:
+        named = bool(self.id) or "model_type" in self.config
+        if self.kind == "transformers" and not named:
+            raise ValueError("kind transformers needs id, or config.model_type")
+        if self.kind != "transformers" and (self.id or self.config):
+            raise ValueError(f"id and config are for kind transformers, not {self.kind}")
+        return self
+
+
+class ImagesSection(Section):
+    source: Literal["digits", "idx", "datasets"] = Field(
+        "digits", description="scikit-learn's digits, a folder of idx files, datasets.load_dataset"
+    )
+    folder: str | None = Field(None, description="idx: of the four files, gzipped or not")
+    path: str | None = Field(None, description="datasets: hub id or builder (imagefolder)")
+    data_dir: str | None = Field(None, description="datasets: folder of a builder's files")
+    train_split: str = "train"
+    test_split: str = "test"
+    image_column: str = "image"
+    label_column: str = "label"
+    size: int = Field(224, ge=8, description="datasets: images are resized to this square")
+    train_samples: int | None = Field(None, ge=1, description="the first of the training images")
+    test_samples: int | None = Field(None, ge=1, description="the first of the test images")
+
+    @model_validator(mode="after")
+    def _path_is_given(self) -> Self:
+        needed = {"idx": "folder", "datasets": "path"}.get(self.source)
+        if needed and not getattr(self, needed):
+            raise ValueError(f"source {self.source} needs {needed}")
+        return self
+
+
+class TrainingSection(Section):
+    epochs: int = Field(10, ge=0, description="of the float network; 0 takes network.id as it is")
+    batch_size: int = Field(64, ge=2)
+    learning_rate: float = Field(0.1, gt=0, description="largest; a cosine takes it to zero")
+    weight_decay: float = Field(1e-4, ge=0)
+    seed: int = 0
+
+
+class WeightScheme(Section):
+    bits: Bits = 8
+    per: Literal["channel", "layer"] = "channel"
+    symmetric: bool = True
+
+    @model_validator(mode="after")
+    def _known(self) -> Self:
+        if self.per == "layer" and self.symmetric:
+            raise ValueError("weights per layer are asymmetric: set symmetric: false")
+        return self
+
+
+class ActivationScheme(Section):
+    bits: Bits = 8
+    range: Literal["min_max", "moving_average", "percentile", "mse"] = Field(
+        "moving_average", description="what the range of a layer's input is taken from"
+    )
+    percentile: float = Field(99.99, gt=50, le=100, description="of each end, with percentile")
+
+
+class ConvScheme(Section):
+    """What is quantized, and how; a part that is null stays in floating point."""
+
+    weights: WeightScheme | None = WeightScheme()
+    activations: ActivationScheme | None = ActivationScheme()
+
+    @property
+    def integer(self) -> bool:
+        """Whether oneDNN's integer kernels compute it: 8-bit weights per channel, symmetric, and
+        8-bit activations."""
+        return self.weights == WeightScheme() and bool(
+            self.activations and self.activations.bits == 8
+        )
+
+
+class CalibrationSection(Section):
+    batches: int = Field(100, ge=1)
+    batch_size: int = Field(32, ge=1)
+
+
+class QatSection(Section):
+    enabled: bool = Field(True, description="fine-tune where the post-training gate fails")
+    epochs: int = Field(3, ge=1)
+    frozen_epochs: int = Field(
+        1, ge=0, description="of these, the last: batch norm uses its running statistics"
+    )
+    learning_rate: float = Field(0.01, gt=0)
+    average: float | None = Field(
+        None, gt=0, lt=1, description="decay of a moving average of the weights; null: none"
+    )
+
+    @model_validator(mode="after")
+    def _frozen_within(self) -> Self:
+        if self.frozen_epochs > self.epochs:
+            raise ValueError(f"frozen_epochs {self.frozen_epochs} exceed epochs {self.epochs}")
+        return self
+
+
+class ConvGates(Section):
+    accuracy_drop: float = Field(2.0, gt=0, description="points; candidate must stay below")
+    size_ratio: float = Field(
+        3.9, ge=0, description="bytes of the float weights over those of the codes, at least"
+    )
+    confidence: float | None = Field(
+        None, gt=0, lt=1, description="judge the worse end of this interval (0.95, say)"
+    )
+
+
+class BenchmarkSection(Section):
+    batches: list[int] = Field([1, 32], min_length=1, description="images at a time")
+    runs: int = Field(50, ge=3, description="timed, float and integer in turn; medians are shown")
+
+
+class ConvRegistry(Section):
+    name: str = "convnet-int8"
+    experiment: str = "dpq-convnet"
+
+
+class ConvRecipe(Section):
+    network: NetworkSection = NetworkSection()
+    images: ImagesSection = ImagesSection()
+    training: TrainingSection = TrainingSection()
+    scheme: ConvScheme = ConvScheme()
+    calibration: CalibrationSection = CalibrationSection()
+    qat: QatSection = QatSection()
+    gates: ConvGates = ConvGates()
+    benchmark: BenchmarkSection = BenchmarkSection()
+    registry: ConvRegistry = ConvRegistry()
+    execution: ExecutionSection = ExecutionSection()
+
+    @model_validator(mode="after")
+    def _something_is_trained(self) -> Self:
+        if self.training.epochs == 0 and not self.network.id:
+            raise ValueError("training.epochs 0 needs network.id, a network that is trained")
+        return self
+
+    @property
+    def digest(self) -> str:
+        """Identity of the run's instructions: everything but how and where it is executed."""
+        return digest(self.model_dump(mode="json", exclude={"execution"}))
+
+
+def load_conv_recipe(path: str | Path, overrides: list[str] | None = None) -> ConvRecipe:
+    """Read a recipe and apply `key.path=value` overrides, whose values are YAML.
+
+    Raises:
+        RecipeError: missing file, bad YAML, unknown field, or a value outside its limits.
+    """
+    return validated(ConvRecipe, read_recipe(path, overrides), str(path))

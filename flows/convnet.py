@@ -1,0 +1,236 @@
+"""The second pipeline: a convolutional classifier in integers, measured, gated, registered.
+
+float baseline → post-training quantization → gates → fine-tuning where they fail → register
+"""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from prefect import flow
+from prefect.artifacts import create_markdown_artifact, create_table_artifact
+
+from dpq_core.convnet.gates import accuracy_change, judge_classifier
+from dpq_core.convnet.recipe import ActivationScheme, ConvRecipe, ConvScheme, WeightScheme
+from dpq_core.device import share_machine
+from dpq_core.gates import Verdict
+from flows.attended import attended
+from infra.registry import Registry
+from infra.settings import home
+from infra.store import ArtifactRef, Store
+from infra.tracking import TrackedRun, tracked_run, tracking_store
+from tasks.convnet import (
+    FLOAT,
+    ImageScores,
+    Method,
+    images,
+    quantize_classifier,
+    register_classifier,
+    score_classifier,
+    sizes_of,
+    time_classifier,
+    train,
+)
+from tasks.log import log_metrics, log_verdict
+from tasks.register import Registration
+
+_LAYER = WeightScheme(per="layer", symmetric=False)
+_FOUR_BITS = WeightScheme(bits=4)
+
+# The whitepaper's ladder: how each row is made, and its scheme.
+LADDER: dict[str, tuple[Method, ConvScheme]] = {
+    "weights only, per channel": ("post-training", ConvScheme(activations=None)),
+    "weights only, per layer": ("post-training", ConvScheme(weights=_LAYER, activations=None)),
+    "activations only": ("post-training", ConvScheme(weights=None)),
+    "per channel": ("post-training", ConvScheme()),
+    "per channel, asymmetric": (
+        "post-training",
+        ConvScheme(weights=WeightScheme(symmetric=False)),
+    ),
+    "per layer": ("post-training", ConvScheme(weights=_LAYER)),
+    "4-bit weights, per channel": ("post-training", ConvScheme(weights=_FOUR_BITS)),
+    "4-bit weights, per layer": (
+        "post-training",
+        ConvScheme(weights=WeightScheme(bits=4, per="layer", symmetric=False)),
+    ),
+    "4-bit activations": ("post-training", ConvScheme(activations=ActivationScheme(bits=4))),
+    "16 bits": (
+        "post-training",
+        ConvScheme(weights=WeightScheme(bits=16), activations=ActivationScheme(bits=16)),
+    ),
+    "QAT per channel": ("fine-tuned", ConvScheme()),
+    "QAT per layer": ("fine-tuned", ConvScheme(weights=_LAYER)),
+    "QAT 4-bit weights, per channel": ("fine-tuned", ConvScheme(weights=_FOUR_BITS)),
+    "QAT 4-bit activations": ("fine-tuned", ConvScheme(activations=ActivationScheme(bits=4))),
+}
+
+
+@dataclass(frozen=True)
+class ConvRelease:
+    """What came of a release; `method`: post-training, or fine-tuned where that failed."""
+
+    verdict: Verdict
+    method: Method
+    classifier: str
+    run_id: str
+    registration: Registration
+    attempts: list[dict[str, Any]]
+    latency: list[dict[str, float]]
+
+    def as_dict(self) -> dict[str, Any]:
+        """The object that `dpq convnet --json` prints."""
+        return {
+            **self.verdict.as_dict(),
+            "method": self.method,
+            "classifier": self.classifier,
+            "run_id": self.run_id,
+            "model_version": self.registration.version,
+            "registered_model": self.registration.name,
+            "attempts": self.attempts,
+            "latency": self.latency,
+        }
+
+
+@dataclass(frozen=True)
+class _Measured:
+    """A classifier, its scores and what the gates say."""
+
+    method: Method
+    classifier: ArtifactRef
+    found: ImageScores
+    verdict: Verdict
+
+    def as_row(self) -> dict[str, Any]:
+        metrics = self.verdict.metrics
+        return {
+            "method": self.method,
+            "verdict": self.verdict.verdict,
+            "accuracy": metrics["accuracy"].candidate,
+            "delta": metrics["accuracy"].delta,
+            "arithmetic": self.found.arithmetic,
+            "other_answers": self.found.other_answers,
+        }
+
+
+@dataclass(frozen=True)
+class _Inputs:
+    """What every classifier of a recipe is made from and compared with."""
+
+    recipe: ConvRecipe
+    pictures: ArtifactRef
+    trained: ArtifactRef
+    baseline: ArtifactRef
+    scores: ImageScores
+
+    @classmethod
+    def of(cls, recipe: ConvRecipe) -> "_Inputs":
+        pictures = images(recipe)
+        trained = train(recipe, pictures)
+        baseline = quantize_classifier(recipe, FLOAT, "post-training", pictures, trained)
+        scores = score_classifier(recipe, FLOAT, baseline, pictures)
+        return cls(recipe, pictures, trained, baseline, scores)
+
+    def measure(self, method: Method, scheme: ConvScheme) -> _Measured:
+        recipe = self.recipe
+        made = quantize_classifier(recipe, scheme, method, self.pictures, self.trained)
+        found = score_classifier(recipe, scheme, made, self.pictures)
+        change = accuracy_change(self.scores.scores, found.scores, recipe.gates.confidence)
+        checks = {"integers": found.wrong}
+        verdict = judge_classifier(change, sizes_of(made), checks, recipe.gates)
+        return _Measured(method, made, found, verdict)
+
+    def latency(self, classifier: ArtifactRef) -> list[dict[str, float]]:
+        return time_classifier(self.recipe, self.baseline, classifier, self.pictures)
+
+
+@flow(name="convnet")
+@attended
+def convnet(recipe: ConvRecipe) -> ConvRelease:
+    """Quantize a classifier, measure it against the float one, and promote it within the gates.
+
+    Raises:
+        The errors of the stages; a rejection is a result and no error.
+    """
+    share_machine(recipe.execution.threads_per_worker)
+    Store(recipe.execution.store).clean()
+    tracking_uri, artifact_root = tracking_store(home())
+    name = recipe.registry.name
+    champion = Registry(tracking_uri).champion(name)
+    tags = {"recipe_digest": recipe.digest, "champion_at_start": str(champion or "")}
+    with tracked_run(tracking_uri, recipe.registry.experiment, name, tags, artifact_root) as run:
+        inputs = _Inputs.of(recipe)
+        attempts = [inputs.measure("post-training", recipe.scheme)]
+        if attempts[0].verdict.verdict == "rejected" and recipe.qat.enabled:
+            attempts.append(inputs.measure("fine-tuned", recipe.scheme))
+        last = attempts[-1]
+        latency = inputs.latency(last.classifier) if recipe.scheme.integer else []
+        rows = [attempt.as_row() for attempt in attempts]
+        registration = register_classifier(
+            tracking_uri, run.run_id, recipe, last.classifier, last.verdict, champion
+        )
+        verdict = registration.verdict
+        _log(run, recipe, verdict, last.classifier, rows, latency)
+    folder = str(last.classifier.folder)
+    return ConvRelease(verdict, last.method, folder, run.run_id, registration, rows, latency)
+
+
+@flow(name="convnet ladder")
+@attended
+def convnet_ladder(recipe: ConvRecipe) -> dict[str, list[dict[str, Any]]]:
+    """The whitepaper's comparisons on one network: `rows`, and `latency` of the integer one."""
+    share_machine(recipe.execution.threads_per_worker)
+    inputs = _Inputs.of(recipe)
+    rows = [{"variant": "float", "accuracy": inputs.scores.scores.value, "delta": 0.0}]
+    rows += [_ladder_row(inputs, name, *LADDER[name]) for name in LADDER]
+    integers = inputs.measure(*LADDER["per channel"])
+    latency = inputs.latency(integers.classifier)
+    create_table_artifact(rows, key="convnet-ladder", description=recipe.network.kind)
+    tracking_uri, artifact_root = tracking_store(home())
+    name, tags = f"{recipe.registry.name} ladder", {"recipe_digest": recipe.digest}
+    with tracked_run(tracking_uri, recipe.registry.experiment, name, tags, artifact_root) as run:
+        run.log_table(rows, "ladder")
+        run.log_table(latency, "latency")
+    return {"rows": rows, "latency": latency}
+
+
+def _ladder_row(inputs: _Inputs, name: str, method: Method, scheme: ConvScheme) -> dict[str, Any]:
+    measured = inputs.measure(method, scheme)
+    metric, sizes = measured.verdict.metrics["accuracy"], sizes_of(measured.classifier)
+    return {
+        "variant": name,
+        "accuracy": metric.candidate,
+        "delta": metric.delta,
+        "interval": list(metric.interval or ()),
+        "turned_right": metric.turned_right,
+        "turned_wrong": metric.turned_wrong,
+        "arithmetic": measured.found.arithmetic,
+        "other_answers": measured.found.other_answers,
+        "size_ratio": sizes.ratio,
+        "size_ratio_with_scales": sizes.ratio_with_grids,
+    }
+
+
+def _log(
+    run: TrackedRun,
+    recipe: ConvRecipe,
+    verdict: Verdict,
+    classifier: ArtifactRef,
+    attempts: list[dict[str, Any]],
+    latency: list[dict[str, float]],
+) -> None:
+    """To MLflow, and on the Prefect run's page."""
+    run.log_params(recipe.model_dump(mode="json"))
+    log_metrics(run, verdict.metrics)
+    log_verdict(run, verdict)
+    run.log_dict(asdict(sizes_of(classifier)), "weights.json")
+    run.log_table(attempts, "attempts")
+    for row in latency:
+        run.log_metrics({f"latency.{key}.{row['batch']}": row[key] for key in row})
+    lines = [f"# {verdict.verdict}", "", *(f"- {reason}" for reason in verdict.reasons)]
+    create_markdown_artifact("\n".join(lines), key="verdict", description="Verdict")
+    create_table_artifact(attempts, key="attempts", description="Post-training, fine-tuned")
+    if latency:
+        create_table_artifact(_shown(latency), key="latency", description="Milliseconds")
+
+
+def _shown(latency: list[dict[str, float]]) -> list[dict[str, Any]]:
+    return [{key: round(value, 3) for key, value in row.items()} for row in latency]

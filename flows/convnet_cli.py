@@ -1,0 +1,74 @@
+"""`dpq convnet RECIPE`, and `dpq convnet compare RECIPE`: the second pipeline."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from dpq_core.convnet.recipe import ConvRecipe, load_conv_recipe
+from flows.ends import ending_cleanly
+from flows.errors import errors, print_json
+from infra.settings import home
+
+
+class _ReleaseUnlessNamed(TyperGroup):
+    """A group whose first word may be a recipe in place of a command."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        if args and args[0] not in self.commands and args[0] != "--help":
+            args = ["release", *args]
+        return super().parse_args(ctx, args)
+
+
+app = typer.Typer(
+    cls=_ReleaseUnlessNamed,
+    no_args_is_help=True,
+    help="Convolutional classifiers in INT8: `dpq convnet RECIPE` releases one.",
+)
+
+RecipePath = Annotated[Path, typer.Argument(help="YAML file", metavar="RECIPE")]
+Overrides = Annotated[list[str] | None, typer.Option("--set", help="key.path=value, repeatable")]
+AsJson = Annotated[bool, typer.Option("--json", help="one JSON object on stdout")]
+
+
+@app.command()
+def release(recipe: RecipePath, overrides: Overrides = None, as_json: AsJson = False) -> None:
+    """Quantize, measure, gate and register: 0 promoted, 2 rejected, 1 error."""
+    with errors(as_json):
+        result = _run("convnet", load_conv_recipe(recipe, overrides))
+        if as_json:
+            print_json(result.as_dict())
+        else:
+            from flows.terminal import show_convnet
+
+            show_convnet(result)
+        if result.verdict.verdict != "promoted":
+            raise typer.Exit(2)
+
+
+@app.command()
+def compare(recipe: RecipePath, overrides: Overrides = None, as_json: AsJson = False) -> None:
+    """Print the whitepaper's ladder on the recipe's network, and the latency of its integers."""
+    with errors(as_json):
+        found = _run("convnet_ladder", load_conv_recipe(recipe, overrides))
+        if as_json:
+            print_json(found)
+        else:
+            from flows.terminal import show_tables
+
+            show_tables(*found.values())
+
+
+def _run(name: str, recipe: ConvRecipe) -> Any:
+    """A flow on its services; imported late, as in `flows.cli`."""
+    from infra.services import services
+
+    with ending_cleanly(), services(home()):
+        from flows import convnet
+        from flows.terminal import progress
+
+        run: Callable[[ConvRecipe], Any] = getattr(convnet, name)
+        with progress():
+            return run(recipe)

@@ -1,0 +1,258 @@
+"""The stages of the second pipeline, each found in the store where it was computed before.
+
+images           both splits, as safetensors
+float-networks   the trained parameters
+classifiers      model.pt2 and its manifest; the float graph too, as a scheme of nothing
+image-scores     a score an image, and how the integer kernels compare with the graph
+"""
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from prefect import task
+from prefect.cache_policies import NO_CACHE
+from safetensors.torch import load_model, save_model
+from torch import Tensor, nn
+from torch.fx import GraphModule
+
+from dpq_core.convnet.artifact import (
+    ArtifactError,
+    WeightSizes,
+    load_classifier,
+    read_manifest,
+    save_classifier,
+)
+from dpq_core.convnet.images import (
+    ImageSet,
+    as_input,
+    load_images,
+    read_images,
+    save_images,
+    sources,
+)
+from dpq_core.convnet.integers import IntegerClassifier, latencies
+from dpq_core.convnet.networks import build_network
+from dpq_core.convnet.quantize import fine_tune, post_training
+from dpq_core.convnet.recipe import ConvRecipe, ConvScheme
+from dpq_core.convnet.train import fit, predict, score, seeded
+from dpq_core.digests import code_digest, digest, write_json
+from dpq_core.gates import Verdict
+from dpq_core.scores import Scores, load_scores, save_scores
+from infra.registry import Registry
+from infra.store import ArtifactRef, Store
+from tasks.progress import stepper
+from tasks.register import Entry, Registration, enter
+
+FLOAT = ConvScheme(weights=None, activations=None)
+Method = Literal["post-training", "fine-tuned"]
+
+_IMAGES, _WEIGHTS = "images.safetensors", "weights.safetensors"
+_SCORES, _CHECKS = "scores.parquet", "checks.json"
+_PROBES = 64  # images on which a written model must be the one that was made
+_OTHER_ANSWERS = 0.001  # of the images, on which integers may decide otherwise than the graph
+
+
+@dataclass(frozen=True)
+class ImageScores:
+    """A classifier on the held-out images. arithmetic: what computed `scores`. wrong: why it is
+    not the graph that was quantized, None where it is."""
+
+    scores: Scores
+    arithmetic: Literal["integer", "simulated"]
+    other_answers: int  # of the integer kernels, compared with the graph
+    wrong: str | None
+
+
+@task(name="images", cache_policy=NO_CACHE)
+def images(recipe: ConvRecipe) -> ArtifactRef:
+    """The recipe's images.
+
+    Raises:
+        ImagesError: they cannot be read.
+    """
+    code = code_digest("dpq_core.convnet.images")
+    section = recipe.images.model_dump(mode="json", exclude={"folder"})
+    key = digest({"code": code, "images": section, "files": sources(recipe.images)})
+
+    def make(folder: Path) -> None:
+        save_images(load_images(recipe.images), folder / _IMAGES)
+
+    return Store(recipe.execution.store).get_or_make("images", key, make)[0]
+
+
+@task(name="train", cache_policy=NO_CACHE)
+def train(recipe: ConvRecipe, pictures: ArtifactRef) -> ArtifactRef:
+    """The float network's parameters, trained where the recipe has epochs.
+
+    Raises:
+        NetworkError: a network that does not fit the images.
+    """
+    store = Store(recipe.execution.store)
+    about = recipe.model_dump(mode="json", include={"network", "training"})
+    code = code_digest("dpq_core.convnet.networks"), code_digest("dpq_core.convnet.train")
+    key = digest({"code": code, "images": pictures.sha256, **about})
+
+    def make(folder: Path) -> None:
+        found, section = _open_images(pictures, store), recipe.training
+        with seeded(section.seed) as generator:
+            network = build_network(recipe.network, found.shape, found.classes).train()
+            step = stepper("train", section.epochs)
+            fit(
+                network,
+                found.train,
+                section,
+                section.epochs,
+                section.learning_rate,
+                generator,
+                step,
+            )
+        save_model(network, str(folder / _WEIGHTS))
+
+    return store.get_or_make("float-networks", key, make)[0]
+
+
+@task(name="quantize classifier", cache_policy=NO_CACHE)
+def quantize_classifier(
+    recipe: ConvRecipe,
+    scheme: ConvScheme,
+    method: Method,
+    pictures: ArtifactRef,
+    trained: ArtifactRef,
+) -> ArtifactRef:
+    """A classifier under a scheme, written and read back.
+
+    Raises:
+        ExportError, ArtifactError: torch.export does not take the network, or what it wrote is not
+            what was made.
+    """
+    store = Store(recipe.execution.store)
+    fields = {"calibration"} if method == "post-training" else {"training", "qat"}
+    about = {
+        "method": method,
+        "scheme": scheme.model_dump(mode="json"),
+        "network": recipe.network.model_dump(mode="json"),
+        **recipe.model_dump(mode="json", include=fields if scheme != FLOAT else set()),
+    }
+    code = code_digest("dpq_core.convnet.quantize"), code_digest("dpq_core.convnet.artifact")
+    made_of = {"trained": trained.sha256, "images": pictures.sha256}
+    key = digest({"code": code, **made_of, **about})
+
+    def make(folder: Path) -> None:
+        found = _open_images(pictures, store)
+        graph = _quantized(recipe, scheme, method, found, _open_network(recipe, found, trained))
+        example = as_input(found.train.pixels[:2])
+        save_classifier(folder, graph, example, {**about, **made_of, "classes": found.classes})
+        probe = found.test.first(_PROBES)
+        if not torch.equal(predict(graph, probe), predict(load_classifier(folder), probe)):
+            raise ArtifactError(f"{folder}: the written model has other logits than the one made")
+
+    return store.get_or_make("classifiers", key, make)[0]
+
+
+@task(name="score classifier", cache_policy=NO_CACHE)
+def score_classifier(
+    recipe: ConvRecipe, scheme: ConvScheme, classifier: ArtifactRef, pictures: ArtifactRef
+) -> ImageScores:
+    """Accuracy on the held-out images of the artifact as it is loaded: by integer kernels where
+    the scheme has any, and the graph's rounding in floating point elsewhere."""
+    store = Store(recipe.execution.store)
+    code = code_digest("dpq_core.convnet.integers"), code_digest("dpq_core.convnet.train")
+    of = {"classifier": classifier.sha256, "images": pictures.sha256}
+    batch = max(recipe.benchmark.batches)
+    key = digest({"code": code, **of, "batch": batch})
+
+    def make(folder: Path) -> None:
+        test = _open_images(pictures, store).test
+        logits = predict(load_classifier(store.open(classifier)), test)
+        other = 0
+        if scheme.integer:
+            simulated = logits
+            logits = predict(IntegerClassifier(classifier.folder, batch), test, batch)
+            other = int((logits.argmax(1) != simulated.argmax(1)).sum())
+        save_scores(score(logits, test, recipe.images.source), folder / _SCORES)
+        write_json(folder / _CHECKS, {"other_answers": other})
+
+    folder = store.open(store.get_or_make("image-scores", key, make)[0])
+    scores = load_scores(folder / _SCORES)
+    other = int(json.loads((folder / _CHECKS).read_text())["other_answers"])
+    wrong = None
+    if other > _OTHER_ANSWERS * len(scores):
+        wrong = f"integer kernels give another class than the graph for {other} of {len(scores)}"
+    return ImageScores(scores, "integer" if scheme.integer else "simulated", other, wrong)
+
+
+@task(name="time classifier", cache_policy=NO_CACHE)
+def time_classifier(
+    recipe: ConvRecipe, baseline: ArtifactRef, classifier: ArtifactRef, pictures: ArtifactRef
+) -> list[dict[str, float]]:
+    """Milliseconds of the float graph (batch norm folded, channels last) and of the integer one,
+    in one run; a row a batch size. Not stored: this machine, now."""
+    store = Store(recipe.execution.store)
+    found = _open_images(pictures, store)
+    network = load_classifier(store.open(baseline))
+    rows: list[dict[str, float]] = []
+    for batch in recipe.benchmark.batches:
+        pixels = found.train.pixels.repeat(-(-batch // len(found.train)), 1, 1, 1)
+        integers = IntegerClassifier(store.open(classifier), batch)
+        x = as_input(pixels[:batch]).contiguous(memory_format=torch.channels_last)
+        models: dict[str, Callable[[Tensor], Tensor]] = {"float_ms": network, "int8_ms": integers}
+        row = latencies(models, x, recipe.benchmark.runs)
+        rows.append({"batch": batch, **row, "speed_up": row["float_ms"] / row["int8_ms"]})
+    return rows
+
+
+@task(name="register classifier", cache_policy=NO_CACHE)
+def register_classifier(
+    tracking_uri: str,
+    run_id: str,
+    recipe: ConvRecipe,
+    classifier: ArtifactRef,
+    verdict: Verdict,
+    champion_before: int | None,
+) -> Registration:
+    """A model version whose source is the classifier in the store; see `tasks.register`."""
+    identity = digest([recipe.digest, classifier.sha256])
+    tags = {"recipe_digest": recipe.digest, "checkpoint_sha256": classifier.sha256}
+    entry = Entry(recipe.registry.name, identity, classifier.uri, run_id, tags)
+    store = Store(recipe.execution.store)
+    return enter(Registry(tracking_uri), store, entry, verdict, champion_before)
+
+
+def sizes_of(classifier: ArtifactRef) -> WeightSizes:
+    """What its manifest says of its weights."""
+    fields: Mapping[str, Any] = read_manifest(classifier.folder)["weights"]
+    return WeightSizes(
+        fields["float_bytes"],
+        fields["stored_bytes"],
+        fields["grid_bytes"],
+        tuple(fields["float_layers"]),
+    )
+
+
+def _open_images(pictures: ArtifactRef, store: Store) -> ImageSet:
+    return read_images(store.open(pictures) / _IMAGES)
+
+
+def _open_network(recipe: ConvRecipe, found: ImageSet, trained: ArtifactRef) -> nn.Module:
+    with seeded(recipe.training.seed):
+        network = build_network(recipe.network, found.shape, found.classes)
+    load_model(network, str(trained.folder / _WEIGHTS))
+    return network
+
+
+def _quantized(
+    recipe: ConvRecipe, scheme: ConvScheme, method: Method, found: ImageSet, network: nn.Module
+) -> GraphModule:
+    if method == "post-training":
+        batches = min(
+            recipe.calibration.batches, -(-len(found.train) // recipe.calibration.batch_size)
+        )
+        step = stepper("calibrate", batches)
+        return post_training(network, found.train, scheme, recipe.calibration, step)
+    with seeded(recipe.training.seed) as generator:
+        step = stepper("fine-tune", recipe.qat.epochs)
+        return fine_tune(network, found.train, scheme, recipe.training, recipe.qat, generator, step)

@@ -1,0 +1,111 @@
+"""`dpq convnet` on real services: verdicts, fine-tuning, registry, store, exit codes, ladder."""
+
+import json
+
+import pytest
+from typer.testing import CliRunner
+
+from flows.cli import app
+from infra.registry import Registry
+from infra.tracking import mlflow_client, tracking_store
+
+NAME = "convnet-tests"
+
+
+@pytest.fixture
+def convnet(services_home, store, tmp_path):
+    """Run `dpq convnet [compare] RECIPE …`, small and on digits."""
+    path = tmp_path / "recipe.yaml"
+    content = {
+        "network": {"width": 0.5},
+        "images": {"train_samples": 800, "test_samples": 256},
+        "training": {"epochs": 3, "batch_size": 32},
+        "calibration": {"batches": 8},
+        "qat": {"epochs": 1},
+        "gates": {"accuracy_drop": 10},
+        "benchmark": {"batches": [32], "runs": 3},
+        "registry": {"name": NAME},
+        "execution": {"store": str(store)},
+    }
+    path.write_text(json.dumps(content))
+
+    def run(*arguments, command=()):
+        return CliRunner().invoke(app, ["convnet", *command, str(path), *arguments])
+
+    return run
+
+
+@pytest.fixture
+def registry(services_home):
+    return Registry(tracking_store(services_home)[0])
+
+
+def artifacts(store):
+    stages = ("images", "float-networks", "classifiers", "image-scores")
+    return {folder for stage in stages for folder in (store / stage).glob("*")}
+
+
+def test_promoted_registered_and_computed_once(convnet, registry, store, services_home):
+    first = convnet("--json")
+    assert first.exit_code == 0, first.stderr
+    content = json.loads(first.stdout)
+    assert (content["verdict"], content["method"]) == ("promoted", "post-training")
+    assert content["metrics"]["size_ratio"]["candidate"] == 4
+    assert content["metrics"]["accuracy"]["documents"] == 256
+    assert content["attempts"][0]["arithmetic"] == "integer"
+    assert content["latency"][0]["batch"] == 32
+    assert min(content["latency"][0].values()) > 0
+    assert registry.champion(NAME) == content["model_version"]
+    run = mlflow_client(tracking_store(services_home)[0]).get_run(content["run_id"])
+    assert run.data.tags["verdict"] == "promoted"
+    assert run.data.metrics["accuracy.candidate"] == content["metrics"]["accuracy"]["candidate"]
+    before = artifacts(store)
+    again = json.loads(convnet("--json").stdout)
+    assert artifacts(store) == before
+    assert again["model_version"] == content["model_version"]
+    assert again["metrics"] == content["metrics"]
+
+
+def test_fine_tuned_where_the_gate_fails_and_rejected_where_that_does_not_help(convnet, registry):
+    champion = registry.champion(NAME)
+    result = convnet("--json", "--set", "gates.size_ratio=4.5")
+    assert result.exit_code == 2, result.stderr
+    content = json.loads(result.stdout)
+    assert content["verdict"] == "rejected"
+    assert [each["method"] for each in content["attempts"]] == ["post-training", "fine-tuned"]
+    assert content["reasons"] == ["size_ratio: 4.00 is below the limit of 4.5"]
+    assert registry.champion(NAME) == champion
+    alone = convnet("--json", "--set", "gates.size_ratio=4.5", "--set", "qat.enabled=false")
+    assert len(json.loads(alone.stdout)["attempts"]) == 1
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("scheme.weights.bits=5", "scheme.weights.bits"),
+        ("images={source: idx, folder: /nowhere}", "/nowhere: neither"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_1(setting, message, convnet):
+    result = convnet("--json", "--set", setting)
+    assert result.exit_code == 1
+    content = json.loads(result.stdout)
+    assert content["verdict"] == "error"
+    assert message in content["reasons"][0]
+
+
+def test_the_ladder_has_a_row_a_variant(convnet, monkeypatch):
+    from flows import convnet as module
+
+    few = ("weights only, per layer", "per channel", "per layer")
+    monkeypatch.setattr(module, "LADDER", {name: module.LADDER[name] for name in few})
+    result = convnet("--json", command=["compare"])
+    assert result.exit_code == 0, result.stderr
+    content = json.loads(result.stdout)
+    rows = {row["variant"]: row for row in content["rows"]}
+    assert list(rows) == ["float", *few]
+    assert rows["per channel"]["arithmetic"] == "integer"
+    assert rows["per layer"]["arithmetic"] == "simulated"
+    for row in content["rows"][1:]:
+        assert row["delta"] == pytest.approx(row["accuracy"] - rows["float"]["accuracy"])
+        assert row["size_ratio"] == 4
