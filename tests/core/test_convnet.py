@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_qat_pt2e
 
 from dpq_core.convnet.artifact import (
     MANIFEST,
@@ -26,6 +27,7 @@ from dpq_core.convnet.images import Images, as_input, load_images
 from dpq_core.convnet.integers import IntegerClassifier
 from dpq_core.convnet.networks import NetworkError, build_network
 from dpq_core.convnet.quantize import exported, fine_tune, freeze_batch_norm, post_training
+from dpq_core.convnet.quantizer import SchemeQuantizer
 from dpq_core.convnet.recipe import (
     ActivationScheme,
     CalibrationSection,
@@ -300,6 +302,21 @@ def test_fine_tuning_that_moves_nothing_gives_the_network(images):
         graph = fine_tune(other, few, sixteen, TRAINING, still, generator)
     expected = predict(other.eval(), few)
     assert (predict(graph, few) - expected).abs().max() < 0.02 * expected.abs().max()
+
+
+def test_what_is_trained_is_what_is_written(images):
+    """The graph in training, once it is frozen, and the one converted from it, at four bits."""
+    scheme = ConvScheme(weights=WeightScheme(bits=4), activations=None)
+    graph = exported(tiny().train(), as_input(images.train.pixels[:2]))
+    prepared = prepare_qat_pt2e(graph, SchemeQuantizer(scheme, training=True))
+    x = as_input(images.train.pixels[:64])
+    prepared(x)
+    with torch.no_grad():
+        for parameter in prepared.parameters():
+            parameter.mul_(1.3)  # ranges follow the weights
+    freeze_batch_norm(prepared)
+    trained = prepared(x)
+    torch.testing.assert_close(convert_pt2e(prepared)(x), trained, rtol=1e-3, atol=1e-4)
 
 
 def test_frozen_batch_norm_keeps_its_statistics(images):
