@@ -40,6 +40,7 @@ from dpq_core.errors import InputError
 
 _BATCH_NORM = torch.ops.aten.batch_norm.default
 _TRAINING = 5  # place of batch_norm's argument `training`
+_EPS = nn.BatchNorm2d(1).eps
 _MOST = 2**16  # images at a time
 
 
@@ -80,6 +81,7 @@ def fine_tune(
 ) -> GraphModule:
     """Quantization-aware training from the float network, which stays as it is."""
     network = copy.deepcopy(network).train()
+    _usual_constant(network)
     with _quiet():
         graph = exported(network, as_input(images.pixels[:2]))
         prepared = prepare_qat_pt2e(graph, SchemeQuantizer(scheme, training=True))
@@ -127,6 +129,16 @@ def freeze_batch_norm(graph: GraphModule) -> None:
         if node.target is _BATCH_NORM:
             node.update_arg(_TRAINING, False)
     graph.recompile()
+
+
+@torch.no_grad()
+def _usual_constant(network: nn.Module) -> None:
+    """Batch norm with torch's own constant, and running statistics that make up for it: torchao's
+    fine-tuning knows no other, and takes it whatever the network says."""
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d) and module.running_var is not None:
+            module.running_var += module.eps - _EPS
+            module.eps = _EPS
 
 
 class _Average:
