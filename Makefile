@@ -5,13 +5,16 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: release test test-fast lint format ui train bench-memory bench-evaluate bench-bits bench-four-bits bench-scale bench-convnet constraints clean
+.PHONY: release test test-slow test-fast lint format ui train bench-memory bench-evaluate bench-bits bench-four-bits bench-scale bench-convnet constraints clean
 
 release: $(READY)  ## run the release pipeline; succeeds when it reaches a verdict, and says which
 	@$(BIN)/dpq release $(RECIPE); code=$$?; [ $$code -eq 0 ] || [ $$code -eq 2 ]
 
-test: $(READY)  ## all tests
+test: $(READY)  ## all tests but the slow ones
 	$(BIN)/python -m pytest
+
+test-slow: $(READY)  ## releases on a worker: scripts, schedule, events, heartbeats
+	$(BIN)/python -m pytest -m slow
 
 test-fast: $(READY)  ## the algorithm alone: no services
 	$(BIN)/python -m pytest tests/core tests/test_architecture.py

@@ -230,6 +230,7 @@ ASKING = "gates.approval=required"
 WRONG = "gates.no_such=1"
 
 
+@pytest.mark.slow
 def test_shell_scripts_launch_wait_and_branch(worker, call, recipes, registry, notified):
     plain, asking = recipes("plain"), recipes("asking", registry={"name": "asking"})
     curl, dpq = EXAMPLES / "release_http.sh", EXAMPLES / "release.sh"
@@ -294,6 +295,7 @@ def test_the_same_key_is_the_same_run_whatever_became_of_the_client(worker, work
     assert "gates.no_such" in said["reasons"][0]
 
 
+@pytest.mark.slow
 def test_a_schedule_of_a_minute_releases_what_changed_and_leaves_the_rest(
     worker, recipes, workplace, registry, quickstart_model, tmp_path
 ):
@@ -339,6 +341,7 @@ def event(name, resource, **payload):
     assert httpx.post(url, json=[about], trust_env=False).is_success
 
 
+@pytest.mark.slow
 def test_an_event_over_http_starts_a_release(deployed):
     before = {run.id for run in runs_of("release")}
     event("dpq.release.requested", "ci.job", recipe="quickstart", settings=[WRONG])
@@ -347,6 +350,7 @@ def test_an_event_over_http_starts_a_release(deployed):
     assert run.parameters["settings"] == [WRONG]
 
 
+@pytest.mark.slow
 def test_a_run_whose_heartbeats_stop_is_crashed(deployed):
     @flow
     def silent():
