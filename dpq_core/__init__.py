@@ -3,6 +3,6 @@
 import logging
 
 # transformers imports torchao, which warns of kernels for hardware that is not here, and torch of
-# how torchao registers its types.
-for _name in ("torchao", "torch.utils._pytree"):
-    logging.getLogger(_name).setLevel(logging.ERROR)
+# how torchao registers its types; torch sets its loggers' levels itself.
+logging.getLogger("torchao").setLevel(logging.ERROR)
+logging.getLogger("torch.utils._pytree").addFilter(lambda record: record.levelno >= logging.ERROR)

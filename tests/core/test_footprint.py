@@ -10,10 +10,8 @@ from dpq_core.streaming import StreamedModel
 
 
 @pytest.fixture(scope="module")
-def plan():
-    from conftest import QUICKSTART
-
-    return plan_layers(StreamedModel(QUICKSTART), Scheme())
+def plan(quickstart_model):
+    return plan_layers(StreamedModel(quickstart_model), Scheme())
 
 
 def calibration(**changes):

@@ -6,7 +6,12 @@ import time
 import pytest
 from conftest import run_flow
 from prefect.client.orchestration import get_client
-from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId
+from prefect.client.schemas.filters import (
+    FlowFilter,
+    FlowFilterName,
+    FlowRunFilter,
+    FlowRunFilterId,
+)
 from prefect.client.schemas.sorting import FlowRunSort
 
 from flows.release import release
@@ -86,7 +91,11 @@ def test_rejection_leaves_the_champion_and_says_why(promoted, recipe, registry):
 
 def test_every_task_run_is_recorded_and_complete(promoted):
     with get_client(sync_client=True) as client:
-        newest = client.read_flow_runs(limit=1, sort=FlowRunSort.START_TIME_DESC)[0]
+        releases = FlowFilter(name=FlowFilterName(any_=[release.name]))
+        # by their ends: a schedule's coming runs start latest of all
+        newest = client.read_flow_runs(
+            flow_filter=releases, limit=1, sort=FlowRunSort.END_TIME_DESC
+        )[0]
         of_run = FlowRunFilter(id=FlowRunFilterId(any_=[newest.id]))
         deadline = time.monotonic() + 60  # the server writes task runs a moment later
         while True:
