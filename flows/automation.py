@@ -4,6 +4,7 @@ All of them talk to the Prefect server that `PREFECT_API_URL` names, or to the o
 this folder has left up. Prefect is imported late, as everywhere in the command.
 """
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 from uuid import UUID
@@ -27,6 +28,10 @@ Reason = Annotated[str, typer.Option("--reason", help="kept with the model versi
 
 class RunIdError(InputError):
     """No id of a flow run."""
+
+
+class SecretError(InputError):
+    """No secret to check MLflow's signatures with."""
 
 
 def deploy(
@@ -121,6 +126,26 @@ def _answer(run: str, approve: bool, by: str, reason: str, as_json: bool) -> Non
             print_json({"run": run, "answer": said, "by": by, "reason": reason})
         else:
             print(f"{run}: {said}")
+
+
+def webhook(
+    host: Annotated[str, typer.Option("--host", help="address to listen at")] = "127.0.0.1",
+    port: Annotated[int, typer.Option("--port", min=0, max=65535)] = 8765,
+) -> None:
+    """Launch a release for each new version in MLflow's registry that has the tag dpq.recipe.
+
+    Takes MLflow's webhooks for model_version.created at /mlflow; DPQ_WEBHOOK_SECRET is theirs."""
+    with errors(False):
+        secret = os.environ.get("DPQ_WEBHOOK_SECRET")
+        if not secret:
+            raise SecretError("DPQ_WEBHOOK_SECRET is not set: it is the secret of MLflow's webhook")
+        import uvicorn
+
+        from infra.services import connected
+        from infra.webhook import application
+
+        with connected(home()):
+            uvicorn.run(application(secret), host=host, port=port, log_level="info")
 
 
 def _show(outcome: "Outcome", as_json: bool) -> None:

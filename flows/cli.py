@@ -14,7 +14,7 @@ from typing import Annotated, Any, TypeVar
 import typer
 
 from dpq_core.recipe import Recipe, load_recipe
-from flows.automation import approve, deploy, reject, trigger
+from flows.automation import approve, deploy, reject, trigger, webhook
 from flows.convnet_cli import app as convnet_app
 from flows.ends import ending_cleanly, exit_codes, leave_threads
 from flows.errors import errors, print_json
@@ -28,7 +28,7 @@ app.add_typer(convnet_app, name="convnet")
 app.add_typer(mirror_app, name="mirror")
 app.add_typer(store_app, name="store")
 app.add_typer(trigger, name="trigger")
-for command in (rollback, deploy, approve, reject):
+for command in (rollback, deploy, approve, reject, webhook):
     app.command()(command)
 
 RecipePath = Annotated[Path, typer.Argument(help="YAML file", metavar="RECIPE")]

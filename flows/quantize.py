@@ -65,7 +65,7 @@ def quantize(recipe: Recipe) -> Candidate:
 def make_candidate(recipe: Recipe, inputs: Inputs) -> Candidate:
     """The tasks of quantization; to be called inside a flow with `task_runner(…)`."""
     with watched() as peaks:
-        layers, statistics = _quantize_layers(recipe, inputs)
+        layers, statistics = quantize_layers(recipe, inputs)
     memory = MemoryUse.of(recipe, inputs.footprint, peaks)
     get_run_logger().info(memory.line)
     checkpoint = assemble(recipe, inputs.model, inputs.calibration, layers)
@@ -74,7 +74,7 @@ def make_candidate(recipe: Recipe, inputs: Inputs) -> Candidate:
     return Candidate(inputs, layers, statistics, checkpoint, manifest, integrity, memory)
 
 
-def _quantize_layers(
+def quantize_layers(
     recipe: Recipe, inputs: Inputs
 ) -> tuple[dict[str, ArtifactRef], dict[str, ArtifactRef]]:
     """All layers' artifacts, and all statistics. A block's layers are submitted as soon as it is

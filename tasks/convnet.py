@@ -35,11 +35,11 @@ from dpq_core.convnet.images import (
     sources,
 )
 from dpq_core.convnet.integers import IntegerClassifier, latencies
-from dpq_core.convnet.networks import build_network
+from dpq_core.convnet.networks import build_network, network_file
 from dpq_core.convnet.quantize import fine_tune, post_training
 from dpq_core.convnet.recipe import ConvRecipe, ConvScheme
 from dpq_core.convnet.train import fit, predict, score, seeded
-from dpq_core.digests import code_digest, digest, write_json
+from dpq_core.digests import code_digest, digest, file_digest, write_json
 from dpq_core.gates import Verdict
 from dpq_core.scores import Scores, load_scores, save_scores
 from infra.registry import Registry
@@ -94,6 +94,8 @@ def train(recipe: ConvRecipe, pictures: ArtifactRef) -> ArtifactRef:
     store = Store(recipe.execution.store)
     about = recipe.model_dump(mode="json", include={"network", "training"})
     code = code_digest("dpq_core.convnet.networks"), code_digest("dpq_core.convnet.train")
+    if recipe.network.kind == "exported":
+        about["archive"] = file_digest(network_file(recipe.network))
     key = digest({"code": code, "images": pictures.sha256, **about})
 
     def make(folder: Path) -> None:

@@ -75,19 +75,29 @@ def as_input(pixels: Tensor) -> Tensor:
     return pixels.float() / 127.5 - 1
 
 
-def sources(section: ImagesSection) -> dict[str, str]:
-    """SHA-256 of every file that `load_images` will read, where it reads files.
+def sources(section: ImagesSection) -> dict[str, Any]:
+    """What tells the files apart that `load_images` will read: SHA-256 of idx files; name,
+    bytes and time of change of those in `data_dir`, which may be a million.
 
     Raises:
-        ImagesError: a file is missing.
+        ImagesError: a file or folder is missing.
     """
-    if section.source != "idx":
+    if section.source == "idx":
+        folder = Path(section.folder or "")
+        return {
+            f"{split} {kind}": file_digest(_idx_file(folder, split, kind))
+            for split in ("train", "t10k")
+            for kind in ("images-idx3", "labels-idx1")
+        }
+    if section.data_dir is None:
         return {}
-    folder = Path(section.folder or "")
+    folder = Path(section.data_dir)
+    if not folder.is_dir():
+        raise ImagesError(f"{folder}: no such folder: images.data_dir names one")
+    found = {path: path.stat() for path in sorted(folder.rglob("*")) if path.is_file()}
     return {
-        f"{split} {kind}": file_digest(_idx_file(folder, split, kind))
-        for split in ("train", "t10k")
-        for kind in ("images-idx3", "labels-idx1")
+        str(path.relative_to(folder)): [stat.st_size, stat.st_mtime_ns]
+        for path, stat in found.items()
     }
 
 
@@ -200,7 +210,8 @@ def _split(section: ImagesSection, split: str, count: int | None) -> Images:
     try:
         rows = load_dataset(section.path, data_dir=section.data_dir, split=split)
     except Exception as error:  # of any loader
-        raise ImagesError(f"{section.path}: {split}: {' '.join(str(error).split())}") from error
+        reason = " ".join(str(error.__cause__ or error).split())
+        raise ImagesError(f"{section.path}: {split}: {reason}") from error
     for column in (section.image_column, section.label_column):
         if column not in rows.column_names:
             raise ImagesError(

@@ -1,4 +1,5 @@
-"""Classifiers to quantize: two small networks of our own, and those of transformers.
+"""Classifiers to quantize: two small networks of our own, those of transformers, and any that
+torch.export has saved.
 
 mobilenet: depthwise-separable convolutions, batch norm and ReLU6 (Howard et al., 2017).
 resnet: basic blocks with an addition (He et al., 2015).
@@ -7,6 +8,7 @@ Both are tables of rows, for pictures of 8 to 32 pixels. Whatever the network, `
 output, fp32 [n, classes], so that it exports.
 """
 
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -16,6 +18,7 @@ from dpq_core.convnet.recipe import NetworkSection
 from dpq_core.errors import InputError
 
 _MULTIPLE = 8  # of channels
+_PICTURES = 3  # at a time: what takes three and two takes any number
 
 # Channels after the first convolution; then (channels, stride) of each block.
 _MOBILENET = (16, ((32, 1), (64, 2), (64, 1), (128, 2), (128, 1)))
@@ -33,11 +36,13 @@ def build_network(section: NetworkSection, shape: tuple[int, int, int], classes:
         shape: channels, height, width of the images.
 
     Raises:
-        NetworkError: transformers does not know the configuration, or the network does not take
-            such images or has another number of classes.
+        NetworkError: transformers does not know the configuration, the archive cannot be read, or
+            the network does not take such images or has another number of classes.
     """
     if section.kind == "transformers":
         network: nn.Module = _Logits(_transformers(section, shape[0], classes))
+    elif section.kind == "exported":
+        network = _exported(section)
     else:
         first, blocks = _MOBILENET if section.kind == "mobilenet" else _RESNET
         block = _separable if section.kind == "mobilenet" else _Residual
@@ -127,13 +132,35 @@ def _transformers(section: NetworkSection, channels: int, classes: int) -> nn.Mo
         raise NetworkError(f"network {what}: {' '.join(str(error).split())}") from error
 
 
+def _exported(section: NetworkSection) -> nn.Module:
+    """The graph of an archive."""
+    try:
+        graph = torch.export.load(network_file(section)).module(check_guards=False)
+    except Exception as error:  # of zip, pickle and torch
+        raise NetworkError(f"{section.id}: unreadable: {' '.join(str(error).split())}") from error
+    del graph.train, graph.eval  # which raise; `dpq_core.convnet.quantize` trains graphs
+    return cast(nn.Module, graph)
+
+
+def network_file(section: NetworkSection) -> Path:
+    """The archive of an exported network.
+
+    Raises:
+        NetworkError: it is not there.
+    """
+    path = Path(section.id or "")
+    if not path.is_file():
+        raise NetworkError(f"{path}: no file: network.id names an archive of torch.export.save")
+    return path
+
+
 def _check(network: nn.Module, shape: tuple[int, int, int], classes: int) -> None:
-    """One picture through the network."""
+    """A few pictures through the network."""
     was = network.training
     try:
         with torch.no_grad():
-            found = network.eval()(torch.zeros(1, *shape))
-    except (RuntimeError, ValueError) as error:
+            found = network.eval()(torch.zeros(_PICTURES, *shape))
+    except (RuntimeError, ValueError, AssertionError) as error:
         size = "×".join(map(str, shape))
         raise NetworkError(
             f"the network does not take images of {size}: {' '.join(str(error).split())[:300]}"

@@ -39,7 +39,7 @@ from dpq_core.convnet.train import Step, fit
 from dpq_core.errors import InputError
 
 _BATCH_NORM = torch.ops.aten.batch_norm.default
-_TRAINING = 5  # place of batch_norm's argument `training`
+_VARIANCE, _TRAINING, _CONSTANT = 4, 5, 7  # places of batch_norm's arguments
 _EPS = nn.BatchNorm2d(1).eps
 _MOST = 2**16  # images at a time
 
@@ -59,8 +59,8 @@ def post_training(
 
     With a scheme of neither weights nor activations: the float graph, batch norm folded.
     """
-    graph = exported(network.eval(), as_input(images.pixels[:2]))
     with _quiet():
+        graph = exported(network.eval(), as_input(images.pixels[:2]))
         prepared = prepare_pt2e(graph, SchemeQuantizer(scheme, training=False))
         batches = images.pixels.split(calibration.batch_size)[: calibration.batches]
         with torch.no_grad():
@@ -80,16 +80,14 @@ def fine_tune(
     step: Step = lambda: None,
 ) -> GraphModule:
     """Quantization-aware training from the float network, which stays as it is."""
-    network = copy.deepcopy(network).train()
-    _usual_constant(network)
     with _quiet():
-        graph = exported(network, as_input(images.pixels[:2]))
+        graph = training_graph(network, as_input(images.pixels[:2]))
         prepared = prepare_qat_pt2e(graph, SchemeQuantizer(scheme, training=True))
         average = _Average(prepared, qat.average)
 
         def freeze(epoch: int) -> None:
             if epoch == qat.epochs - qat.frozen_epochs:
-                freeze_batch_norm(prepared)
+                train_batch_norm(prepared, False)
 
         fit(
             prepared,
@@ -103,18 +101,28 @@ def fine_tune(
             before_epoch=freeze,
         )
         average.apply()
-        freeze_batch_norm(prepared)
+        train_batch_norm(prepared, False)
         _move_exported_model_to_eval(prepared)
         _observe_weights_once(prepared, as_input(images.pixels[: training.batch_size]))
         return cast(GraphModule, convert_pt2e(prepared))
 
 
+def training_graph(network: nn.Module, example: Tensor) -> GraphModule:
+    """A copy to fine-tune: batch norm over the batch, with the constant that torchao knows."""
+    graph = exported(copy.deepcopy(network).train(), example)
+    train_batch_norm(graph, True)
+    _usual_constant(graph)
+    return graph
+
+
 def exported(network: nn.Module, example: Tensor) -> GraphModule:
-    """The network's graph, for any number of images.
+    """The network's graph, for any number of images; of a graph a copy.
 
     Raises:
         ExportError: torch.export's first line.
     """
+    if isinstance(network, GraphModule):  # an archive's
+        return copy.deepcopy(network)
     try:
         program = export(network, (example,), dynamic_shapes=({0: Dim("batch", min=1, max=_MOST)},))
     except Exception as error:  # of the compiler's many
@@ -123,22 +131,25 @@ def exported(network: nn.Module, example: Tensor) -> GraphModule:
     return program.module()
 
 
-def freeze_batch_norm(graph: GraphModule) -> None:
-    """From here on batch norm uses its running statistics, and leaves them as they are."""
+def train_batch_norm(graph: GraphModule, training: bool) -> None:
+    """From here on batch norm uses the batch's statistics and averages them, or uses its running
+    statistics and leaves them as they are."""
     for node in graph.graph.nodes:
         if node.target is _BATCH_NORM:
-            node.update_arg(_TRAINING, False)
+            node.update_arg(_TRAINING, training)
     graph.recompile()
 
 
 @torch.no_grad()
-def _usual_constant(network: nn.Module) -> None:
+def _usual_constant(graph: GraphModule) -> None:
     """Batch norm with torch's own constant, and running statistics that make up for it: torchao's
     fine-tuning knows no other, and takes it whatever the network says."""
-    for module in network.modules():
-        if isinstance(module, nn.BatchNorm2d) and module.running_var is not None:
-            module.running_var += module.eps - _EPS
-            module.eps = _EPS
+    for node in graph.graph.nodes:
+        if node.target is _BATCH_NORM:
+            variance = graph.get_buffer(node.args[_VARIANCE].target)
+            variance += node.args[_CONSTANT] - _EPS
+            node.update_arg(_CONSTANT, _EPS)
+    graph.recompile()
 
 
 class _Average:

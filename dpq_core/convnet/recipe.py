@@ -22,12 +22,15 @@ class Section(BaseModel):
 
 
 class NetworkSection(Section):
-    kind: Literal["mobilenet", "resnet", "transformers"] = Field(
-        "mobilenet", description="a small network of dpq_core/convnet/networks.py, or transformers'"
+    kind: Literal["mobilenet", "resnet", "transformers", "exported"] = Field(
+        "mobilenet",
+        description="a small network of dpq_core/convnet/networks.py, transformers', or an archive",
     )
     width: float = Field(1.0, gt=0, le=8, description="multiplies the small networks' channels")
     id: str | None = Field(
-        None, description="transformers: hub id or folder of a trained classifier"
+        None,
+        description="transformers: hub id or folder of a trained classifier; exported: file of"
+        " torch.export.save, for any number of images",
     )
     config: dict[str, Any] = Field(
         default_factory=dict,
@@ -35,12 +38,15 @@ class NetworkSection(Section):
     )
 
     @model_validator(mode="after")
-    def _transformers_is_named(self) -> Self:
-        named = bool(self.id) or "model_type" in self.config
-        if self.kind == "transformers" and not named:
+    def _named(self) -> Self:
+        if self.kind == "transformers" and not (self.id or "model_type" in self.config):
             raise ValueError("kind transformers needs id, or config.model_type")
-        if self.kind != "transformers" and (self.id or self.config):
-            raise ValueError(f"id and config are for kind transformers, not {self.kind}")
+        if self.kind == "exported" and not self.id:
+            raise ValueError("kind exported needs id, a file of torch.export.save")
+        if self.id and self.kind in ("mobilenet", "resnet"):
+            raise ValueError(f"id is of kinds transformers and exported, not of {self.kind}")
+        if self.config and self.kind != "transformers":
+            raise ValueError(f"config is of kind transformers, not of {self.kind}")
         return self
 
 
@@ -169,6 +175,12 @@ class ConvRecipe(Section):
     def _something_is_trained(self) -> Self:
         if self.training.epochs == 0 and not self.network.id:
             raise ValueError("training.epochs 0 needs network.id, a network that is trained")
+        return self
+
+    @model_validator(mode="after")
+    def _an_archive_is_trained(self) -> Self:
+        if self.network.kind == "exported" and self.training.epochs:
+            raise ValueError("an exported network is trained: set training.epochs: 0")
         return self
 
     @property

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from torch.export import Dim, export
 from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_qat_pt2e
 
 from dpq_core.convnet.artifact import (
@@ -26,7 +27,13 @@ from dpq_core.convnet.gates import accuracy_change, judge_classifier
 from dpq_core.convnet.images import Images, as_input, load_images
 from dpq_core.convnet.integers import IntegerClassifier
 from dpq_core.convnet.networks import NetworkError, build_network
-from dpq_core.convnet.quantize import exported, fine_tune, freeze_batch_norm, post_training
+from dpq_core.convnet.quantize import (
+    exported,
+    fine_tune,
+    post_training,
+    train_batch_norm,
+    training_graph,
+)
 from dpq_core.convnet.quantizer import SchemeQuantizer
 from dpq_core.convnet.recipe import (
     ActivationScheme,
@@ -292,18 +299,15 @@ def test_an_average_that_never_moves_gives_the_weights_from_before(networks, ima
 def test_fine_tuning_that_moves_nothing_gives_the_network(images):
     """In 16 bits, of a network whose batch norm has another constant than torch's."""
     sixteen = ConvScheme(weights=WeightScheme(bits=16), activations=ActivationScheme(bits=16))
-    config = {"model_type": "mobilenet_v1", "depth_multiplier": 0.25, "min_depth": 8}
-    with seeded(0):
-        other = build_network(
-            NetworkSection(kind="transformers", config=config), images.shape, 10
-        ).eval()
-    for buffer in (b for name, b in other.named_buffers() if "running_var" in name):
-        buffer.fill_(2e-3)  # against the constant of 1e-3
+    other = tiny()
+    for norm in (module for module in other if isinstance(module, nn.BatchNorm2d)):
+        norm.eps = 1e-3
+        norm.running_var.fill_(2e-3)
     few = images.train.first(256)
     still = QatSection(epochs=1, frozen_epochs=1, learning_rate=1e-9)
     with seeded(0) as generator:
         graph = fine_tune(other, few, sixteen, TRAINING, still, generator)
-    expected = predict(other.eval(), few)
+    expected = predict(other, few)
     off = (predict(graph, few) - expected).abs()  # outliers beyond the first batch's range are cut
     assert off.mean() < 0.05 * expected.abs().mean()
 
@@ -318,7 +322,7 @@ def test_what_is_trained_is_what_is_written(images):
     with torch.no_grad():
         for parameter in prepared.parameters():
             parameter.mul_(1.3)  # ranges follow the weights
-    freeze_batch_norm(prepared)
+    train_batch_norm(prepared, False)
     trained = prepared(x)
     torch.testing.assert_close(convert_pt2e(prepared)(x), trained, rtol=1e-3, atol=1e-4)
 
@@ -335,7 +339,7 @@ def test_frozen_batch_norm_keeps_its_statistics(images):
         return any(not torch.equal(before[name], graph.get_buffer(name)) for name in before)
 
     assert moved()
-    freeze_batch_norm(graph)
+    train_batch_norm(graph, False)
     assert not moved()
 
 
@@ -381,6 +385,44 @@ def test_networks_of_transformers_run_in_integers(config, size, tmp_path):
 def test_a_network_that_cannot_be_built_says_so(section, shape, message):
     with pytest.raises(NetworkError, match=message):
         build_network(NetworkSection(kind="transformers", **section), shape, 10)
+
+
+def save_program(network, path, example, dynamic):
+    shapes = ({0: Dim("batch", min=1, max=64)},) if dynamic else None
+    torch.export.save(export(network, (example,), dynamic_shapes=shapes), path)
+
+
+def test_an_exported_network_is_quantized_as_the_network_itself(networks, images, tmp_path):
+    path, example = tmp_path / "net.pt2", as_input(images.train.pixels[:2])
+    save_program(networks["tiny"], path, example, dynamic=True)
+    opened = build_network(NetworkSection(kind="exported", id=str(path)), images.shape, 10)
+    ours, theirs = (
+        post_training(network, images.train, ConvScheme(), CALIBRATION)
+        for network in (networks["tiny"], opened)
+    )
+    assert torch.equal(predict(ours, images.test), predict(theirs, images.test))
+    ours, theirs = (training_graph(network, example) for network in (networks["tiny"], opened))
+    assert torch.equal(ours(example), theirs(example))
+    for name in ("1.running_mean", "1.running_var"):  # which have seen the batch
+        before, one, other = (graph.get_buffer(name) for graph in (networks["tiny"], ours, theirs))
+        assert torch.equal(one, other)
+        assert not torch.equal(one, before)
+
+
+@pytest.mark.parametrize(
+    ("write", "message"),
+    [
+        (lambda path: None, "no file: network.id names an archive"),
+        (lambda path: path.write_bytes(b"PK"), "unreadable"),
+        (lambda path: save_program(tiny(), path, torch.zeros(2, 1, 8, 8), False), "1×8×8"),
+    ],
+    ids=["missing", "damaged", "fixed batch"],
+)
+def test_an_archive_that_is_no_network_says_so(write, message, tmp_path):
+    path = tmp_path / "net.pt2"
+    write(path)
+    with pytest.raises(NetworkError, match=message):
+        build_network(NetworkSection(kind="exported", id=str(path)), (1, 8, 8), 10)
 
 
 def scores_of(images, wrong):

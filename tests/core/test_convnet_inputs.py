@@ -103,6 +103,17 @@ def test_datasets_loads_folders_of_pictures(pictures):
         load_images(section.model_copy(update={"image_column": "photo"}))
 
 
+def test_another_picture_is_another_source(pictures):
+    section = ImagesSection(source="datasets", path="imagefolder", data_dir=str(pictures))
+    before = sources(section)
+    (pictures / "train" / "cat" / "1.png").write_bytes(b"")
+    (pictures / "test" / "dog" / "0.png").unlink()
+    after = sources(section)
+    assert before.keys() ^ after.keys() == {"train/cat/1.png", "test/dog/0.png"}
+    with pytest.raises(ImagesError, match=r"no such folder: images.data_dir"):
+        sources(section.model_copy(update={"data_dir": str(pictures / "none")}))
+
+
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
@@ -110,7 +121,7 @@ def test_datasets_loads_folders_of_pictures(pictures):
         ("scheme.weights.per=layer", "weights per layer are asymmetric"),
         ("scheme.activations.percentile=20", "greater than 50"),
         ("network.kind=transformers", "needs id, or config.model_type"),
-        ("network.id=x", "id and config are for kind transformers"),
+        ("network.id=x", "id is of kinds transformers and exported, not of mobilenet"),
         ("images.source=idx", "source idx needs folder"),
         ("qat.frozen_epochs=9", "frozen_epochs 9 exceed epochs"),
         ("training.epochs=0", "needs network.id"),
