@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: release test test-slow test-fast lint format ui train bench-memory bench-evaluate bench-bits bench-four-bits bench-scale bench-convnet constraints clean
+.PHONY: release test test-slow test-fast lint format ui train bench-memory bench-evaluate bench-bits bench-four-bits bench-scale bench-fan-out bench-convnet constraints clean
 
 release: $(READY)  ## run the release pipeline; succeeds when it reaches a verdict, and says which
 	@$(BIN)/dpq release $(RECIPE); code=$$?; [ $$code -eq 0 ] || [ $$code -eq 2 ]
@@ -51,9 +51,13 @@ bench-four-bits: $(READY)  ## ideas for better four bits, each alone and togethe
 bench-scale: $(READY)  ## what 8B, 70B and 405B take, and the constants measured here (docs/scale.md)
 	$(BIN)/python tests/bench/scale.py
 
-bench-convnet: $(READY)  ## the whitepaper's ladder and INT8 latency, on Fashion-MNIST
+bench-fan-out: $(READY)  ## the quantize stage in plain Python, by one worker process, by two
+	$(BIN)/python tests/bench/fan_out.py
+
+bench-convnet: $(READY)  ## the whitepaper's ladder on Fashion-MNIST; latency at 224 × 224
 	$(BIN)/dpq convnet compare recipes/convnet-fashion-mnist.yaml
 	$(BIN)/dpq convnet compare recipes/convnet-fashion-mnist.yaml --set network.kind=resnet
+	$(BIN)/python tests/bench/convnet_latency.py
 
 constraints: $(READY)  ## pin what is installed now
 	$(BIN)/pip freeze --exclude-editable > constraints.txt

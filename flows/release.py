@@ -87,12 +87,13 @@ def release(recipe: Recipe) -> Release:
         last, exports = with_exports(baseline, repaired.last)
         repaired.attempts[-1] = last
         checkpoint, manifest = last.candidate.checkpoint, last.candidate.manifest
-        judged, approval = approved(last.verdict, recipe.gates)
-        about = {"asked_digest": recipe.digest, **approval}
-        log_release(run, last.recipe, model, manifest, judged)
+        log_release(run, last.recipe, model, manifest, last.verdict.metrics)
         memory = repaired.attempts[0].candidate.memory  # later rounds quantize little
         run.log_metrics(memory.as_metrics())
         parts = log_evaluation(run, recipe, {"baseline": baseline, "candidate": last.measured})
+        judged, approval = approved(last.verdict, recipe.gates)
+        about = {"asked_digest": recipe.digest, **approval}
+        log_verdict(run, judged)
         write_cards(run, checkpoint, exports, judged)
         source = None
         if recipe.registry.destination and judged.verdict == "promoted":

@@ -28,16 +28,15 @@ def log_release(
     recipe: Recipe,
     model: Model,
     manifest: Mapping[str, Any],
-    verdict: Verdict,
+    metrics: Mapping[str, Difference],
 ) -> None:
-    """Parameters, metrics, the per-layer table and plot, and the verdict."""
+    """Parameters, metrics, the per-layer table and plot."""
     run.log_params(recipe.model_dump(mode="json", exclude={"variants"}))
     run.set_tags({"model_digest": model.digest, "recipe_digest": recipe.digest})
-    log_metrics(run, verdict.metrics)
+    log_metrics(run, metrics)
     run.log_metrics({"bytes_per_weight": manifest["bytes_per_weight"]})
     run.log_table(layer_rows(manifest), "layers")
     run.log_figure(layer_error_figure(manifest), "layer_error.png")
-    log_verdict(run, verdict)
 
 
 def log_verdict(run: TrackedRun, verdict: Verdict) -> None:

@@ -41,7 +41,7 @@ from flows.release import release
 from infra import client
 from infra.automations import crashed_runs, ensure
 from infra.registry import Registry
-from infra.tracking import tracking_store
+from infra.tracking import mlflow_client, tracking_store
 
 REPOSITORY = Path(__file__).parents[2]
 EXAMPLES = REPOSITORY / "examples"
@@ -382,7 +382,7 @@ def test_nobody_s_answer_is_a_rejection(dpq, registry):
     assert registry.champion("unanswered") is None
 
 
-def test_a_release_of_this_process_waits_for_a_person(recipe_file, call, registry):
+def test_a_release_of_this_process_waits_for_a_person(recipe_file, call, registry, services_home):
     named = ["--set", "registry.name=refused", "--set", ASKING]
     process = dpq_process("release", recipe_file, "--json", *named)
 
@@ -393,6 +393,11 @@ def test_a_release_of_this_process_waits_for_a_person(recipe_file, call, registr
             return prefect.read_flow_runs(flow_run_filter=FlowRunFilter(state=paused))
 
     (run,) = eventually(waiting)
+    mlflow = mlflow_client(tracking_store(services_home)[0])
+    everywhere = [each.experiment_id for each in mlflow.search_experiments()]
+    (seen,) = mlflow.search_runs(everywhere, "tags.`mlflow.runName` = 'refused'")
+    assert seen.data.metrics["perplexity_token.candidate"] > 1  # whoever decides can read them
+    assert "verdict" not in seen.data.tags
     answered = call("dpq", "reject", run.id, "--by", "bob", "--reason", "slow on H100")
     assert answered.returncode == 0, answered.stderr
     output, _ = process.communicate(timeout=PATIENCE)
