@@ -11,10 +11,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypeGuard
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from dpq_core.pairing import CONFIDENCE
+from flows.html import rendered
 from tasks.figures import ladder_figure, svg
 
 _ABSENT = "–"
@@ -104,14 +104,8 @@ def html(
         for row in rows
         if _finite(row.bits_per_weight) and _finite(row.increase)
     ]
-    environment = Environment(
-        loader=PackageLoader("flows"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    return environment.get_template("ladder.html").render(
+    return rendered(
+        "ladder.html",
         title=title,
         about=about,
         plot=Markup(svg(ladder_figure(points, limit), "ladder")) if len(points) > 1 else None,

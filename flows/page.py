@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from matplotlib.figure import Figure
 
@@ -23,6 +22,7 @@ from dpq_core.gates import Verdict
 from dpq_core.recipe import Recipe
 from dpq_core.scheme import Scheme
 from dpq_core.scores import PERPLEXITIES
+from flows.html import rendered
 from flows.report import gate_rows, interval, model_notes, notes, number, turned
 from infra.history import PastVersion
 from tasks.figures import svg
@@ -90,14 +90,8 @@ class Chart:
 
 def page(data: ReportData) -> str:
     """The report as HTML."""
-    environment = Environment(
-        loader=PackageLoader("flows"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    return environment.get_template("report.html").render(
+    return rendered(
+        "report.html",
         data=data,
         made=f"{data.made:%Y-%m-%d %H:%M %Z}",
         base=data.manifest["base_model"]["id"],
