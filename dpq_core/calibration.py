@@ -4,18 +4,23 @@ The block is run over all calibration windows with a hook on one linear of each 
 the Hessian sees is what the layer will multiply: with `hessian_inputs: fp8` the inputs are rounded
 as the scheme's activations will be. A static scale must be known before anything can be rounded by
 it, so that case takes a first pass for the magnitudes alone.
+
+Every sum is made by the tree of `dpq_core.leaves`. `BlockPasses` gives the sums of a leaf, on the
+CPU, where the others wait: a device holds one leaf's Hessians at a time.
 """
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor, nn
 
 from dpq_core.formats import NumberFormat, fake_quantize
-from dpq_core.hessian import InputStatistics
+from dpq_core.hessian import MAGNITUDES, InputStatistics, count_magnitudes
 from dpq_core.inputs import Batch
+from dpq_core.leaves import Node, leaves_of, summed
 from dpq_core.linear import token_scale
 from dpq_core.quantize import static_scale_of
 from dpq_core.recipe import CalibrationSection
@@ -24,6 +29,7 @@ from dpq_core.streaming import StreamedModel
 
 # Of an input's first linear, by full name.
 BlockStatistics = dict[str, InputStatistics]
+BlockMagnitudes = dict[str, Tensor]  # [2**15] int64 each
 
 
 @dataclass(frozen=True)
@@ -47,13 +53,15 @@ class InputRounding:
         read = {"inner", "fp8_max", "activations", "activation_range", "power_of_two"}
         return self.scheme.model_dump(include=read)
 
-    def apply(self, x: Tensor, statistics: InputStatistics) -> Tensor:
+    def static_scale(self, magnitudes: Tensor) -> Tensor | None:
+        """The scale that `apply` takes, from an input's magnitudes; None where every token has its
+        own."""
+        return static_scale_of(magnitudes, self.scheme) if self.static else None
+
+    def apply(self, x: Tensor, static_scale: Tensor | None) -> Tensor:
         """x [..., in] as the 8-bit arithmetic will see it. FP32."""
         x = x.float()
-        if self.static:
-            scale = static_scale_of(statistics, self.scheme).to(x.device)
-        else:
-            scale = token_scale(x, self.inner.maximum)
+        scale = token_scale(x, self.inner.maximum) if static_scale is None else static_scale
         return fake_quantize(x, scale, self.inner)
 
 
@@ -63,68 +71,145 @@ def calibrate_block(
     batches: Sequence[Batch],
     rounding: InputRounding | None,
     advance: bool,
-    on_progress: Callable[[], None] = lambda: None,
 ) -> BlockStatistics:
     """Statistics of a block's inputs, with the block's own (16-bit) weights.
 
     Args:
         advance: leave the block's outputs in `batches` (`propagation: original`).
-        on_progress: called after each batch of each pass.
 
     Raises:
         ValueError: the hidden states are not finite.
     """
-    device, path = stream.device, stream.block_name(index)
-    linears = stream.linears(index)
+    leaves = leaves_of(batches, len(batches[0].inputs["input_ids"]))
+    root, magnitudes = Node(0, len(leaves)), None
+    with block_passes(stream, index, rounding) as passes:
+        if passes.two:
+            magnitudes = summed(root, lambda leaf: passes.magnitudes(leaves[leaf]), add_magnitudes)
+        statistics = summed(
+            root, lambda leaf: passes.statistics(leaves[leaf], magnitudes, advance), add_statistics
+        )
+    return completed(statistics, magnitudes)
+
+
+@contextmanager
+def block_passes(
+    stream: StreamedModel, index: int, rounding: InputRounding | None
+) -> Iterator["BlockPasses"]:
+    """A block with its weights, while it lasts, to run batches through."""
+    path = stream.block_name(index)
     with stream.block(index) as block:
-        inputs = {
-            group[0]: block.get_submodule(group[0].removeprefix(f"{path}."))
-            for group in stream.groups(index)
+        inputs: dict[str, nn.Linear] = {}
+        for first, *_ in stream.groups(index):
+            linear = block.get_submodule(first.removeprefix(f"{path}."))
+            assert isinstance(linear, nn.Linear)
+            inputs[first] = linear
+        yield BlockPasses(stream, inputs, rounding)
+
+
+@dataclass(frozen=True)
+class BlockPasses:
+    """The passes over the block that `stream` has loaded. inputs: the linear of each shared input
+    that is watched, by name. `on_progress` is called after each batch.
+
+    Raises:
+        ValueError: the hidden states are not finite.
+    """
+
+    stream: StreamedModel
+    inputs: dict[str, nn.Linear]
+    rounding: InputRounding | None
+
+    @property
+    def two(self) -> bool:
+        """Whether the magnitudes of all leaves must be known before any Hessian."""
+        return self.rounding is not None and self.rounding.static
+
+    def magnitudes(
+        self, batches: Sequence[Batch], on_progress: Callable[[], None] = lambda: None
+    ) -> BlockMagnitudes:
+        """Of a leaf: the first of two passes."""
+        device = self.stream.device
+        counts = {
+            name: torch.zeros(MAGNITUDES, dtype=torch.int64, device=device) for name in self.inputs
         }
+
+        def count(name: str, x: Tensor) -> None:
+            counts[name] += count_magnitudes(x)
+
+        self._run(batches, count, False, on_progress)
+        return {name: each.cpu() for name, each in counts.items()}
+
+    def statistics(
+        self,
+        batches: Sequence[Batch],
+        magnitudes: BlockMagnitudes | None,
+        advance: bool,
+        on_progress: Callable[[], None] = lambda: None,
+    ) -> BlockStatistics:
+        """Of a leaf: the last pass.
+
+        Args:
+            magnitudes: of all leaves, where there are two passes; they are not counted again then.
+            advance: leave the block's outputs in `batches`.
+        """
+        device, rounding = self.stream.device, self.rounding
         statistics = {
-            name: InputStatistics.empty(linears[name].in_features, device) for name in inputs
+            name: InputStatistics.empty(linear.in_features, device)
+            for name, linear in self.inputs.items()
         }
 
-        def count_magnitudes(name: str, x: Tensor) -> None:
-            statistics[name].add_magnitudes(x)
+        @cache
+        def rounded_by(name: str) -> Tensor | None:
+            scale = rounding.static_scale(magnitudes[name]) if rounding and magnitudes else None
+            return scale if scale is None else scale.to(device)
 
-        def count_hessian(name: str, x: Tensor) -> None:
-            seen = rounding.apply(x, statistics[name]) if rounding else x
-            statistics[name].add_hessian(seen)
+        def count(name: str, x: Tensor) -> None:
+            if magnitudes is None:
+                statistics[name].add_magnitudes(x)
+            statistics[name].add_hessian(rounding.apply(x, rounded_by(name)) if rounding else x)
 
-        def count_both(name: str, x: Tensor) -> None:
-            count_magnitudes(name, x)
-            count_hessian(name, x)
+        self._run(batches, count, advance, on_progress)
+        return {name: each.to("cpu") for name, each in statistics.items()}
 
-        two_passes = rounding is not None and rounding.static
-        if two_passes:
-            _run(stream, batches, inputs, count_magnitudes, False, on_progress)
-        last = count_hessian if two_passes else count_both
-        _run(stream, batches, inputs, last, advance, on_progress)
+    def _run(
+        self,
+        batches: Sequence[Batch],
+        observe: Callable[[str, Tensor], None],
+        advance: bool,
+        on_progress: Callable[[], None],
+    ) -> None:
+        with _observing(self.inputs, observe):
+            for batch in batches:
+                output = self.stream.forward(batch)
+                if not torch.isfinite(output).all():
+                    raise ValueError("the 16-bit model's hidden states are not finite")
+                if advance:
+                    batch.hidden = output
+                on_progress()
+
+
+def add_magnitudes(left: BlockMagnitudes, right: BlockMagnitudes) -> BlockMagnitudes:
+    """Of both sets of leaves."""
+    return {name: left[name] + right[name] for name in left}
+
+
+def add_statistics(left: BlockStatistics, right: BlockStatistics) -> BlockStatistics:
+    """Of both sets of leaves, in place of the left one."""
+    for name, statistics in left.items():
+        statistics.add(right.pop(name))
+    return left
+
+
+def completed(statistics: BlockStatistics, magnitudes: BlockMagnitudes | None) -> BlockStatistics:
+    """Statistics of all leaves, with the magnitudes that the first of two passes counted."""
+    for name, each in (magnitudes or {}).items():
+        statistics[name].magnitudes = each
     return statistics
-
-
-def _run(
-    stream: StreamedModel,
-    batches: Sequence[Batch],
-    inputs: dict[str, nn.Module],
-    observe: Callable[[str, Tensor], None],
-    advance: bool,
-    on_progress: Callable[[], None],
-) -> None:
-    with _observing(inputs, observe):
-        for batch in batches:
-            output = stream.forward(batch)
-            if not torch.isfinite(output).all():
-                raise ValueError("the 16-bit model's hidden states are not finite")
-            if advance:
-                batch.hidden = output
-            on_progress()
 
 
 @contextmanager
 def _observing(
-    modules: dict[str, nn.Module], observe: Callable[[str, Tensor], None]
+    modules: dict[str, nn.Linear], observe: Callable[[str, Tensor], None]
 ) -> Iterator[None]:
     def hook_for(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         return lambda _, arguments: observe(name, arguments[0])

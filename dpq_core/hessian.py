@@ -43,21 +43,18 @@ class InputStatistics:
 
     def add_magnitudes(self, x: Tensor) -> None:
         """Count |x| of any shape, rounded to BF16."""
-        bits = x.to(torch.bfloat16).view(torch.int16).flatten().int() & (MAGNITUDES - 1)
-        self.magnitudes += torch.bincount(bits, minlength=MAGNITUDES)
+        self.magnitudes += count_magnitudes(x)
 
-    def merge(self, other: "InputStatistics") -> "InputStatistics":
-        """Statistics of both sets of tokens."""
+    def add(self, other: "InputStatistics") -> None:
+        """Count the other's tokens too."""
         if self.hessian_sum.shape != other.hessian_sum.shape:
             raise ValueError(
                 f"statistics of {self.hessian_sum.shape[0]} and {other.hessian_sum.shape[0]} "
-                "features do not merge: they are of different inputs"
+                "features do not add: they are of different inputs"
             )
-        return InputStatistics(
-            self.hessian_sum + other.hessian_sum,
-            self.tokens + other.tokens,
-            self.magnitudes + other.magnitudes,
-        )
+        self.hessian_sum += other.hessian_sum
+        self.tokens += other.tokens
+        self.magnitudes += other.magnitudes
 
     def hessian(self) -> Tensor:
         """H [in, in] fp32.
@@ -87,6 +84,12 @@ class InputStatistics:
     @classmethod
     def from_tensors(cls, tensors: dict[str, Tensor]) -> "InputStatistics":
         return cls(tensors["hessian_sum"], int(tensors["tokens"]), tensors["magnitudes"])
+
+
+def count_magnitudes(x: Tensor) -> Tensor:
+    """Occurrences [2**15] int64 of each |x|, of any shape, rounded to BF16."""
+    bits = x.to(torch.bfloat16).view(torch.int16).flatten().int() & (MAGNITUDES - 1)
+    return torch.bincount(bits, minlength=MAGNITUDES)
 
 
 def static_input_scale(magnitudes: Tensor, fmt: NumberFormat, estimator: str) -> Tensor:

@@ -237,11 +237,14 @@ def _choose_codes(
 
 
 def _input_scale(statistics: InputStatistics, scheme: Scheme) -> Tensor | None:
-    return static_scale_of(statistics, scheme) if scheme.activations == "static" else None
+    if scheme.activations != "static":
+        return None
+    return static_scale_of(statistics.magnitudes, scheme)
 
 
-def static_scale_of(statistics: InputStatistics, scheme: Scheme) -> Tensor:
-    """sx, the static activation scale that a scheme takes from statistics. FP32 scalar."""
+def static_scale_of(magnitudes: Tensor, scheme: Scheme) -> Tensor:
+    """sx, the static activation scale that a scheme takes from the inputs' magnitudes [2**15]. FP32
+    scalar."""
     assert scheme.inner_format is not None
-    scale = static_input_scale(statistics.magnitudes, scheme.inner_format, scheme.activation_range)
+    scale = static_input_scale(magnitudes, scheme.inner_format, scheme.activation_range)
     return power_of_two_above(scale) if scheme.power_of_two else scale

@@ -156,6 +156,9 @@ class RegistrySection(_Section):
 class ExecutionSection(_Section):
     runner: Literal["threads", "processes", "dask"] = "threads"
     workers: int = Field(2, ge=1, description="layers quantized at a time; with dask_address, its")
+    shards: int = Field(
+        1, ge=1, description="tasks that share the calibration samples; any number: the same bytes"
+    )
     dask_address: str | None = Field(
         None,
         description="scheduler of a Dask cluster, tcp://host:port, whose workers see the same"

@@ -130,10 +130,21 @@ class StreamedModel:
 
     def begin(self, inputs: Iterable[ModelInputs]) -> list[Batch]:
         """Hidden states before the first block."""
+        with self.embedding() as begun:
+            return [begun(each) for each in inputs]
+
+    @contextmanager
+    def embedding(self) -> Iterator[Callable[[ModelInputs], Batch]]:
+        """A function from inputs to their hidden states before the first block."""
         vision = self.family.vision
         part = vision.patches if self.images and vision else self.family.embedding
-        with self._part(part), torch.no_grad():
-            return [Batch.of(each, self._begun(each)) for each in inputs]
+
+        def begun(inputs: ModelInputs) -> Batch:
+            with torch.no_grad():
+                return Batch.of(inputs, self._begun(inputs))
+
+        with self._part(part):
+            yield begun
 
     def _begun(self, inputs: ModelInputs) -> Tensor:
         if self.images:

@@ -1,9 +1,10 @@
 """Tasks on the workers of a Dask cluster: one made on the spot, or one that is there.
 
-Layers say what they take: the recipe's `resources` of a worker that declares them, and their memory
-in bytes where workers declare `memory`, as those of the cluster made on the spot do. The larger
-goes first. A worker that dies is replaced and its layers start again; a layer whose workers die
-four times in a row fails.
+Layers, and shares of a block's calibration, say what they take: the recipe's `resources` of a
+worker that declares them, and their memory in bytes where workers declare `memory`, as those of the
+cluster made on the spot do. Calibration, which layers wait for, goes first; then the larger layer.
+A worker that dies is replaced and what it had starts again; what loses its worker four times in a
+row fails.
 """
 
 import logging
@@ -21,8 +22,10 @@ from dpq_core.errors import InputError
 from dpq_core.footprint import layer_bytes
 from dpq_core.plan import PlannedLayer
 from dpq_core.recipe import ExecutionSection
+from tasks.calibrate import Share
 
 MEMORY = "memory"
+_FIRST = 1 << 60  # priority: more than any layer's weights
 _CONNECTING = 60  # s, for a scheduler to answer and a first worker to be there
 
 
@@ -31,7 +34,7 @@ class ClusterError(InputError):
 
 
 class LayersOnDask(DaskTaskRunner):  # type: ignore[misc]
-    """Prefect's runner on Dask, which knows what a layer takes."""
+    """Prefect's runner on Dask, which knows what a task takes."""
 
     execution: ExecutionSection
 
@@ -94,13 +97,17 @@ class LayersOnDask(DaskTaskRunner):  # type: ignore[misc]
         return largest
 
     def submit(self, task: Any, parameters: Mapping[str, Any], *others: Any, **more: Any) -> Any:
-        layer = parameters.get("layer")
-        if not isinstance(layer, PlannedLayer):
+        layer, share = parameters.get("layer"), parameters.get("share")
+        if isinstance(layer, PlannedLayer):
+            memory, priority = layer_bytes(layer), layer.weights
+        elif isinstance(share, Share):
+            memory, priority = share.memory, _FIRST
+        else:
             return super().submit(task, parameters, *others, **more)
         resources = dict(self.execution.resources)
-        if MEMORY in self._declared:  # a layer larger than that still runs, alone
-            resources[MEMORY] = min(layer_bytes(layer), self._declared[MEMORY])
-        with dask.annotate(resources=resources, priority=layer.weights):
+        if MEMORY in self._declared:  # what is larger than that still runs, alone
+            resources[MEMORY] = min(memory, self._declared[MEMORY])
+        with dask.annotate(resources=resources, priority=priority):
             return super().submit(task, parameters, *others, **more)
 
 

@@ -4,7 +4,7 @@ import json
 from collections import deque
 from concurrent.futures import BrokenExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from prefect import flow
 from prefect.futures import PrefectFuture
@@ -12,16 +12,19 @@ from prefect.logging import get_run_logger
 
 from dpq_core.checkpoint import MANIFEST
 from dpq_core.device import share_machine
+from dpq_core.leaves import shares
 from dpq_core.recipe import Recipe
 from flows.attended import attended
 from infra.memory import watched
 from infra.store import ArtifactRef
 from tasks.assemble import assemble, verify
-from tasks.calibrate import calibrate
+from tasks.calibrate import Share, calibrate, calibrate_share, is_calibrated, parts
 from tasks.memory import MemoryUse
 from tasks.preflight import Inputs, preflight
 from tasks.progress import stepper
 from tasks.quantize import quantize as quantize_layer
+
+_Result = TypeVar("_Result")
 
 
 @dataclass(frozen=True)
@@ -39,7 +42,7 @@ class Candidate:
 
 
 class WorkerLostError(RuntimeError):
-    """A process that was killed from outside while it quantized."""
+    """A process that was killed from outside while it worked for us."""
 
 
 class IntegrityError(RuntimeError):
@@ -88,6 +91,7 @@ def quantize_layers(
     for block in range(plan.blocks):
         done = [layer for layer in plan.layers if waits and layer.block < block]
         upstream = {layer.name: _result(layer.name, futures[layer.name]) for layer in done}
+        _share_calibration(recipe, inputs, block, upstream)
         statistics |= calibrate(recipe, model, inputs.calibration, block, upstream)
         step_block()
         for layer in sorted(plan.of_block(block), key=lambda layer: -layer.weights):
@@ -105,11 +109,28 @@ def quantize_layers(
     return layers, statistics
 
 
+def _share_calibration(
+    recipe: Recipe, inputs: Inputs, block: int, upstream: dict[str, ArtifactRef]
+) -> None:
+    """What `calibrate` adds up of a block, by tasks that run side by side."""
+    model, windows, shards = inputs.model, inputs.calibration, recipe.execution.shards
+    if shards == 1 or is_calibrated(recipe, model, windows, block, upstream):
+        return
+    ranges = shares(inputs.leaves, shards)
+    step = stepper("calibrate: shares of a block", len(parts(recipe)) * shards)
+    for part in parts(recipe):
+        each = [Share(block, part, *leaves, inputs.footprint.share) for leaves in ranges]
+        made = [calibrate_share.submit(recipe, model, windows, upstream, share) for share in each]
+        for share, future in zip(each, made, strict=True):
+            _result(f"block {block}, leaves {share.first} to {share.last - 1}", future)
+            step()
+
+
 _AHEAD = 512  # layers submitted and not waited for, beyond which calibration waits for the oldest
 
 
-def _result(name: str, future: PrefectFuture[ArtifactRef]) -> ArtifactRef:
-    """A layer's artifact.
+def _result(name: str, future: PrefectFuture[_Result]) -> _Result:
+    """What came of a layer, or of a share of a block's calibration.
 
     Raises:
         WorkerLostError: its worker did not live to make it.
@@ -119,7 +140,7 @@ def _result(name: str, future: PrefectFuture[ArtifactRef]) -> ArtifactRef:
     except Exception as error:
         if isinstance(error, BrokenExecutor) or type(error).__name__ == "KilledWorker":
             raise WorkerLostError(
-                f"{name}: the worker that quantized it was killed, for lack of memory perhaps: "
+                f"{name}: the worker that had it was killed, for lack of memory perhaps: "
                 "lower execution.workers, and run again: what is finished is kept"
             ) from error
         raise

@@ -1,32 +1,58 @@
-"""Calibration statistics, one task a block.
+"""Calibration statistics of a block: of all samples, or of shares of them by tasks of their own.
 
-Artifacts: `statistics`, one for each shared input, and `hidden`, the hidden states before a block,
-which is kept only until the block's statistics are there. Hidden states that a later run misses are
-computed again from the nearest that are stored.
+Sums are made by the tree of `dpq_core.leaves`, so that they have the same bytes however many tasks
+share the samples. Artifacts: `statistics`, one for each shared input; `partial`, the sum of a node
+of the tree, kept until the block's statistics are there; `hidden`, see `tasks/hidden.py`. What a
+killed run leaves of the last two is waste that nobody looks for: `dpq store gc`.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import cache, cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from dpq_core.calibration import InputRounding, calibrate_block
-from dpq_core.checkpoint import load_layer
-from dpq_core.device import resolve_device
-from dpq_core.digests import code_digest, digest
+from dpq_core.calibration import (
+    BlockMagnitudes,
+    BlockPasses,
+    BlockStatistics,
+    InputRounding,
+    add_magnitudes,
+    add_statistics,
+    block_passes,
+    completed,
+)
+from dpq_core.digests import digest
 from dpq_core.hessian import InputStatistics
-from dpq_core.inputs import Batch
-from dpq_core.quantize import QuantizedLinear
+from dpq_core.leaves import Node, summed
 from dpq_core.recipe import Recipe
-from dpq_core.streaming import StreamedModel
 from infra.store import ArtifactRef, Store, StoreError
-from tasks.model import Model, stream_of
+from tasks.hidden import HiddenStates
+from tasks.model import Model
 from tasks.progress import stepper
-from tasks.windows import load_inputs
+
+Part = Literal["magnitudes", "statistics"]  # what is summed, in the order of the passes
+_FILE = "statistics.safetensors"
+
+
+@dataclass(frozen=True)
+class Share:
+    """The leaves first … last - 1 of a block's calibration, and what is summed over them.
+
+    memory: bytes that this takes.
+    """
+
+    block: int
+    part: Part
+    first: int
+    last: int
+    memory: int
 
 
 @task(name="calibrate", task_run_name="calibrate block {block}", cache_policy=NO_CACHE)
@@ -37,162 +63,214 @@ def calibrate(
     block: int,
     layers: dict[str, ArtifactRef],
 ) -> dict[str, ArtifactRef]:
-    """Statistics of a block's inputs, by the shared input's name.
+    """Statistics of a block's inputs, by the shared input's name; of the sums that it takes, those
+    that `calibrate_share` has made are not made again.
 
     Args:
         layers: the quantized layers of all earlier blocks, with `propagation: quantized`; else
             empty.
     """
-    store = Store(recipe.execution.store)
-    stream = stream_of(recipe, model, resolve_device(recipe.execution.device))
-    keys = _Keys(recipe, model, windows, layers, stream)
-    wanted = {group[0]: keys.statistics(group[0]) for group in stream.groups(block)}
-    if found := _find_all(wanted, store):
+    work = _Calibration(recipe, model, windows, block, layers)
+    if found := work.found():
         return found
-    with store.lease(f"calibrate-{digest(wanted)}"):  # the block's forward passes are of all names
-        if found := _find_all(wanted, store):
-            return found
-        return _calibrate(recipe, stream, windows, block, layers, keys, wanted, store)
+    with work.lease(work.wanted):  # the block's forward passes are of all names
+        return work.found() or work.make()
 
 
-def _find_all(wanted: Mapping[str, str], store: Store) -> dict[str, ArtifactRef] | None:
-    found = {name: store.find("statistics", key) for name, key in wanted.items()}
-    present = {name: artifact for name, artifact in found.items() if artifact}
-    return present if len(present) == len(wanted) else None
-
-
-def _calibrate(
+@task(
+    name="calibrate share",
+    task_run_name="calibrate block {share.block}: {share.part}, leaves {share.first}-{share.last}",
+    cache_policy=NO_CACHE,
+)
+def calibrate_share(
     recipe: Recipe,
-    stream: StreamedModel,
+    model: Model,
+    windows: ArtifactRef,
+    layers: dict[str, ArtifactRef],
+    share: Share,
+) -> None:
+    """Leave sums of a share of the samples in the store, for `calibrate`, unless it is done."""
+    work = _Calibration(recipe, model, windows, share.block, layers)
+    nodes = work.root.within(share.first, share.last)
+    with work.lease([work.key(share.part, node) for node in nodes]):
+        work.make_partial(share.part, nodes)
+
+
+def parts(recipe: Recipe) -> list[Part]:
+    """What the shares of a block sum, one after the other: each for all leaves before the next."""
+    rounding = InputRounding.of(recipe.scheme, recipe.calibration)
+    return ["magnitudes", "statistics"] if rounding and rounding.static else ["statistics"]
+
+
+def is_calibrated(
+    recipe: Recipe,
+    model: Model,
     windows: ArtifactRef,
     block: int,
     layers: dict[str, ArtifactRef],
-    keys: "_Keys",
-    wanted: Mapping[str, str],
-    store: Store,
-) -> dict[str, ArtifactRef]:
-    batches = _batches_before(block, recipe, stream, windows, layers, keys, store)
-    original = recipe.calibration.propagation == "original"
-    rounding = InputRounding.of(recipe.scheme, recipe.calibration)
-    passes = 2 if rounding and rounding.static else 1
-    step = stepper("calibrate: batches of a block", passes * len(batches))
-    statistics = calibrate_block(stream, block, batches, rounding, original, step)
-    made = {
-        name: store.get_or_make("statistics", key, _saver(statistics.pop(name)))[0]
-        for name, key in wanted.items()
-    }
-    if original and block + 1 < stream.block_count:
-        _store_hidden(batches, block + 1, keys, store)
-    if original:
-        _remove_hidden(block, keys, store)
-    return made
+) -> bool:
+    """Whether `calibrate` would find everything."""
+    return _Calibration(recipe, model, windows, block, layers).found() is not None
 
 
 def load_statistics(artifact: ArtifactRef, store: Store) -> InputStatistics:
     """Inverse of how `calibrate` stores them."""
-    return InputStatistics.from_tensors(load_file(store.open(artifact) / "statistics.safetensors"))
+    return InputStatistics.from_tensors(load_file(store.open(artifact) / _FILE))
 
 
-class _Keys:
-    """Store keys: the digests of all that hidden states and statistics depend on."""
+class _Calibration:
+    """Of one block."""
 
     def __init__(
         self,
         recipe: Recipe,
         model: Model,
         windows: ArtifactRef,
-        layers: Mapping[str, ArtifactRef],
-        stream: StreamedModel,
+        block: int,
+        layers: dict[str, ArtifactRef],
     ) -> None:
-        rounding = InputRounding.of(recipe.scheme, recipe.calibration)
-        self._rounding = rounding.key() if rounding else None
-        self._layers, self._stream = layers, stream
-        self._base: dict[str, Any] = {
-            "code": code_digest("dpq_core.calibration"),
-            "model": model.digest,
-            "windows": windows.sha256,
-            "batch_size": recipe.calibration.batch_size,
-            "device": resolve_device(recipe.execution.device).type,
+        self.store = Store(recipe.execution.store)
+        self._recipe, self._block = recipe, block
+        self._step: Callable[[], None] = lambda: None
+        self._hidden = HiddenStates(recipe, model, windows, layers, self.store)
+        self._rounding = InputRounding.of(recipe.scheme, recipe.calibration)
+        self._base = {
+            **self._hidden.base,
+            "rounding": self._rounding.key() if self._rounding else None,
+            "layers": [artifact.sha256 for artifact in layers.values()],
+        }
+        self.wanted = {
+            group[0]: digest({**self._base, "input": group[0]})
+            for group in self._hidden.stream.groups(block)
         }
 
-    def hidden(self, block: int) -> str:
-        return digest({**self._base, "before_block": block, "layers": self._upstream(block)})
+    @cached_property
+    def root(self) -> Node:
+        return Node(0, len(self._hidden.leaves))
 
-    def statistics(self, name: str) -> str:
-        upstream = [artifact.sha256 for artifact in self._layers.values()]
-        return digest({**self._base, "input": name, "rounding": self._rounding, "layers": upstream})
+    def key(self, part: Part, node: Node) -> str:
+        """Of the artifact `partial`."""
+        return digest({**self._base, "block": self._block, "part": part, "node": node})
 
-    def _upstream(self, block: int) -> list[str]:
-        if not self._layers:
-            return []
-        before = {name for index in range(block) for name in self._stream.linears(index)}
-        return [a.sha256 for name, a in self._layers.items() if name in before]
+    def lease(self, keys: Any) -> AbstractContextManager[None]:
+        """Held by who makes what these are the keys of."""
+        return self.store.lease(f"calibrate-{digest(keys)}")
 
+    def found(self) -> dict[str, ArtifactRef] | None:
+        """The block's statistics, if all are there."""
+        found = {name: self.store.find("statistics", key) for name, key in self.wanted.items()}
+        present = {name: artifact for name, artifact in found.items() if artifact}
+        return present if len(present) == len(found) else None
 
-def _batches_before(
-    block: int,
-    recipe: Recipe,
-    stream: StreamedModel,
-    windows: ArtifactRef,
-    layers: Mapping[str, ArtifactRef],
-    keys: _Keys,
-    store: Store,
-) -> list[Batch]:
-    """Hidden states before a block, from the nearest stored ones or from the inputs."""
-    inputs = load_inputs(windows, store, recipe.calibration.batch_size)
-    nearest, hidden = _nearest_hidden(block, keys, store)
-    if hidden is None:
-        batches = stream.begin(inputs)
-    else:
-        batches = [Batch.of(each, x) for each, x in zip(inputs, hidden, strict=True)]
-    for index in range(nearest, block):
-        replacements = _load_layers(index, layers, stream, store)
-        with stream.block(index, replacements):
-            stream.advance(batches)
-    if nearest < block:
-        _store_hidden(batches, block, keys, store)
-        _remove_hidden(nearest, keys, store)
-    return batches
+    def make(self) -> dict[str, ArtifactRef]:
+        """The block's statistics; what was kept for them alone is deleted."""
+        if self._recipe.execution.shards == 1:
+            batches = len(parts(self._recipe)) * sum(map(len, self._hidden.leaves))
+            self._step = stepper("calibrate: batches of a block", batches)
+        with self._passes(self.root) as passes:
+            magnitudes = self._all_magnitudes(passes)
+            statistics = completed(self._statistics(self.root, magnitudes, passes), magnitudes)
+        made = {
+            name: self.store.get_or_make("statistics", key, _saver(statistics.pop(name).tensors()))
+            for name, key in self.wanted.items()
+        }
+        self._clear()
+        return {name: artifact for name, (artifact, _) in made.items()}
 
+    def make_partial(self, part: Part, nodes: list[Node]) -> None:
+        """Sums of nodes, unless they are there, or what they are for (which is looked for last: it
+        is made before they are deleted)."""
+        missing = [n for n in nodes if not self.store.find("partial", self.key(part, n))]
+        if not missing or self.found():
+            return
+        with self._passes(Node(nodes[0].first, nodes[-1].last)) as passes:
+            magnitudes = self._all_magnitudes(passes) if part == "statistics" else None
+            for node in missing:
+                if part == "magnitudes":
+                    make = _saver(self._magnitudes(node, passes))
+                else:
+                    make = _saver(_flat(self._statistics(node, magnitudes, passes)))
+                self.store.get_or_make("partial", self.key(part, node), make)
+                del make  # the sums, before the next node's
 
-def _nearest_hidden(block: int, keys: _Keys, store: Store) -> tuple[int, list[Tensor] | None]:
-    for index in range(block, 0, -1):
-        artifact = store.find("hidden", keys.hidden(index))
+    @contextmanager
+    def _passes(self, leaves: Node) -> Iterator[Callable[[], BlockPasses]]:
+        """The passes over the block, which is loaded when they are first asked for."""
+        with ExitStack() as stack:
+
+            @cache
+            def passes() -> BlockPasses:
+                self._hidden.prepare(self._block, range(leaves.first, leaves.last))
+                stream = self._hidden.stream
+                return stack.enter_context(block_passes(stream, self._block, self._rounding))
+
+            yield passes
+
+    def _all_magnitudes(self, passes: Callable[[], BlockPasses]) -> BlockMagnitudes | None:
+        """Where there are two passes."""
+        return self._magnitudes(self.root, passes) if len(parts(self._recipe)) == 2 else None
+
+    def _magnitudes(self, node: Node, passes: Callable[[], BlockPasses]) -> BlockMagnitudes:
+        def leaf(number: int) -> BlockMagnitudes:
+            return passes().magnitudes(self._hidden.get(self._block, number), self._step)
+
+        return summed(node, leaf, add_magnitudes, lambda node: self._partial("magnitudes", node))
+
+    def _statistics(
+        self, node: Node, magnitudes: BlockMagnitudes | None, passes: Callable[[], BlockPasses]
+    ) -> BlockStatistics:
+        original = self._recipe.calibration.propagation == "original"
+        advance = original and self._block + 1 < self._hidden.stream.block_count
+
+        def leaf(number: int) -> BlockStatistics:
+            block, batches = passes(), self._hidden.get(self._block, number)
+            made = block.statistics(batches, magnitudes, advance, self._step)
+            if advance:
+                self._hidden.put(self._block + 1, number, batches)
+            return made
+
+        def found(node: Node) -> BlockStatistics | None:
+            tensors = self._partial("statistics", node)
+            return None if tensors is None else _nested(tensors)
+
+        return summed(node, leaf, add_statistics, found)
+
+    def _partial(self, part: Part, node: Node) -> dict[str, Tensor] | None:
         try:
-            if artifact:
-                stored = load_file(store.open(artifact) / "hidden.safetensors")
-                return index, [stored[str(number)] for number in range(len(stored))]
+            if artifact := self.store.find("partial", self.key(part, node)):
+                found: dict[str, Tensor] = load_file(self.store.open(artifact) / _FILE)
+                return found
         except (StoreError, FileNotFoundError):  # another run had no more use for it just now
-            continue
-    return 0, None
+            pass
+        return None
+
+    def _clear(self) -> None:
+        for part in get_args(Part):
+            for node in self.root.tree():
+                if spent := self.store.find("partial", self.key(part, node)):
+                    self.store.remove(spent)
+        last = self._block + 1 == self._hidden.stream.block_count
+        if self._recipe.calibration.propagation == "original" or last:
+            for leaf in range(self.root.last):
+                self._hidden.remove(self._block, leaf)
 
 
-def _remove_hidden(block: int, keys: _Keys, store: Store) -> None:
-    if spent := store.find("hidden", keys.hidden(block)):
-        store.remove(spent)
+def _flat(statistics: BlockStatistics) -> dict[str, Tensor]:
+    return {
+        f"{name}/{field}": tensor
+        for name, each in statistics.items()
+        for field, tensor in each.tensors().items()
+    }
 
 
-def _load_layers(
-    index: int,
-    layers: Mapping[str, ArtifactRef],
-    stream: StreamedModel,
-    store: Store,
-) -> dict[str, QuantizedLinear]:
-    linears = stream.linears(index)
-    return {name: load_layer(store.open(layers[name])) for name in linears if name in layers}
+def _nested(tensors: dict[str, Tensor]) -> BlockStatistics:
+    """Inverse of `_flat`."""
+    fields: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        name, _, field = key.rpartition("/")
+        fields.setdefault(name, {})[field] = tensor
+    return {name: InputStatistics.from_tensors(each) for name, each in fields.items()}
 
 
-def _store_hidden(batches: Sequence[Batch], block: int, keys: _Keys, store: Store) -> None:
-    def make(folder: Path) -> None:
-        hidden = {str(n): batch.hidden.contiguous() for n, batch in enumerate(batches)}
-        save_file(hidden, folder / "hidden.safetensors")
-
-    store.get_or_make("hidden", keys.hidden(block), make)
-
-
-def _saver(statistics: InputStatistics) -> Any:
-    def make(folder: Path) -> None:
-        tensors = {name: tensor.cpu() for name, tensor in statistics.tensors().items()}
-        save_file(tensors, folder / "statistics.safetensors")
-
-    return make
+def _saver(tensors: dict[str, Tensor]) -> Callable[[Path], None]:
+    return lambda folder: save_file(tensors, folder / _FILE)

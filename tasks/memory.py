@@ -34,11 +34,12 @@ class MemoryUse:
     def of(cls, recipe: Recipe, needed: Footprint, peaks: Peaks) -> "MemoryUse":
         execution = recipe.execution
         if execution.runner == "threads":
-            return cls(peaks.start + needed.block + execution.workers * needed.layer, peaks.process)
+            workers = execution.workers * needed.worker
+            return cls(peaks.start + needed.block + workers, peaks.process)
         return cls(
             predicted=peaks.start + needed.block,
             used=peaks.process,
-            worker_predicted=peaks.start + needed.layer,
+            worker_predicted=peaks.start + needed.worker,
             worker_used=peaks.worker or None,
         )
 
@@ -85,7 +86,8 @@ def check_room(recipe: Recipe, needed: Footprint, store: Store) -> None:
     if wanted > available:
         raise RoomError(
             f"execution.workers: {execution.workers}: a layer takes {shown_bytes(needed.layer)},"
-            f" calibration of a block {shown_bytes(needed.block)}, {shown_bytes(wanted)} in all,"
+            f" calibration of a block {shown_bytes(max(needed.block, needed.share))},"
+            f" {shown_bytes(wanted)} in all,"
             f" and {shown_bytes(available)} are available: lower execution.workers,"
             " calibration.batch_size or calibration.samples"
         )
@@ -94,7 +96,7 @@ def check_room(recipe: Recipe, needed: Footprint, store: Store) -> None:
 def _memory_here(execution: ExecutionSection, needed: Footprint) -> int:
     """Bytes beyond what this process has already."""
     started = 0 if execution.runner == "threads" else psutil.Process().memory_info().rss
-    return needed.block + execution.workers * (needed.layer + started)
+    return needed.block + execution.workers * (needed.worker + started)
 
 
 def _free(folder: Path) -> int:

@@ -12,12 +12,14 @@ from dpq_core.device import resolve_device
 from dpq_core.exports import check_exportable, planned_targets
 from dpq_core.exports.format import ExportError
 from dpq_core.footprint import Footprint, footprint
+from dpq_core.leaves import WINDOWS
 from dpq_core.linear import stored_bytes
 from dpq_core.plan import Plan, kept_lines, plan_layers
 from dpq_core.recipe import Recipe, RecipeError
 from infra.store import ArtifactRef, Store
 from tasks import windows
 from tasks.evaluate import EvaluationData, prepare
+from tasks.hidden import load_leaves
 from tasks.memory import check_room
 from tasks.model import Model, inspect, load_tokenizer, stream_of
 
@@ -25,12 +27,13 @@ from tasks.model import Model, inspect, load_tokenizer, stream_of
 @dataclass(frozen=True)
 class Inputs:
     """What a run starts from, checked: a model, its plan and what that takes, tokens, and the
-    evaluation's data."""
+    evaluation's data. leaves: parts of the calibration samples that tasks can share."""
 
     model: Model
     plan: Plan
     footprint: Footprint
     calibration: ArtifactRef
+    leaves: int
     evaluation: EvaluationData
 
 
@@ -52,14 +55,16 @@ def preflight(recipe: Recipe) -> Inputs:
         get_run_logger().warning(line)
     _check_budget(recipe, plan)
     _check_exports(recipe, plan, stream.dtype)
-    needed = footprint(plan, recipe.calibration)
+    needed = footprint(plan, recipe.calibration, recipe.execution.shards)
     check_room(recipe, needed, store)
     tokenizer = load_tokenizer(model.folder, recipe.model.trust_remote_code)
+    calibration = windows.store_calibration(recipe.calibration, tokenizer, model.folder, store)
     return Inputs(
         model=model,
         plan=plan,
         footprint=needed,
-        calibration=windows.store_calibration(recipe.calibration, tokenizer, model.folder, store),
+        calibration=calibration,
+        leaves=_checked_leaves(recipe, calibration, store),
         evaluation=prepare(recipe.evaluation, tokenizer, store),
     )
 
@@ -68,7 +73,20 @@ def replanned(inputs: Inputs, recipe: Recipe) -> Inputs:
     """The same model and data with a plan for `recipe`, whose scheme or layers may differ."""
     stream = stream_of(recipe, inputs.model)
     plan = plan_layers(stream, recipe.scheme, recipe.layers)
-    return replace(inputs, plan=plan, footprint=footprint(plan, recipe.calibration))
+    return replace(
+        inputs, plan=plan, footprint=footprint(plan, recipe.calibration, recipe.execution.shards)
+    )
+
+
+def _checked_leaves(recipe: Recipe, calibration: ArtifactRef, store: Store) -> int:
+    leaves, shards = len(load_leaves(recipe, calibration, store)), recipe.execution.shards
+    if shards > leaves:
+        raise RecipeError(
+            f"execution.shards: {shards}: the calibration windows make {leaves} leaves of at least"
+            f" {WINDOWS}, which no more tasks than that can share: lower it, or raise"
+            " calibration.samples"
+        )
+    return leaves
 
 
 def _check_budget(recipe: Recipe, plan: Plan) -> None:

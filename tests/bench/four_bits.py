@@ -176,7 +176,9 @@ def quantize_model(
                 own_scale = output_range(x, list(weights.values()), found, rounding.inner)
                 x8 = fake_quantize(x.float(), own_scale, rounding.inner)
             else:
-                x8 = rounding.apply(x, found) if rounding else x.float()
+                x8 = x.float()
+                if rounding:
+                    x8 = rounding.apply(x, rounding.static_scale(found.magnitudes))
             found.add_hessian(x8)
             hessian = found.hessian()
             shift = 2 * (x16.float() - x8).T @ x8 / len(x8)

@@ -1,7 +1,7 @@
 """Memory that quantizing takes, beside preflight's prediction, for Llamas with random weights.
 
     python tests/bench/peak_memory.py [--models 150m 600m 1.1b] [--runner threads|processes]
-                                      [--blocks N]
+                                      [--blocks N] [--windows N] [--shards N]
 
 Models are made on the spot; each is quantized by one worker, in a process of its own. A row a
 model: predicted and used memory of the process and of the worker. `--blocks` cuts the models: a
@@ -25,7 +25,7 @@ from transformers import ByT5Tokenizer, LlamaConfig
 
 from dpq_core.streaming import empty_model
 
-WINDOWS, LENGTH = 16, 512
+LENGTH = 512
 MODELS = {  # hidden, intermediate, heads, key-value heads, blocks
     "150m": (768, 2048, 12, 12, 12),
     "600m": (1536, 4096, 16, 8, 18),
@@ -69,12 +69,12 @@ def make_model(folder: Path, name: str, blocks: int | None) -> int:
     return total
 
 
-def write_recipe(folder: Path, runner: str) -> Path:
+def write_recipe(folder: Path, runner: str, windows: int, shards: int) -> Path:
     recipe = {
         "model": {"id": str(folder / "model")},
         "calibration": {
             "dataset": {"path": "python_docs"},
-            "samples": WINDOWS,
+            "samples": windows,
             "sequence_length": LENGTH,
             "batch_size": 1,
         },
@@ -84,6 +84,7 @@ def write_recipe(folder: Path, runner: str) -> Path:
             "workers": 1,
             "device": "cpu",
             "runner": runner,
+            "shards": shards,
         },
     }
     path = folder / "recipe.yaml"
@@ -117,6 +118,8 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--runner", choices=["threads", "processes"], default="threads")
     parser.add_argument("--blocks", type=int)
+    parser.add_argument("--windows", type=int, default=16)
+    parser.add_argument("--shards", type=int, default=1)
     arguments = parser.parse_args()
     far = False
     print("| model | process predicted | used | off | worker predicted | used | off |")
@@ -124,7 +127,8 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             work = Path(folder)
             checkpoint = make_model(work / "model", name, arguments.blocks)
-            memory = memory_of(write_recipe(work, arguments.runner), work / "home")
+            asked = arguments.runner, arguments.windows, arguments.shards
+            memory = memory_of(write_recipe(work, *asked), work / "home")
         cells = []
         for predicted, used in (("predicted", "used"), ("worker_predicted", "worker_used")):
             if memory[predicted]:
@@ -135,7 +139,7 @@ def main() -> None:
         print(f"| {name} | {' | '.join(cells)} |", flush=True)
         if name == "1.1b" and arguments.runner == "threads" and not arguments.blocks:
             above = memory["used"] - idle_bytes()
-            limit = checkpoint // 2 + WINDOWS * LENGTH * MODELS[name][0] * 2
+            limit = checkpoint // 2 + arguments.windows * LENGTH * MODELS[name][0] * 2
             print(
                 f"  above idle {above / 2**20:.0f} MiB, limit {limit / 2**20:.0f} MiB", flush=True
             )

@@ -175,7 +175,10 @@ def scaled(
                     found = InputStatistics.empty(x.shape[1])
                     scaled_x = (x / columns).to(torch.bfloat16)
                     found.add_magnitudes(scaled_x)
-                    found.add_hessian(rounding.apply(scaled_x, found) if rounding else scaled_x)
+                    if rounding:
+                        scale = rounding.static_scale(found.magnitudes)
+                        scaled_x = rounding.apply(scaled_x, scale)
+                    found.add_hessian(scaled_x)
                     hessian = found.hessian()
                     total = 0.0
                     for weight in weights:

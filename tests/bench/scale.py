@@ -80,7 +80,11 @@ def traffic(shape: Shape, tokens: int) -> dict[str, float]:
         "checkpoint read, twice": 2 * 2 * (shape.weights + shape.other),
         "Hessians written": hessians,
         "Hessians read, once a layer": read,
-        "hidden states written and read": 2 * 2 * shape.blocks * tokens * shape.hidden,
+        "hidden states written, and read by two passes": 3
+        * 2
+        * shape.blocks
+        * tokens
+        * shape.hidden,
         "layers written and read": 2 * 0.53 * shape.weights,
         "release written": 0.53 * shape.weights + 2 * shape.other,
     }

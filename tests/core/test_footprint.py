@@ -21,9 +21,35 @@ def calibration(**changes):
 def test_each_part_grows_with_what_it_is_made_of(plan):
     few, many = (footprint(plan, calibration(samples=samples, batch_size=4)) for samples in (8, 16))
     hidden = 8 * calibration().sequence_length * plan.layers[0].features * 2
-    assert many.block - few.block == hidden
+    assert many.block - few.block == 2 * hidden  # before and after a block
     assert many.disk == few.disk
     assert many.layer == few.layer == max(map(layer_bytes, plan.layers))
+
+
+def test_samples_beyond_a_leaf_take_a_sum_each_time_that_they_double(plan):
+    one, two, three, four, eight = (
+        footprint(plan, calibration(samples=16 * leaves)).block for leaves in (1, 2, 3, 4, 8)
+    )
+    assert two - one == four - two == eight - four == largest_statistics(plan)
+    assert three == two
+
+
+def test_tasks_that_share_calibration_take_what_one_took(plan):
+    alone = footprint(plan, calibration(samples=128))
+    shared = {n: footprint(plan, calibration(samples=128), shards=n) for n in (2, 3, 8)}
+    assert alone.share == 0
+    sums = {1: 4, 2: 3, 3: 2, 8: 1}  # of 8, 4, 2 (and 1), and 1 leaves
+    for n, each in shared.items():
+        assert alone.block - each.share == (sums[1] - sums[n]) * largest_statistics(plan)
+        assert each.worker == max(each.layer, each.share)
+        assert (each.layer, each.disk) == (alone.layer, alone.disk)
+    assert [shared[n].block // largest_statistics(plan) for n in (2, 3, 8)] == [2, 3, 4]
+
+
+def largest_statistics(plan):
+    """Bytes of a block's Hessians and histograms."""
+    features = {layer.statistics: layer.features for layer in plan.of_block(0)}
+    return sum(4 * n**2 + 8 * 2**15 for n in features.values())
 
 
 def test_a_layer_s_weight_or_its_hessian_decides(plan):

@@ -60,8 +60,8 @@ def test_any_batching_order_and_merge_tree_gives_the_same(cuts, seed, tree):
         forest = [counted(part) for part in parts]
         while len(forest) > 1:
             first, second = torch.randperm(len(forest), generator=generator)[:2].tolist()
-            merged = forest[first].merge(forest[second])
-            forest = [s for i, s in enumerate(forest) if i not in (first, second)] + [merged]
+            forest[first].add(forest[second])
+            del forest[second]
         total = forest[0]
     assert_same(total, counted(x))
 
@@ -92,9 +92,9 @@ def test_magnitudes_are_exact_counts_of_bf16_bits(dtype):
     np.testing.assert_array_equal(counted(x).magnitudes.numpy(), expected)
 
 
-def test_statistics_of_different_inputs_do_not_merge():
+def test_statistics_of_different_inputs_do_not_add():
     with pytest.raises(ValueError, match="24 and 25"):
-        InputStatistics.empty(24).merge(InputStatistics.empty(25))
+        InputStatistics.empty(24).add(InputStatistics.empty(25))
 
 
 def test_tensors_round_trip():
@@ -188,9 +188,9 @@ def test_all_zero_activations_have_scale_one(estimator):
 
 @pytest.mark.parametrize("estimator", ["amax", "percentile", "mse"])
 def test_power_of_two_static_scale_is_the_next_above(estimator):
-    statistics = counted(inputs())
-    plain = static_scale_of(statistics, Scheme(activation_range=estimator))
-    scale = static_scale_of(statistics, Scheme(activation_range=estimator, power_of_two=True))
+    magnitudes = counted(inputs()).magnitudes
+    plain = static_scale_of(magnitudes, Scheme(activation_range=estimator))
+    scale = static_scale_of(magnitudes, Scheme(activation_range=estimator, power_of_two=True))
     assert torch.frexp(scale).mantissa == 0.5
     assert plain <= scale < 2 * plain
 

@@ -29,14 +29,14 @@ def counted(module, name):
         return function(*arguments, **keywords)
     setattr(module, name, call)
 import tasks.calibrate, tasks.evaluate, tasks.quantize
-counted(tasks.calibrate, "calibrate_block")
+counted(tasks.calibrate, "block_passes")
 counted(tasks.quantize, "quantize_or_keep")
 counted(tasks.evaluate, "perplexity_token")
 from flows.cli import main
 main()
 """
 PART = "quantize_or_keep"
-ONCE = {"calibrate_block": 5, "quantize_or_keep": 35, "perplexity_token": 2}
+ONCE = {"block_passes": 5, "quantize_or_keep": 35, "perplexity_token": 2}
 
 
 @pytest.fixture

@@ -63,7 +63,7 @@ def test_a_worker_is_killed(recipe, recipe_file, undisturbed, tmp_path, runner):
     output, errors = run.communicate(timeout=900)
     if runner == "processes":  # its pool is broken; Dask starts another worker
         assert run.returncode == 1, output
-        assert "the worker that quantized it was killed" in errors
+        assert "the worker that had it was killed" in errors
         assert "lower execution.workers" in errors
         again = dpq_process(*command)
         output, errors = again.communicate(timeout=900)

@@ -1,0 +1,139 @@
+"""Hidden states before a block, in the store, leaf by leaf (`dpq_core.leaves`).
+
+They are kept until nothing needs them. Those that a run misses are computed again, from the nearest
+before them that are stored or from the inputs.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+
+from dpq_core.checkpoint import load_layer
+from dpq_core.device import resolve_device
+from dpq_core.digests import code_digest, digest
+from dpq_core.inputs import Batch, ModelInputs
+from dpq_core.leaves import leaves_of
+from dpq_core.quantize import QuantizedLinear
+from dpq_core.recipe import Recipe
+from dpq_core.streaming import StreamedModel
+from infra.store import ArtifactRef, Store, StoreError
+from tasks.model import Model, stream_of
+from tasks.windows import load_inputs
+
+_FILE = "hidden.safetensors"
+
+
+def load_leaves(recipe: Recipe, windows: ArtifactRef, store: Store) -> list[Sequence[ModelInputs]]:
+    """What the recipe calibrates on, by leaf."""
+    inputs = load_inputs(windows, store, recipe.calibration.batch_size)
+    return leaves_of(inputs, len(inputs[0]["input_ids"]))
+
+
+@dataclass(frozen=True)
+class HiddenStates:
+    """Before all blocks of a model, on a recipe's windows.
+
+    layers: the quantized layers of all blocks that they have passed, with `propagation: quantized`;
+    else empty.
+    """
+
+    recipe: Recipe
+    model: Model
+    windows: ArtifactRef
+    layers: Mapping[str, ArtifactRef]
+    store: Store
+
+    @cached_property
+    def leaves(self) -> list[Sequence[ModelInputs]]:
+        return load_leaves(self.recipe, self.windows, self.store)
+
+    @cached_property
+    def base(self) -> dict[str, Any]:
+        """All that they depend on, but for place and layers: of a store key."""
+        return {
+            "code": code_digest("dpq_core.calibration"),
+            "model": self.model.digest,
+            "windows": self.windows.sha256,
+            "batch_size": self.recipe.calibration.batch_size,
+            "device": resolve_device(self.recipe.execution.device).type,
+        }
+
+    @cached_property
+    def stream(self) -> StreamedModel:
+        """The model, for whoever runs a block on them."""
+        return self._new_stream()
+
+    def prepare(self, block: int, leaves: Iterable[int]) -> None:
+        """Store those before a block that are missing. Each block on the way is loaded once."""
+        reached = {leaf: self._nearest(block, leaf) for leaf in leaves}
+        if all(at == block for at in reached.values()):
+            return
+        stream = self._new_stream()  # the other one may have a block loaded
+        if unbegun := [leaf for leaf, at in reached.items() if at < 0]:
+            with stream.embedding() as begun:
+                for leaf in unbegun:
+                    self.put(0, leaf, [begun(inputs) for inputs in self.leaves[leaf]])
+        for index in range(max(min(reached.values()), 0), block):
+            behind = [leaf for leaf, at in reached.items() if at <= index]
+            with stream.block(index, self._load_layers(index)):
+                for leaf in behind:
+                    batches = self.get(index, leaf)
+                    stream.advance(batches)
+                    self.put(index + 1, leaf, batches)
+                    self.remove(index, leaf)
+
+    def get(self, block: int, leaf: int) -> list[Batch]:
+        """A leaf's batches before a block."""
+        try:
+            return self._load(block, leaf)
+        except (StoreError, FileNotFoundError):  # another run had no more use for it just now
+            self.prepare(block, [leaf])
+            return self._load(block, leaf)
+
+    def put(self, block: int, leaf: int, batches: Sequence[Batch]) -> None:
+        """Store a leaf's batches before a block."""
+
+        def make(folder: Path) -> None:
+            hidden = {str(n): batch.hidden.contiguous() for n, batch in enumerate(batches)}
+            save_file(hidden, folder / _FILE)
+
+        self.store.get_or_make("hidden", self._key(block, leaf), make)
+
+    def remove(self, block: int, leaf: int) -> None:
+        """Delete what nothing will read again. Missing is fine."""
+        if spent := self.store.find("hidden", self._key(block, leaf)):
+            self.store.remove(spent)
+
+    def _load(self, block: int, leaf: int) -> list[Batch]:
+        artifact = self.store.find("hidden", self._key(block, leaf))
+        if artifact is None:
+            raise StoreError(f"hidden states before block {block} are missing")
+        stored = load_file(self.store.open(artifact) / _FILE)
+        return [Batch.of(each, stored[str(n)]) for n, each in enumerate(self.leaves[leaf])]
+
+    def _nearest(self, block: int, leaf: int) -> int:
+        """The last block up to this one before which they are stored; -1: none."""
+        there = (n for n in range(block, -1, -1) if self.store.find("hidden", self._key(n, leaf)))
+        return next(there, -1)
+
+    def _key(self, block: int, leaf: int) -> str:
+        passed = {name for n in range(block if self.layers else 0) for name in self._linears(n)}
+        upstream = [artifact.sha256 for name, artifact in self.layers.items() if name in passed]
+        return digest({**self.base, "before_block": block, "leaf": leaf, "layers": upstream})
+
+    def _new_stream(self) -> StreamedModel:
+        return stream_of(self.recipe, self.model, resolve_device(self.recipe.execution.device))
+
+    def _linears(self, block: int) -> list[str]:
+        return list(self.stream.linears(block))
+
+    def _load_layers(self, block: int) -> dict[str, QuantizedLinear]:
+        return {
+            name: load_layer(self.store.open(self.layers[name]))
+            for name in self._linears(block)
+            if name in self.layers
+        }

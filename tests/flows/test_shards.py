@@ -1,0 +1,113 @@
+"""Calibration shared by any number of tasks: the same bytes, and a killed share repeated alone."""
+
+import json
+import os
+import subprocess
+import sys
+from collections import Counter
+
+import pytest
+from conftest import run_flow
+from model_families import save
+from test_same_bytes import contents, in_store
+
+from dpq_core.recipe import RecipeError, parse_recipe
+from flows.quantize import quantize
+
+LEAVES = 4
+SETTINGS = [
+    (2, "processes", "original"),
+    (3, "dask", "original"),
+    (4, "threads", "original"),
+    (3, "threads", "quantized"),
+]
+
+# `dpq …` that notes every leaf whose Hessians are begun, and dies at one of them.
+DYING = """
+import os, signal, sys
+from pathlib import Path
+log, last = Path(sys.argv.pop(1)), int(sys.argv.pop(1))
+from dpq_core.calibration import BlockPasses
+statistics = BlockPasses.statistics
+def noted(self, *arguments):
+    with log.open("a") as file:
+        file.write(next(iter(self.inputs)).split(".")[2] + "\\n")
+    if len(log.read_text().splitlines()) == last:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return statistics(self, *arguments)
+BlockPasses.statistics = noted
+from flows.cli import main
+main()
+"""
+
+
+@pytest.fixture(scope="module")
+def tiny(content, tmp_path_factory):
+    """A recipe's content with two blocks and four leaves."""
+    calibration = {"samples": 16 * LEAVES, "sequence_length": 16}
+    return content | {
+        "model": {"id": str(save("llama-2", tmp_path_factory.mktemp("model")))},
+        "scheme": {"group_size": 32, "rounding": "nearest"},
+        "calibration": content["calibration"] | calibration,
+    }
+
+
+@pytest.fixture
+def four_leaves(tiny, services_home):
+    return parse_recipe(tiny)
+
+
+@pytest.fixture(scope="module")
+def alone():
+    """What one task gave, by propagation."""
+    return {}
+
+
+def statistics(folder):
+    return {path.name: contents(path) for path in (folder / "statistics").iterdir()}
+
+
+@pytest.mark.parametrize(("shards", "runner", "propagation"), SETTINGS)
+def test_shards_and_runners_give_the_same_bytes(
+    four_leaves, alone, tmp_path, shards, runner, propagation
+):
+    calibration = four_leaves.calibration.model_copy(update={"propagation": propagation})
+    recipe = four_leaves.model_copy(update={"calibration": calibration})
+    if propagation not in alone:
+        checkpoint = run_flow(quantize, in_store(recipe, tmp_path / "one")).checkpoint
+        alone[propagation] = contents(checkpoint.folder), statistics(tmp_path / "one")
+    shared = in_store(recipe, tmp_path / "shared", shards=shards, runner=runner)
+    candidate = run_flow(quantize, shared)
+    assert contents(candidate.checkpoint.folder) == alone[propagation][0]
+    assert statistics(tmp_path / "shared") == alone[propagation][1]
+    for spent in ("partial", "hidden", "tmp", "leases"):
+        assert list((tmp_path / "shared" / spent).iterdir()) == []
+
+
+def test_a_share_that_is_killed_is_repeated_alone(tiny, four_leaves, tmp_path):
+    log, store, recipe = tmp_path / "log", tmp_path / "store", tmp_path / "recipe.yaml"
+    recipe.write_text(json.dumps(tiny))
+    settings = {"store": store, "shards": 4, "workers": 1}
+    options = [f"--set=execution.{key}={value}" for key, value in settings.items()]
+
+    def run(last):
+        command = [sys.executable, "-c", DYING, log, last, "quantize", recipe, *options]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        return subprocess.run(list(map(str, command)), env=environment, capture_output=True)
+
+    assert run(last=LEAVES + 3).returncode == -9  # at the third leaf of the second block
+    assert list((store / "partial").iterdir()) != []
+    again = run(last=0)
+    assert again.returncode == 0, again.stderr.decode()
+    begun = Counter(log.read_text().splitlines())
+    assert begun == {"0": LEAVES, "1": LEAVES + 1}
+    assert list((store / "partial").iterdir()) == []
+    undisturbed = run_flow(quantize, in_store(four_leaves, tmp_path / "one")).checkpoint.folder
+    assert contents(next((store / "checkpoints").iterdir())) == contents(undisturbed)
+
+
+def test_more_shards_than_leaves_are_refused(four_leaves, tmp_path):
+    too_many = in_store(four_leaves, tmp_path / "store", shards=LEAVES + 1)
+    with pytest.raises(RecipeError, match=r"execution.shards: 5: .* make 4 leaves .*samples"):
+        run_flow(quantize, too_many)
+    assert not (tmp_path / "store" / "statistics").exists()
