@@ -1,11 +1,12 @@
 # Two commands on a fresh machine: `make release` and `make test`. Each sets everything up first.
 PYTHON ?= python3
 RECIPE ?= recipes/quickstart.yaml
+CHROMIUM ?= chromium
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: release test test-slow test-fast lint format ui train bench-memory bench-evaluate bench-bits bench-four-bits bench-scale bench-fan-out bench-convnet constraints clean
+.PHONY: release test test-slow test-fast lint format ui train bench-memory bench-evaluate bench-bits bench-four-bits bench-scale bench-fan-out bench-convnet picture constraints clean
 
 release: $(READY)  ## run the release pipeline; succeeds when it reaches a verdict, and says which
 	@$(BIN)/dpq release $(RECIPE); code=$$?; [ $$code -eq 0 ] || [ $$code -eq 2 ]
@@ -58,6 +59,11 @@ bench-convnet: $(READY)  ## the whitepaper's ladder on Fashion-MNIST; latency at
 	$(BIN)/dpq convnet compare recipes/convnet-fashion-mnist.yaml
 	$(BIN)/dpq convnet compare recipes/convnet-fashion-mnist.yaml --set network.kind=resnet
 	$(BIN)/python tests/bench/convnet_latency.py
+
+picture: $(READY)  ## docs/report.png, of a release's report, by headless Chromium
+	$(CHROMIUM) --no-sandbox --headless=new --hide-scrollbars --window-size=900,1240 \
+		--screenshot=docs/report.png "$$($(BIN)/dpq release $(RECIPE) --json | \
+		$(BIN)/python -c 'import json, sys; print(json.load(sys.stdin)["report"])')"
 
 constraints: $(READY)  ## pin what is installed now
 	$(BIN)/pip freeze --exclude-editable > constraints.txt

@@ -65,10 +65,10 @@ def recipe_file(content, services_home, tmp_path):
     return path
 
 
-@pytest.fixture
-def brief(text_file, tmp_path):
+@pytest.fixture(scope="session")
+def brief(text_file, tmp_path_factory):
     """Setting of a recipe whose evaluation is over in a moment."""
-    path = tmp_path / "brief.jsonl"
+    path = tmp_path_factory.mktemp("brief") / "brief.jsonl"
     text = json.loads(text_file.read_text().splitlines()[0])["text"]
     path.write_text(json.dumps({"text": text[:1000]}))
     return f"evaluation.perplexity.dataset.data_files={path}"
