@@ -14,7 +14,7 @@ release: $(READY)  ## run the release pipeline; succeeds when it reaches a verdi
 test: $(READY)  ## all tests but the slow ones
 	$(BIN)/python -m pytest
 
-test-slow: $(READY)  ## releases on a worker: scripts, schedule, events, heartbeats
+test-slow: $(READY)  ## releases on a worker: scripts, schedule, events, heartbeats, a browser
 	$(BIN)/python -m pytest -m slow
 
 test-fast: $(READY)  ## the algorithm alone: no services

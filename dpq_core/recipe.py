@@ -64,7 +64,7 @@ class CalibrationSection(_Section):
         None, description="of images that go with the texts: calibrates a vision tower too"
     )
     samples: int = Field(128, ge=1, description="windows of sequence_length tokens")
-    sequence_length: int = Field(2048, ge=2)
+    sequence_length: int = Field(2048, ge=2, description="tokens a window")
     propagation: Literal["original", "quantized"] = Field(
         "original", description="what feeds a block: the 16-bit blocks, or the quantized ones"
     )
@@ -79,7 +79,7 @@ class CalibrationSection(_Section):
 
 class PerplexitySection(_Section):
     dataset: TextDataset
-    sequence_length: int = Field(2048, ge=2)
+    sequence_length: int = Field(2048, ge=2, description="tokens a window")
     batch_size: int = Field(4, ge=1, description="windows a forward pass")
 
 
@@ -154,8 +154,10 @@ class RegistrySection(_Section):
 
 
 class ExecutionSection(_Section):
-    runner: Literal["threads", "processes", "dask"] = "threads"
-    workers: int = Field(2, ge=1, description="layers quantized at a time; with dask_address, its")
+    runner: Literal["threads", "processes", "dask"] = Field(
+        "threads", description="what quantizes layers: dask may be on other machines"
+    )
+    workers: int = Field(2, ge=1, description="layers quantized at a time, on this machine")
     shards: int = Field(
         1, ge=1, description="tasks that share the calibration samples; any number: the same bytes"
     )

@@ -8,12 +8,16 @@ code only where `DPQ_ALLOW_REMOTE_CODE` says so.
 
 import json
 import os
+from functools import cache, reduce
+from operator import or_
 from pathlib import Path
-from typing import Annotated, Any
+from types import NoneType
+from typing import Annotated, Any, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, create_model
+from pydantic import BaseModel, ConfigDict, Field, create_model, model_serializer
+from pydantic.json_schema import SkipJsonSchema
 
-from dpq_core.recipe import Recipe, RecipeError, load_recipe
+from dpq_core.recipe import Recipe, RecipeError, load_recipe, read_recipe
 from infra.settings import recipe_roots, remote_code_allowed
 
 SHIPPED = Path(__file__).parents[1] / "recipes"
@@ -36,22 +40,61 @@ COMMON: dict[str, tuple[str, ...]] = {  # section of a recipe → fields
 }
 
 
+class _Form(BaseModel):
+    """Fields that may be left empty, and are then not there at all: for a field that may also be
+    null, Prefect's form asks first which of the two it shall be."""
+
+    model_config = _EXACT
+
+    @model_serializer(mode="wrap")
+    def _filled(self, handler: Any) -> dict[str, Any]:
+        return {name: value for name, value in handler(self).items() if value is not None}
+
+
 def _section(name: str, fields: tuple[str, ...]) -> Any:
     """The fields of a recipe's section, each of which may be left empty."""
     section: Any = Recipe.model_fields[name].annotation
     optional: dict[str, Any] = {}
     for field in fields:
         info = section.model_fields[field]
-        kind: Any = info.annotation
+        kind = _without_none(info.annotation)
         for bound in info.metadata:
             kind = Annotated[kind, bound]
-        optional[field] = (kind | None, Field(None, description=info.description))
-    return create_model(name.capitalize(), __config__=_EXACT, **optional)
+        shown = Field(None, title=field, description=_help(info), json_schema_extra=_in_a_form)
+        optional[field] = (kind | SkipJsonSchema[None], shown)  # type: ignore[misc]
+    return create_model(name, __base__=_Form, **optional)
+
+
+def _without_none(kind: Any) -> Any:
+    kinds = get_args(kind)
+    if NoneType not in kinds:
+        return kind
+    return reduce(or_, (each for each in kinds if each is not NoneType))
+
+
+def _help(info: Any) -> str:
+    """A field's description and bounds."""
+    bounds = {"gt": "above", "ge": "at least", "lt": "below", "le": "at most"}
+    said = [
+        f"{words} {getattr(bound, name):g}"
+        for bound in info.metadata
+        for name, words in bounds.items()
+        if hasattr(bound, name)
+    ]
+    return "; ".join([info.description, *said])
+
+
+def _in_a_form(schema: dict[str, Any]) -> None:
+    """No default, and a list to choose from for a switch, which is never empty."""
+    del schema["default"]
+    if schema.get("type") == "boolean":
+        del schema["type"]
+        schema["enum"] = [True, False]
 
 
 _sections: dict[str, Any] = {name: _section(name, fields) for name, fields in COMMON.items()}
-_defaults: dict[str, Any] = {name: (section, section()) for name, section in _sections.items()}
-_Common: Any = create_model("Common", __config__=_EXACT, **_defaults)
+_empty: dict[str, Any] = {name: (section, section()) for name, section in _sections.items()}
+_Common: Any = create_model("Common", __base__=_Form, **_empty)
 
 
 class Overrides(_Common):
@@ -59,17 +102,18 @@ class Overrides(_Common):
 
     def settings(self) -> list[str]:
         """The same as `key.path=value`, of what is not empty."""
-        given = self.model_dump(mode="json", exclude_none=True)
         return [
             f"{section}.{field}={json.dumps(value)}"
-            for section, fields in given.items()
+            for section, fields in self.model_dump(mode="json").items()
             for field, value in fields.items()
         ]
 
 
+@cache
 def shipped() -> dict[str, Path]:
-    """The recipes that come with this installation, by name."""
-    return {path.stem: path for path in sorted(SHIPPED.glob("*.yaml"))}
+    """The recipes of language models that come with this installation, by name."""
+    paths = sorted(SHIPPED.glob("*.yaml"))
+    return {path.stem: path for path in paths if "model" in read_recipe(path)}
 
 
 class _Offer:

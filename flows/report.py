@@ -33,7 +33,9 @@ def publish(
         gate_rows(verdict.metrics), key="gates", description="Baseline and candidate"
     )
     create_table_artifact(layer_rows(manifest), key="layers", description="Error of each layer")
-    create_link_artifact(checkpoint.as_uri(), "checkpoint", key="checkpoint")
+    create_link_artifact(
+        checkpoint.as_uri(), key="checkpoint", description="The checkpoint's folder"
+    )
 
 
 def publish_parts(tables: Mapping[str, list[dict[str, Any]]]) -> None:

@@ -54,7 +54,10 @@ def report_or_error(run: TrackedRun, tracking_uri: str, outcome: Outcome) -> Rep
     reason of the verdict, which is about the model.
     """
     try:
-        return Report(make_report(run, tracking_uri, outcome))
+        address = make_report(run, tracking_uri, outcome)
+        # The address itself as text: a browser opens no file from a page that a server gave it.
+        create_link_artifact(address, key="report", description="The release report")
+        return Report(address)
     except Exception as error:
         said = f"{type(error).__name__}: {' '.join(str(error).split())}"
         get_run_logger().exception("no report: the verdict stands")
@@ -68,7 +71,6 @@ def make_report(run: TrackedRun, tracking_uri: str, outcome: Outcome) -> str:
     run.log_text(page(_gathered(run, tracking_uri, outcome)), FILE)
     address = run.link(FILE)
     run.set_tags({"report": address})
-    create_link_artifact(address, "Release report", key="report", description="The release report")
     return address
 
 

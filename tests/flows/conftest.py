@@ -1,10 +1,16 @@
-"""Real services, a small recipe on the shipped model, and ways to run it."""
+"""Real services, a small recipe on the shipped model, and ways to run it: here, or deployed on a
+worker."""
 
 import json
 import os
 import subprocess
 import sys
+from contextlib import suppress
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from threading import Thread
 
+import psutil
 import pytest
 from typer.testing import CliRunner
 
@@ -12,6 +18,9 @@ from dpq_core.recipe import parse_recipe
 from flows.cli import app
 from flows.runners import task_runner
 from infra.services import services
+
+REPOSITORY = Path(__file__).parents[2]
+PATIENCE = 600  # s, for a run on a machine as busy as it likes
 
 
 @pytest.fixture(scope="package")
@@ -82,6 +91,105 @@ def dpq(recipe_file):
         return CliRunner().invoke(app, [command, str(recipe_file), *arguments])
 
     return run
+
+
+@pytest.fixture(scope="module")
+def notified():
+    """Address of a web server, and the bodies that it was sent."""
+    bodies = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self):
+            bodies.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+            self.send_response(200)
+            self.end_headers()
+
+        def log_message(self, *arguments):
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        yield f"json://127.0.0.1:{server.server_port}/", bodies
+        server.shutdown()
+
+
+@pytest.fixture(scope="module")
+def workplace(services_home, tmp_path_factory):
+    """The folder in which `dpq deploy` is called and runs work, and the environment of both."""
+    folder = tmp_path_factory.mktemp("workplace")
+    bin_folder = folder / "bin"
+    bin_folder.mkdir()
+    dpq = bin_folder / "dpq"
+    dpq.write_text(f'#!/bin/sh\nexec {sys.executable} -c "from flows.cli import main; main()" "$@"')
+    dpq.chmod(0o755)
+    (folder / "recipes").mkdir()
+    environment = {
+        **os.environ,
+        "DPQ_RECIPE_ROOTS": str(folder / "recipes"),
+        "OMP_NUM_THREADS": "1",
+        "PATH": f"{bin_folder}{os.pathsep}{os.environ['PATH']}",
+        "PREFECT_WORKER_QUERY_SECONDS": "1",
+        "PYTHONPATH": os.pathsep.join([str(REPOSITORY), os.environ.get("PYTHONPATH", "")]),
+        "RELEASE_TIMEOUT": str(PATIENCE),
+    }
+    return folder, environment
+
+
+@pytest.fixture(scope="module")
+def call(workplace):
+    """Run a command there: exit code, stdout, stderr."""
+    folder, environment = workplace
+
+    def run(*command, **more):
+        return subprocess.run(
+            list(map(str, command)),
+            cwd=folder,
+            env={**environment, **more},
+            capture_output=True,
+            text=True,
+            timeout=PATIENCE + 60,
+        )
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def deployed(call, notified):
+    done = call("dpq", "deploy", "--json", "--notify", notified[0])
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)["made"]
+
+
+@pytest.fixture(scope="module")
+def worker(deployed, workplace):
+    """`prefect worker start`, and all that it started, until the module's end."""
+    folder, environment = workplace
+    command = [sys.executable, "-m", "prefect", "worker", "start", "--pool", "dpq"]
+    with (folder / "worker.log").open("w") as log:
+        process = subprocess.Popen(command, cwd=folder, env=environment, stdout=log, stderr=log)
+    try:
+        yield process
+    finally:
+        family = psutil.Process(process.pid).children(recursive=True)
+        process.terminate()
+        try:
+            process.wait(timeout=30)
+        finally:
+            for each in [process, *family]:
+                with suppress(psutil.NoSuchProcess):
+                    each.kill()
+
+
+@pytest.fixture(scope="module")
+def recipes(workplace, content):
+    """Write a recipe where deployments take them from; returns its file's name."""
+    folder, _ = workplace
+
+    def write(name, **changes):
+        (folder / "recipes" / f"{name}.yaml").write_text(json.dumps({**content, **changes}))
+        return f"{name}.yaml"
+
+    return write
 
 
 def run_flow(flow, recipe, *arguments):

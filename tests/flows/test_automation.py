@@ -5,20 +5,15 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from datetime import UTC, datetime, timedelta
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from threading import Thread
 from uuid import UUID, uuid4
 
 import httpx
-import psutil
 import pytest
-from conftest import dpq_process, run_flow
+from conftest import PATIENCE, dpq_process, run_flow
 from prefect import flow
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.actions import DeploymentScheduleCreate
@@ -36,115 +31,14 @@ from prefect.states import Running
 from safetensors.torch import load_file, save_file
 
 from dpq_core.recipe import RecipeError, load_recipe
-from flows.deployed_recipe import admitted
+from flows.deployed_recipe import COMMON, Overrides, admitted
 from flows.release import release
 from infra import client
 from infra.automations import crashed_runs, ensure
 from infra.registry import Registry
 from infra.tracking import mlflow_client, tracking_store
 
-REPOSITORY = Path(__file__).parents[2]
-EXAMPLES = REPOSITORY / "examples"
-PATIENCE = 600  # s, for a run on a machine as busy as it likes
-
-
-@pytest.fixture(scope="module")
-def notified():
-    """Address of a web server, and the bodies that it was sent."""
-    bodies = []
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_POST(self):
-            bodies.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
-            self.send_response(200)
-            self.end_headers()
-
-        def log_message(self, *arguments):
-            pass
-
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        Thread(target=server.serve_forever, daemon=True).start()
-        yield f"json://127.0.0.1:{server.server_port}/", bodies
-        server.shutdown()
-
-
-@pytest.fixture(scope="module")
-def workplace(services_home, tmp_path_factory):
-    """The folder in which `dpq deploy` is called and runs work, and the environment of both."""
-    folder = tmp_path_factory.mktemp("workplace")
-    bin_folder = folder / "bin"
-    bin_folder.mkdir()
-    dpq = bin_folder / "dpq"
-    dpq.write_text(f'#!/bin/sh\nexec {sys.executable} -c "from flows.cli import main; main()" "$@"')
-    dpq.chmod(0o755)
-    (folder / "recipes").mkdir()
-    environment = {
-        **os.environ,
-        "DPQ_RECIPE_ROOTS": str(folder / "recipes"),
-        "OMP_NUM_THREADS": "1",
-        "PATH": f"{bin_folder}{os.pathsep}{os.environ['PATH']}",
-        "PREFECT_WORKER_QUERY_SECONDS": "1",
-        "PYTHONPATH": os.pathsep.join([str(REPOSITORY), os.environ.get("PYTHONPATH", "")]),
-        "RELEASE_TIMEOUT": str(PATIENCE),
-    }
-    return folder, environment
-
-
-@pytest.fixture(scope="module")
-def call(workplace):
-    """Run a command there: exit code, stdout, stderr."""
-    folder, environment = workplace
-
-    def run(*command, **more):
-        return subprocess.run(
-            list(map(str, command)),
-            cwd=folder,
-            env={**environment, **more},
-            capture_output=True,
-            text=True,
-            timeout=PATIENCE + 60,
-        )
-
-    return run
-
-
-@pytest.fixture(scope="module")
-def deployed(call, notified):
-    done = call("dpq", "deploy", "--json", "--notify", notified[0])
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)["made"]
-
-
-@pytest.fixture(scope="module")
-def worker(deployed, workplace):
-    """`prefect worker start`, and all that it started, until the module's end."""
-    folder, environment = workplace
-    command = [sys.executable, "-m", "prefect", "worker", "start", "--pool", "dpq"]
-    with (folder / "worker.log").open("w") as log:
-        process = subprocess.Popen(command, cwd=folder, env=environment, stdout=log, stderr=log)
-    try:
-        yield process
-    finally:
-        family = psutil.Process(process.pid).children(recursive=True)
-        process.terminate()
-        try:
-            process.wait(timeout=30)
-        finally:
-            for each in [process, *family]:
-                with suppress(psutil.NoSuchProcess):
-                    each.kill()
-
-
-@pytest.fixture(scope="module")
-def recipes(workplace, content):
-    """Write a recipe where deployments take them from; returns its file's name."""
-    folder, _ = workplace
-
-    def write(name, **changes):
-        (folder / "recipes" / f"{name}.yaml").write_text(json.dumps({**content, **changes}))
-        return f"{name}.yaml"
-
-    return write
+EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
 @pytest.fixture
@@ -196,6 +90,25 @@ def test_the_form_has_the_recipe_s_own_bounds_and_refuses_before_a_run_exists(de
         with pytest.raises(client.ClientError, match="release/release: "):
             client.launch("release/release", {"recipe": "quickstart", "overrides": overrides})
     assert len(runs_of("release")) == before
+
+
+def test_what_is_left_empty_in_the_form_is_not_sent(deployed):
+    """Prefect's form sends every default, and `false` for every switch."""
+    with get_client(sync_client=True) as prefect:
+        form = prefect.read_deployment_by_name("release/release").parameter_openapi_schema
+    shown = form["definitions"]
+    for section in COMMON:
+        for name, field in shown[section]["properties"].items():
+            assert field["title"] == name
+            assert field["description"]
+            assert "default" not in field
+            assert field.get("type", "enum") in {"string", "integer", "number", "array", "enum"}
+    assert Overrides().settings() == []
+    given = Overrides.model_validate({"repair": {"enabled": False}, "scheme": {"order": "gar"}})
+    assert given.settings() == ['scheme.order="gar"', "repair.enabled=false"]
+    offered = form["properties"]["recipe"]["anyOf"][0]["enum"]
+    assert "quickstart" in offered
+    assert not [name for name in offered if name.startswith("convnet")]
 
 
 def test_deployments_take_recipes_from_their_folders_only(
@@ -341,7 +254,6 @@ def event(name, resource, **payload):
     assert httpx.post(url, json=[about], trust_env=False).is_success
 
 
-@pytest.mark.slow
 def test_an_event_over_http_starts_a_release(deployed):
     before = {run.id for run in runs_of("release")}
     event("dpq.release.requested", "ci.job", recipe="quickstart", settings=[WRONG])
