@@ -10,6 +10,8 @@ import s3fs
 from conftest import run_flow
 from lxml.html import HTMLParser, document_fromstring
 from prefect.client.orchestration import get_client
+from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterKey
+from prefect.client.schemas.sorting import ArtifactSort, FlowRunSort, LogSort
 
 from dpq_core.recipe import parse_recipe
 from flows import reporting
@@ -42,8 +44,9 @@ def test_a_report_is_in_mlflow_on_the_run_page_and_on_the_terminal(content, serv
     run = client.get_run(result.run_id)
     assert run.data.tags["report"] == address == f"{run.info.artifact_uri}/report.html"
     with get_client(sync_client=True) as prefect:
-        found = prefect.read_artifacts()
-    (link,) = [a for a in found if a.key == "report" and address in str(a.data)]
+        reports = ArtifactFilter(key=ArtifactFilterKey(any_=["report"]))
+        found = prefect.read_artifacts(artifact_filter=reports, sort=ArtifactSort.CREATED_DESC)
+    (link,) = [a for a in found if address in str(a.data)]
     assert link.flow_run_id
 
     version = result.registration.version
@@ -140,7 +143,11 @@ def test_credentials_are_in_nothing_that_a_release_leaves(
     for secret in (planted, "planted%2FSecret"):
         assert not holding(secret, services_home, store, Path.home() / ".prefect")
     with get_client(sync_client=True) as prefect:
-        kept = [*prefect.read_artifacts(), *prefect.read_flow_runs(), *prefect.read_logs()]
+        kept = [
+            *prefect.read_artifacts(sort=ArtifactSort.CREATED_DESC),
+            *prefect.read_flow_runs(sort=FlowRunSort.END_TIME_DESC),
+            *prefect.read_logs(sort=LogSort.TIMESTAMP_DESC),
+        ]
     assert kept
     assert planted not in "".join(each.model_dump_json() for each in kept)
     assert planted in os.environ["AWS_SECRET_ACCESS_KEY"]
