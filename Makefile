@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: release test test-slow test-fast lint format ui train bench-memory bench-evaluate bench-bits bench-four-bits bench-scale bench-fan-out bench-convnet picture constraints clean
+.PHONY: release test test-slow test-fast lint format ui train bench-memory bench-evaluate bench-bits bench-four-bits bench-scale bench-fan-out bench-convnet picture system constraints clean
 
 release: $(READY)  ## run the release pipeline; succeeds when it reaches a verdict, and says which
 	@$(BIN)/dpq release $(RECIPE); code=$$?; [ $$code -eq 0 ] || [ $$code -eq 2 ]
@@ -64,6 +64,10 @@ picture: $(READY)  ## docs/report.png, of a release's report, by headless Chromi
 	$(CHROMIUM) --no-sandbox --headless=new --hide-scrollbars --window-size=900,1240 \
 		--screenshot=docs/report.png "$$($(BIN)/dpq release $(RECIPE) --json | \
 		$(BIN)/python -c 'import json, sys; print(json.load(sys.stdin)["report"])')"
+
+system:  ## Debian's packages that some tests and `python -m infra.team` need; as root
+	apt-get update
+	apt-get install --yes postgresql redis-server chromium
 
 constraints: $(READY)  ## pin what is installed now
 	$(BIN)/pip freeze --exclude-editable > constraints.txt

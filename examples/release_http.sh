@@ -4,13 +4,16 @@
 #   PREFECT_API_URL=http://127.0.0.1:4200/api examples/release_http.sh quickstart ['"KEY=VALUE", …']
 #
 # RELEASE_KEY: two calls with the same key are the same run; a commit's hash, say.
-# RELEASE_TIMEOUT: seconds to wait.
+# RELEASE_TIMEOUT: seconds to wait. PREFECT_API_AUTH_STRING: user:password, where there is one.
 set -eu
 recipe=$1 settings=${2:-}
 key=${RELEASE_KEY:-$(date +%s)-$$}
 until=$(($(date +%s) + ${RELEASE_TIMEOUT:-3600}))
 
-call() { curl --silent --show-error --fail-with-body --retry 5 --noproxy 127.0.0.1,localhost "$@"; }
+call() {
+  curl --silent --show-error --fail-with-body --retry 5 --noproxy 127.0.0.1,localhost \
+    ${PREFECT_API_AUTH_STRING:+--user "$PREFECT_API_AUTH_STRING"} "$@"
+}
 field() { sed -n "s/.*\"$1\":\"\([^\"]*\)\".*/\1/p"; }
 first() { grep -o "\"$1\":\"[^\"]*\"" | head -n 1 | field "$1"; }
 

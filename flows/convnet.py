@@ -31,6 +31,7 @@ from tasks.convnet import (
     train,
 )
 from tasks.log import log_metrics, log_verdict
+from tasks.publish import destination_of, publish_release
 from tasks.register import Registration
 
 _LAYER = WeightScheme(per="layer", symmetric=False)
@@ -153,8 +154,9 @@ def convnet(recipe: ConvRecipe) -> ConvRelease:
     share_machine(recipe.execution.threads_per_worker)
     Store(recipe.execution.store).clean()
     tracking_uri, artifact_root = tracking_store(home())
-    name = recipe.registry.name
-    champion = Registry(tracking_uri).champion(name)
+    name, registry = recipe.registry.name, Registry(tracking_uri)
+    destination = destination_of(None, registry)
+    champion = registry.champion(name)
     tags = {"recipe_digest": recipe.digest, "champion_at_start": str(champion or "")}
     with tracked_run(tracking_uri, recipe.registry.experiment, name, tags, artifact_root) as run:
         inputs = _Inputs.of(recipe)
@@ -164,8 +166,11 @@ def convnet(recipe: ConvRecipe) -> ConvRelease:
         last = attempts[-1]
         latency = inputs.latency(last.classifier) if recipe.scheme.integer else []
         rows = [attempt.as_row() for attempt in attempts]
+        source = None
+        if destination and (registry.is_remote or last.verdict.verdict == "promoted"):
+            source = publish_release(destination, name, last.classifier)
         registration = register_classifier(
-            tracking_uri, run.run_id, recipe, last.classifier, last.verdict, champion
+            tracking_uri, run.run_id, recipe, last.classifier, last.verdict, champion, source
         )
         verdict = registration.verdict
         _log(run, recipe, verdict, last.classifier, rows, latency)

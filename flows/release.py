@@ -27,7 +27,7 @@ from tasks.export import Export
 from tasks.log import log_evaluation, log_metrics, log_release, log_verdict
 from tasks.memory import MemoryUse
 from tasks.preflight import preflight
-from tasks.publish import publish_release
+from tasks.publish import destination_of, publish_release
 from tasks.register import Registration, register
 
 
@@ -76,8 +76,9 @@ def release(recipe: Recipe) -> Release:
         raise RecipeError("evaluation measures nothing: name a perplexity data set, or suites")
     share_machine(recipe.execution.threads_per_worker)
     tracking_uri, artifact_root = tracking_store(home())
-    name = recipe.registered_name
-    champion = Registry(tracking_uri).champion(name)
+    name, registry = recipe.registered_name, Registry(tracking_uri)
+    destination = destination_of(recipe.registry.destination, registry)
+    champion = registry.champion(name)
     tags = {"recipe_digest": recipe.digest, "champion_at_start": str(champion or "")}
     with tracked_run(tracking_uri, recipe.registry.experiment, name, tags, artifact_root) as run:
         inputs = preflight(recipe)
@@ -96,8 +97,8 @@ def release(recipe: Recipe) -> Release:
         log_verdict(run, judged)
         write_cards(run, checkpoint, exports, judged)
         source = None
-        if recipe.registry.destination and judged.verdict == "promoted":
-            source = publish_release(recipe, checkpoint, exports)
+        if destination and (registry.is_remote or judged.verdict == "promoted"):
+            source = publish_release(destination, name, checkpoint, exports)
         registration = register(
             tracking_uri,
             run.run_id,

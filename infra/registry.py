@@ -55,6 +55,11 @@ class Registry:
     def _client(self) -> "MlflowClient":
         return mlflow_client(self.tracking_uri)
 
+    @property
+    def is_remote(self) -> bool:
+        """A server, which takes no folder of this machine as a version's source."""
+        return self.tracking_uri.startswith(("http://", "https://"))
+
     @staticmethod
     def uri(name: str, version: int | None = None) -> str:
         """What MLflow's tools take; without a version, the champion.
@@ -71,11 +76,10 @@ class Registry:
         Raises:
             RegistryError: a local folder and a remote server, which would not find it.
         """
-        remote = self.tracking_uri.startswith(("http://", "https://"))
-        if remote and "://" not in source.replace("file://", ""):
+        if self.is_remote and "://" not in source.replace("file://", ""):
             raise RegistryError(
                 f"{self.tracking_uri} takes no local folder as a model's source ({source}): "
-                "keep artifacts in an s3:// store, or leave MLFLOW_TRACKING_URI unset"
+                "publish it (registry.destination: s3://…), or leave MLFLOW_TRACKING_URI unset"
             )
         self._ensure_model(name)
         version = self._client.create_model_version(

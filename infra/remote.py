@@ -9,6 +9,7 @@ two minutes without a byte.
 import hashlib
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, TypeVar
 
 import aiohttp
@@ -85,6 +86,17 @@ def upload(folder: Path, url: str, names: Iterable[str]) -> None:
         if _patiently(address, _sha256, filesystem, address) != digest:
             about = {"sha256": digest}
             _patiently(address, filesystem.put_file, str(path), address, Metadata=about)
+
+
+def check_writable(url: str) -> None:
+    """Leave an empty object `.dpq` below `url`, where there is none.
+
+    Raises:
+        RemoteError: no such bucket, no permission, or no answer.
+    """
+    with TemporaryDirectory() as folder:
+        (Path(folder) / ".dpq").touch()
+        upload(Path(folder), url, [".dpq"])
 
 
 def _continue(filesystem: Any, address: str, partial: Path) -> None:

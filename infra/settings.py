@@ -15,6 +15,16 @@ def recipe_roots() -> list[Path]:
     return [Path(each) for each in os.environ.get("DPQ_RECIPE_ROOTS", "").split(os.pathsep) if each]
 
 
+def mlflow_page() -> str | None:
+    """Where a browser reaches MLflow, if not where we do: `DPQ_MLFLOW_PAGE`."""
+    return os.environ.get("DPQ_MLFLOW_PAGE") or None
+
+
+def destination() -> str | None:
+    """Where releases go whose recipe does not say: `DPQ_DESTINATION` (`s3://…`)."""
+    return os.environ.get("DPQ_DESTINATION") or None
+
+
 def remote_code_allowed() -> bool:
     """Whether a deployment runs checkpoints' own code where a recipe trusts it:
     `DPQ_ALLOW_REMOTE_CODE=1`; not by default."""

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 from filelock import FileLock
 
 from infra.owners import PROCESS, Owner
+from infra.settings import mlflow_page
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -193,7 +194,8 @@ def tracked_run(
     process = {PROCESS: str(Owner.new())}
     run_id = client.create_run(experiment_id, run_name=name, tags=process).info.run_id
     if tracking_uri.startswith(("http://", "https://")):
-        url = f"{tracking_uri.rstrip('/')}/#/experiments/{experiment_id}/runs/{run_id}"
+        page = (mlflow_page() or tracking_uri).rstrip("/")
+        url = f"{page}/#/experiments/{experiment_id}/runs/{run_id}"
     else:
         url = f"runs:/{run_id}"
     run = TrackedRun(client, run_id, url)

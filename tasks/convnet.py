@@ -215,11 +215,14 @@ def register_classifier(
     classifier: ArtifactRef,
     verdict: Verdict,
     champion_before: int | None,
+    source: str | None = None,
 ) -> Registration:
-    """A model version whose source is the classifier in the store; see `tasks.register`."""
+    """A model version whose source is the classifier, in the store or at `source`; see
+    `tasks.register`."""
     identity = digest([recipe.digest, classifier.sha256])
     tags = {"recipe_digest": recipe.digest, "checkpoint_sha256": classifier.sha256}
-    entry = Entry(recipe.registry.name, identity, classifier.uri, run_id, tags)
+    address = source or classifier.uri
+    entry = Entry(recipe.registry.name, identity, address, run_id, tags)
     store = Store(recipe.execution.store)
     return enter(Registry(tracking_uri), store, entry, verdict, champion_before)
 

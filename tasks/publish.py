@@ -1,4 +1,5 @@
-"""Copy a promoted release to where it is served from."""
+"""Copy a release to where others find it: a promoted one, and for a registry that is a server any,
+since a server takes no folder of ours as a version's source."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,24 +9,48 @@ from prefect.cache_policies import NO_CACHE
 
 from dpq_core import exports
 from dpq_core.checkpoint import MANIFEST
-from dpq_core.recipe import Recipe
-from infra import remote
+from infra import remote, settings
+from infra.registry import Registry, RegistryError
+from infra.remote import RemoteError
 from infra.store import ArtifactRef
 from tasks.export import Export
 
 _LAST = (MANIFEST, exports.MANIFEST)  # a folder without its manifest is not whole
 
 
+def destination_of(asked: str | None, registry: Registry) -> str | None:
+    """Where a release will be copied to, tried out: what its recipe asks for, or `DPQ_DESTINATION`.
+
+    Raises:
+        RegistryError: none, and the registry is a server.
+        RemoteError: it takes nothing.
+    """
+    destination = asked or settings.destination()
+    if destination is None:
+        if registry.is_remote:
+            raise RegistryError(
+                f"{registry.tracking_uri} takes no local folder as a model's source: say where"
+                " releases are copied to, registry.destination: s3://… in the recipe or"
+                " DPQ_DESTINATION=s3://…, or leave MLFLOW_TRACKING_URI unset"
+            )
+        return None
+    if not remote.is_remote(destination):
+        raise RemoteError(f"DPQ_DESTINATION is {destination!r}: it must be s3://bucket/…")
+    remote.check_writable(destination)
+    return destination
+
+
 @task(name="publish", cache_policy=NO_CACHE)
-def publish_release(recipe: Recipe, checkpoint: ArtifactRef, written: Sequence[Export]) -> str:
-    """Checkpoint and exports to `<registry.destination>/<registered model>/<digest>/<format>`, the
+def publish_release(
+    destination: str, name: str, checkpoint: ArtifactRef, written: Sequence[Export] = ()
+) -> str:
+    """Checkpoint and exports to `<destination>/<registered model>/<digest>/<format>`, the
     checkpoint as `native`; returns its address. What is there already is not sent again.
 
     Raises:
         RemoteError: the destination takes nothing.
     """
-    destination = (recipe.registry.destination or "").rstrip("/")
-    root = f"{destination}/{recipe.registered_name}/{checkpoint.sha256[:16]}"
+    root = f"{destination.rstrip('/')}/{name}/{checkpoint.sha256[:16]}"
     for name, artifact in [("native", checkpoint), *((e.name, e.artifact) for e in written)]:
         remote.upload(artifact.folder, f"{root}/{name}", _names(artifact.folder))
     return f"{root}/native"

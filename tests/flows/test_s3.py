@@ -10,8 +10,10 @@ from dpq_core.exports import verify
 from dpq_core.recipe import parse_recipe
 from flows.release import release
 from infra import remote
-from infra.registry import Registry
+from infra.registry import Registry, RegistryError
+from infra.remote import RemoteError
 from infra.tracking import tracking_store
+from tasks.publish import destination_of
 
 BAD_MOMENTS = [503, "close", 500, "close"]
 
@@ -72,3 +74,36 @@ def test_bad_addresses(dpq, content, setting, expected):
     result = dpq("release", "--set", setting)
     assert result.exit_code == 1
     assert expected in result.stderr.strip().splitlines()[-1]
+
+
+SERVER, FILE = Registry("http://127.0.0.1:9"), Registry("sqlite:///mlflow.db")
+
+
+@pytest.mark.parametrize(
+    ("asked", "default", "registry", "found"),
+    [
+        (None, None, FILE, None),
+        (None, "s3://pipeline/all", SERVER, "s3://pipeline/all"),
+        ("s3://pipeline/mine", "s3://pipeline/all", SERVER, "s3://pipeline/mine"),
+        ("s3://pipeline/mine", None, FILE, "s3://pipeline/mine"),
+    ],
+)
+def test_where_a_release_goes(content, monkeypatch, asked, default, registry, found):
+    monkeypatch.setenv("DPQ_DESTINATION", default or "")
+    assert destination_of(asked, registry) == found
+    if found:
+        assert s3fs.S3FileSystem().find(found) == [f"{found.removeprefix('s3://')}/.dpq"]
+
+
+@pytest.mark.parametrize(
+    ("default", "error", "said"),
+    [
+        ("", RegistryError, "takes no local folder .* DPQ_DESTINATION=s3://"),
+        ("/srv/releases", RemoteError, "DPQ_DESTINATION is '/srv/releases': it must be s3://"),
+        ("s3://no-such-bucket", RemoteError, "no-such-bucket"),
+    ],
+)
+def test_nowhere_to_go_is_found_before_any_work(s3, monkeypatch, default, error, said):
+    monkeypatch.setenv("DPQ_DESTINATION", default)
+    with pytest.raises(error, match=said):
+        destination_of(None, SERVER)
