@@ -15,6 +15,8 @@ from dpq_core.reader import CheckpointReader
 from flows.attempt import Attempt
 from flows.page import ReportData, page
 from infra.history import newest_versions
+from infra.services import mlflow_server
+from infra.settings import home
 from infra.tracking import TrackedRun
 from tasks.environment import hardware, seeds, versions
 from tasks.export import Export
@@ -55,8 +57,9 @@ def report_or_error(run: TrackedRun, tracking_uri: str, outcome: Outcome) -> Rep
     """
     try:
         address = make_report(run, tracking_uri, outcome)
-        # The address itself as text: a browser opens no file from a page that a server gave it.
-        create_link_artifact(address, key="report", description="The release report")
+        # A browser opens no file from a page that a server gave it.
+        shown = run.link(FILE, mlflow_server(tracking_uri, home()))
+        create_link_artifact(shown, key="report", description=f"The release report: {address}")
         return Report(address)
     except Exception as error:
         said = f"{type(error).__name__}: {' '.join(str(error).split())}"

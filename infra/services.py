@@ -85,6 +85,11 @@ def ui(root: Path = Path(".dpq")) -> Iterator[UiAddresses]:
             yield UiAddresses(running.prefect_ui_url, url)
 
 
+def mlflow_server(tracking_uri: str, root: Path = Path(".dpq")) -> str | None:
+    """Address of MLflow's web server where a `dpq ui` under this root has it up."""
+    return address_of(_mlflow(tracking_uri), root.resolve())
+
+
 @contextmanager
 def connected(root: Path = Path(".dpq")) -> Iterator[str]:
     """Prefect's settings for a server that is up, and its address: the configured one, or the one

@@ -152,11 +152,17 @@ class TrackedRun:
         """Where a logged file is: what a browser or MLflow's tools open."""
         return f"{self._client.get_run(self.run_id).info.artifact_uri}/{path}"
 
-    def link(self, path: str) -> str:
-        """Where a browser shows a logged file: the server's page of it, or the file itself."""
+    def link(self, path: str, server: str | None = None) -> str:
+        """Where a browser shows a logged file: the server's page of it, or the file itself.
+
+        server: address of one that shows a store of files.
+        """
         if self.url.startswith(("http://", "https://")):
             return f"{self.url}/artifacts/{path}"
-        return self.artifact_uri(path)
+        if server is None:
+            return self.artifact_uri(path)
+        experiment = self._client.get_run(self.run_id).info.experiment_id
+        return f"{server}/#/experiments/{experiment}/runs/{self.run_id}/artifacts/{path}"
 
     def log_text(self, text: str, path: str) -> None:
         """Log text as the artifact `path`."""

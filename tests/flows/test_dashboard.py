@@ -70,7 +70,7 @@ def test_a_release_from_the_form(
 ):
     page, pictures = browser_page, iter(range(100))
 
-    def look(name):
+    def look(name, page=page):
         page.screenshot(path=tmp_path / f"{next(pictures)}-{name}.png", full_page=True)
 
     evaluation = {
@@ -118,12 +118,13 @@ def test_a_release_from_the_form(
         open_run()
     cards.get_by_text("report", exact=True).click()
     link = page.get_by_role("link", name=re.compile("report.html$"))
-    address = link.get_attribute("href")
+    link.wait_for()
     look("link")
-    page.goto(address)
-    title = page.get_by_role("heading", level=1).inner_text()
-    assert title.splitlines() == ["Promoted", f"{MODEL} version 1"]
-    look("report")
+    with page.expect_popup() as opened:
+        link.click()
+    title = opened.value.frame_locator("iframe").get_by_role("heading", level=1)
+    assert title.inner_text().splitlines() == ["Promoted", f"{MODEL} version 1"]
+    look("report", opened.value)
 
     page.goto(f"{addresses.mlflow}/#/models/{MODEL}")
     page.get_by_text("champion").first.wait_for()
