@@ -1,4 +1,4 @@
-"""Stop a shared server whose users all died: `python -m infra.server_watch HOME PID SECONDS`.
+"""Look after a shared server: `python -m infra.server_watch HOME PID SECONDS`.
 
 A process beside each server, because nobody else is left to do it. It ends with the server.
 """
@@ -6,7 +6,7 @@ A process beside each server, because nobody else is left to do it. It ends with
 import sys
 from pathlib import Path
 
-from infra.shared_server import stop_when_forsaken
+from infra.shared_server import watch
 
 if __name__ == "__main__":
-    stop_when_forsaken(Path(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3]))
+    watch(Path(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3]))

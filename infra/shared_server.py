@@ -5,7 +5,8 @@
 Each user holds a file lock on its file in `users/`: the kernel lets go of the lock when a process
 dies, however it dies, so nobody trusts a pid that may since have been given to somebody else. A
 server that a killed process left behind is taken over by the next user; if none comes for a while,
-it is stopped by the process that watches each server (`infra.server_watch`).
+it is stopped by the process that watches each server (`infra.server_watch`), which also starts one
+again that dies while it has users.
 """
 
 import json
@@ -19,6 +20,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import IO
 
 import httpx
 import psutil
@@ -29,6 +31,7 @@ _START_TIMEOUT = 120.0  # s; the first start migrates a database, and takes 15 s
 _ADOPT_TIMEOUT = 20.0  # s; a server that somebody left, perhaps in the middle of its start
 _STOP_TIMEOUT = 15.0  # s, before SIGKILL
 _FORSAKEN = 30.0  # s without a living user, before a server is stopped
+_RESTARTS = 3  # of a server that dies again before it was up for as long
 _WATCH = 1.0  # s between two looks at the users
 
 
@@ -120,23 +123,35 @@ def address_of(kind: ServerKind, root: Path) -> str | None:
     return server.url if server and server.healthy(kind.health) else None
 
 
-def stop_when_forsaken(home: Path, pid: int, patience: float) -> None:
-    """Wait until a server has ended, or stop it after `patience` seconds without a living user.
+def watch(home: Path, pid: int, patience: float) -> None:
+    """Look after a server until it has ended or is another's: start it again, in this process's
+    environment, when it dies while somebody uses it (clients try again for a minute), and stop it
+    after `patience` seconds without a living user.
 
-    Nobody starts, takes over or stops a server meanwhile; a user that comes later starts another.
+    Nobody else starts, takes over or stops a server meanwhile; a user that comes later starts
+    another.
     """
     forsaken: float | None = None
-    while (server := _load(home)) and server.pid == pid and server.family():
+    begun, deaths = time.monotonic(), 0
+    while (server := _load(home)) and server.pid == pid:
         time.sleep(min(_WATCH, patience / 4))
         try:
             with FileLock(home / "lock", timeout=0):
-                if _users(home):
+                if _load(home) != server:
+                    return
+                users, lives = _users(home), bool(server.family())
+                if not lives:
+                    deaths = 1 if time.monotonic() - begun > patience else deaths + 1
+                    if not users or deaths > _RESTARTS:
+                        return
+                    begun, pid = time.monotonic(), _start_again(server, home)
+                elif users:
                     forsaken = None
-                    continue
-                forsaken = forsaken or time.monotonic()
-                if time.monotonic() - forsaken > patience and _load(home) == server:
-                    server.stop()
-                    (home / "server.json").unlink(missing_ok=True)
+                else:
+                    forsaken = forsaken or time.monotonic()
+                    if time.monotonic() - forsaken > patience:
+                        server.stop()
+                        (home / "server.json").unlink(missing_ok=True)
         except Timeout:  # somebody is about to be a user, or to stop it
             forsaken = None
 
@@ -174,6 +189,10 @@ def _load(home: Path) -> _Server | None:
         return None
 
 
+def _save(server: _Server, home: Path) -> None:
+    (home / "server.json").write_text(json.dumps(asdict(server)), "utf-8")
+
+
 def _running(kind: ServerKind, home: Path) -> _Server | None:
     """The server that is there already; one that does not answer is stopped."""
     server = _load(home)
@@ -207,20 +226,11 @@ def _start_on(port: int, kind: ServerKind, root: Path) -> _Server:
     log.parent.mkdir(parents=True, exist_ok=True)
     command, environment = kind.launch(home, port)
     with log.open("ab") as output:
-        process = subprocess.Popen(
-            command,
-            env=environment,
-            cwd=home,
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,  # Ctrl-C is for us; the server goes when the flow is done
-        )
-    _await_end(process)
+        process = _launched(command, environment, home, output)
     server = _Server(process.pid, port, command)
     # Before it is up: should we be killed now, the next user finds it.
-    (home / "server.json").write_text(json.dumps(asdict(server)), "utf-8")
-    _watch(server, home, log)
+    _save(server, home)
+    _watch(server, home, log, environment)
     try:
         _await_health(server, kind, process, log)
     except BaseException:
@@ -230,13 +240,36 @@ def _start_on(port: int, kind: ServerKind, root: Path) -> _Server:
     return server
 
 
-def _watch(server: _Server, home: Path, log: Path) -> None:
+def _start_again(dead: _Server, home: Path) -> int:
+    """Its pid, before it is up; what it prints goes where this process prints."""
+    process = _launched(dead.command, dict(os.environ), home, None)
+    _save(_Server(process.pid, dead.port, dead.command), home)
+    return process.pid
+
+
+def _launched(
+    command: list[str], environment: dict[str, str], home: Path, output: IO[bytes] | None
+) -> "subprocess.Popen[bytes]":
+    process = subprocess.Popen(
+        command,
+        env=environment,
+        cwd=home,
+        stdin=subprocess.DEVNULL,
+        stdout=output,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,  # Ctrl-C is for us; the server goes when the flow is done
+    )
+    _await_end(process)
+    return process
+
+
+def _watch(server: _Server, home: Path, log: Path, environment: dict[str, str]) -> None:
     arguments = [str(home), str(server.pid), str(_FORSAKEN)]
-    path = [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
+    path = [str(Path(__file__).parents[1]), environment.get("PYTHONPATH", "")]
     with log.open("ab") as output:
         watch = subprocess.Popen(
             [sys.executable, "-m", "infra.server_watch", *arguments],
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, path))},
+            env={**environment, "PYTHONPATH": os.pathsep.join(filter(None, path))},
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,

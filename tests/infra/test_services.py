@@ -231,6 +231,37 @@ def test_a_dead_server_is_replaced_on_its_port_and_files_of_dead_users_do_not_ke
     assert not answers(first)
 
 
+def test_a_server_that_dies_is_started_again_while_somebody_uses_it(tmp_path):
+    with shared_server(web(), tmp_path) as url:
+        for _ in range(2):
+            dead = server_pid(tmp_path, "web")
+            os.kill(dead, signal.SIGKILL)
+            assert eventually(lambda dead=dead: server_pid(tmp_path, "web") != dead)
+            assert eventually(lambda: answers(url))
+    assert not answers(url)
+    assert not (tmp_path / "web" / "server.json").exists()
+
+
+def test_a_server_that_dies_over_and_over_is_given_up(tmp_path):
+    starts = tmp_path / "starts"
+    code = (
+        "import runpy, sys; starts = open(sys.argv[2], 'a+'); starts.write('.'); starts.flush(); "
+        "starts.seek(0); assert starts.read() == '.', 'not again'; "
+        "sys.argv[1:] = [sys.argv[1], '--bind', '127.0.0.1']; "
+        "runpy.run_module('http.server', run_name='__main__')"
+    )
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, "-c", code, str(port), str(starts)]
+    with shared_server(web(port=port, command=command), tmp_path) as url:
+        os.kill(server_pid(tmp_path, "web"), signal.SIGKILL)
+        assert eventually(lambda: len(starts.read_text()) == 4, timeout=60)
+        time.sleep(3)
+        assert len(starts.read_text()) == 4
+        assert not answers(url)
+
+
 def test_a_pid_that_now_belongs_to_another_program_is_left_alone(tmp_path):
     home = tmp_path / "web"
     home.mkdir()
