@@ -16,7 +16,7 @@ import typer
 from dpq_core.recipe import Recipe, load_recipe
 from flows.automation import approve, deploy, reject, trigger, webhook
 from flows.convnet_cli import app as convnet_app
-from flows.ends import ending_cleanly, exit_codes, leave_threads
+from flows.ends import ending_cleanly, exit_codes, leave_threads, undelivered
 from flows.errors import errors, print_json
 from flows.mirror import app as mirror_app
 from flows.rollback import rollback
@@ -181,7 +181,7 @@ def main() -> None:
     try:
         app()
     except SystemExit as end:
-        if end.code in exit_codes():
+        if isinstance(end.code, int) and (end.code in exit_codes() or undelivered()):
             leave_threads(end.code)
         raise
 

@@ -69,10 +69,19 @@ def exit_codes() -> tuple[int, ...]:
     return tuple(128 + number for number in _SIGNALS)
 
 
+def undelivered() -> bool:
+    """Whether Prefect still has something for a server that did not take it in time, and is gone
+    perhaps: at exit Prefect would go on trying, ten seconds an event."""
+    return any(thread.name in _SENDERS for thread in threading.enumerate())
+
+
+_SENDERS = ("EventsWorkerThread", "APILogWorkerThread")  # prefect's; they end when all is sent
+
+
 def leave_threads(code: int) -> None:
-    """End the process now if threads still compute, for which Python would wait."""
+    """End the process now if threads still compute or send, for which Python would wait."""
     others = (each for each in threading.enumerate() if each is not threading.main_thread())
-    if any(not thread.daemon for thread in others):
+    if any(not thread.daemon or thread.name in _SENDERS for thread in others):
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import httpx
 import typer
 
 from dpq_core.errors import InputError
@@ -49,13 +50,27 @@ def _one_line(error: Exception) -> str:
 
 
 def _explained(error: Exception) -> str:
-    """What an error says, and of a full disk where it may be: libraries leave that out."""
+    """What an error says, and of a full disk or a service that is gone where that is: libraries
+    leave it out."""
+    if isinstance(error, httpx.TransportError):
+        return f"{_server_of(error)} does not answer ({_one_line(error)}): {_AGAIN}"
     if not is_full(error) or isinstance(error, StoreFullError):
         return _one_line(error)
     return (
         f"no space left: {space_left(home())} in {home()}, {space_left(Path.cwd())} here: make room"
         f" and run again, what is finished is kept: {_one_line(error)[:300]}"
     )
+
+
+_AGAIN = "run again (a server of ours is started anew): what is finished is kept"
+
+
+def _server_of(error: httpx.TransportError) -> str:
+    try:
+        url = error.request.url
+    except RuntimeError:  # of no request
+        return "a service"
+    return f"{url.scheme}://{url.netloc.decode()}"
 
 
 def _logged() -> str:

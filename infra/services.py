@@ -115,7 +115,10 @@ def _prefect(root: Path) -> Iterator[str]:
     named = os.environ.get("PREFECT_API_URL") or get_current_settings().api.url
     if named:
         with _prefect_settings({"PREFECT_API_URL": named}):
-            yield named
+            try:
+                yield named
+            finally:
+                _send_pending()
         return
     with shared_server(_PREFECT, root) as url:
         # Results that a key of this server's cache names live and die with it.
@@ -150,7 +153,8 @@ def _prefect_settings(settings: Mapping[str, str]) -> Iterator[None]:
 
 
 def _send_pending() -> None:
-    """Hand over events (they carry the task runs) and log lines that wait in this process."""
+    """Hand over events (they carry the task runs) and log lines that wait in this process; for as
+    long as a server that lives may take."""
     for worker in (EventsWorker, APILogWorker):
         logging.getLogger(worker.__name__).setLevel(logging.ERROR)  # "still processing items"
         worker.drain_all(timeout=_FLUSH_TIMEOUT)

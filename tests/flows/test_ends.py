@@ -127,6 +127,23 @@ def flow_states(pid):
     return [state for owner, state in owners if owner and owner.pid == pid]
 
 
+def test_a_prefect_server_that_is_gone_for_good_is_an_error_soon(
+    recipe_file, own_home, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("PREFECT_CLIENT_MAX_RETRIES", "1")
+    process = started("quantize", recipe_file, tmp_path / "store")
+    server = json.loads((own_home / "prefect" / "server.json").read_text())
+    for child in psutil.Process(process.pid).children():
+        if "infra.server_watch" in child.cmdline():
+            child.kill()  # it would start the server again
+    psutil.Process(server["pid"]).kill()
+    output, errors = process.communicate(timeout=6 * PROMPT)  # not ten seconds an event
+    assert process.returncode == 1, errors
+    (reason,) = json.loads(output)["reasons"]
+    assert f"http://127.0.0.1:{server['port']} does not answer" in reason
+    assert "run again" in reason
+
+
 @pytest.fixture
 def small_disk(tmp_path):
     folder = tmp_path / "disk"
