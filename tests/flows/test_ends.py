@@ -127,6 +127,7 @@ def flow_states(pid):
     return [state for owner, state in owners if owner and owner.pid == pid]
 
 
+@pytest.mark.slow
 def test_a_prefect_server_that_is_gone_for_good_is_an_error_soon(
     recipe_file, own_home, tmp_path, monkeypatch
 ):

@@ -16,7 +16,7 @@ from flows.quantize import quantize
 
 LEAVES = 4
 SETTINGS = [
-    (2, "processes", "original"),
+    pytest.param(2, "processes", "original", marks=pytest.mark.slow),
     (3, "dask", "original"),
     (4, "threads", "original"),
     (3, "threads", "quantized"),
