@@ -6,16 +6,20 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: release test test-slow test-fast lint format ui train bench-memory bench-evaluate bench-bits bench-four-bits bench-scale bench-fan-out bench-convnet picture system constraints clean
+.PHONY: release test test-slow chaos test-fast lint format ui train bench-memory bench-evaluate bench-bits bench-four-bits bench-scale bench-fan-out bench-convnet picture system constraints clean
 
 release: $(READY)  ## run the release pipeline; succeeds when it reaches a verdict, and says which
 	@$(BIN)/dpq release $(RECIPE); code=$$?; [ $$code -eq 0 ] || [ $$code -eq 2 ]
 
 test: $(READY)  ## all tests but the slow ones
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 test-slow: $(READY)  ## releases on a worker: scripts, schedule, events, heartbeats, a browser
 	$(BIN)/python -m pytest -m slow
+
+chaos: $(READY)  ## 50 kills over 10 releases, then again with PostgreSQL and S3: an hour or more
+	PYTHONPATH=tests $(BIN)/python tests/chaos/chaos.py --runner processes
+	PYTHONPATH=tests $(BIN)/python tests/chaos/chaos.py --runner dask --team
 
 test-fast: $(READY)  ## the algorithm alone: no services
 	$(BIN)/python -m pytest tests/core tests/test_architecture.py
