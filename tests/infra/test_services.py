@@ -16,6 +16,7 @@ import httpx
 import psutil
 import pytest
 from prefect import flow, task
+from prefect.context import refresh_global_settings_context
 from prefect.settings import PREFECT_API_URL, get_current_settings, temporary_settings
 
 from infra.services import services, ui
@@ -32,8 +33,15 @@ with services(Path(sys.argv[1])) as running:
 """
 
 
+@pytest.fixture
+def _settings_read_again():
+    """Once the environment is what it was: what asks for it before `monkeypatch` ends before it."""
+    yield
+    refresh_global_settings_context()
+
+
 @pytest.fixture(autouse=True)
-def _nothing_configured(monkeypatch):
+def _nothing_configured(_settings_read_again, monkeypatch):
     for name in ("PREFECT_API_URL", "MLFLOW_TRACKING_URI", "PREFECT_LOCAL_STORAGE_PATH"):
         monkeypatch.delenv(name, raising=False)
     with temporary_settings(restore_defaults={PREFECT_API_URL}):
