@@ -1,10 +1,13 @@
 """Register a release's checkpoint, and move the champion if it was promoted."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 
+import tenacity
 from prefect import task
 from prefect.cache_policies import NO_CACHE
+from prefect.concurrency.asyncio import ConcurrencySlotAcquisitionError
 from prefect.concurrency.sync import concurrency
 
 from dpq_core.digests import digest
@@ -15,6 +18,29 @@ from infra.store import ArtifactRef, Store
 from tasks.model import Model
 
 PROMOTION = "promotion"  # a global concurrency limit of Prefect's
+_RESTART = 120.0  # s, for a server to be up again
+
+
+@contextmanager
+def promoting() -> Iterator[None]:
+    """Within Prefect's limit, which holds for all that use one server, where `dpq deploy` made it.
+
+    Prefect asks for a place once. A server that is being started again is asked until it answers,
+    as Prefect's client does with everything else.
+
+    Raises:
+        ConcurrencySlotAcquisitionError: it does not.
+    """
+    with ExitStack() as stack:
+        for attempt in tenacity.Retrying(
+            retry=tenacity.retry_if_exception_type(ConcurrencySlotAcquisitionError),
+            wait=tenacity.wait_fixed(2),
+            stop=tenacity.stop_after_delay(_RESTART),
+            reraise=True,
+        ):
+            with attempt:
+                stack.enter_context(concurrency(PROMOTION))
+        yield
 
 
 @dataclass(frozen=True)
@@ -77,8 +103,7 @@ def enter(
     name = entry.name
     tags = {"release_digest": entry.identity}
     store.remember_registry(registry.tracking_uri)
-    # The limit, where `dpq deploy` made it, holds for all that use one Prefect server.
-    with concurrency(PROMOTION), registry.exclusive(name, store):
+    with promoting(), registry.exclusive(name, store):
         version = registry.find(name, tags)
         if version is None:
             version = registry.register(name, entry.source, entry.run_id, {**tags, **entry.tags})

@@ -1,6 +1,10 @@
 """The release flow on real services: verdicts, registry, store, exit codes."""
 
 import json
+import select
+import socket
+import socketserver
+import threading
 import time
 
 import pytest
@@ -13,10 +17,14 @@ from prefect.client.schemas.filters import (
     FlowRunFilterId,
 )
 from prefect.client.schemas.sorting import FlowRunSort
+from prefect.concurrency.asyncio import ConcurrencySlotAcquisitionError
+from prefect.concurrency.sync import concurrency
+from prefect.settings import PREFECT_API_URL, temporary_settings
 
 from flows.release import release
 from infra.registry import Registry
 from infra.tracking import mlflow_client, tracking_store
+from tasks.register import promoting
 
 # preflight, 2 perplexities, 5 blocks, 35 layers, assemble, verify, gate, log twice, register,
 # cards, report
@@ -110,6 +118,49 @@ def test_every_task_run_is_recorded_and_complete(promoted):
     assert sum(name.startswith("calibrate block") for name in names) == 5
     assert states == ["Completed"] * TASK_RUNS
     assert {"verdict", "gates", "layers", "checkpoint"} <= keys
+
+
+class Forwarder(socketserver.ThreadingTCPServer):
+    """To another port of this machine."""
+
+    allow_reuse_address = daemon_threads = True
+
+    def __init__(self, port, to):
+        self.to = to
+        super().__init__(("127.0.0.1", port), ForwardedConnection)
+
+
+class ForwardedConnection(socketserver.BaseRequestHandler):
+    def handle(self):
+        with socket.create_connection(("127.0.0.1", self.server.to)) as upstream:
+            both = {self.request: upstream, upstream: self.request}
+            while True:
+                for ready in select.select([*both], [], [])[0]:
+                    if not (received := ready.recv(1 << 16)):
+                        return
+                    both[ready].sendall(received)
+
+
+def test_a_promotion_waits_for_a_server_that_is_being_started_again(services_home):
+    server = json.loads((services_home / "prefect" / "server.json").read_text())
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    forwarders = []
+
+    def come_up():
+        forwarders.append(Forwarder(port, server["port"]))
+        forwarders[0].serve_forever(0.05)
+
+    timer = threading.Timer(4, come_up)
+    with temporary_settings({PREFECT_API_URL: f"http://127.0.0.1:{port}/api"}):
+        with pytest.raises(ConcurrencySlotAcquisitionError), concurrency("promotion"):
+            pass
+        timer.start()
+        with promoting():
+            assert forwarders
+    forwarders[0].shutdown()
+    forwarders[0].server_close()
 
 
 def test_json_object_and_exit_codes(dpq, store):
