@@ -81,8 +81,8 @@ class Chaos:
                     self.check()
                 output, errors = run.communicate(timeout=PATIENCE)
             self.check()
-            said = (errors.strip().splitlines() or [""])[-1]
-            print(f"  run {self.runs} ended with {run.returncode}: {said[:300]}", flush=True)
+            said = [line for line in errors.splitlines() if line.startswith("error: ")]
+            print(f"  run {self.runs} ended with {run.returncode} {said}", flush=True)
             if run.returncode == 0:
                 return contents(Path(json.loads(output)["checkpoint"]))
             assert self.kills.total(), errors
