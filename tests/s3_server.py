@@ -9,7 +9,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 from moto.server import ThreadedMotoServer
 
-Fault = int | str  # a status to answer with, or "close": end the connection halfway through
+# A status to answer with; "close": end the connection halfway through; None: nothing goes wrong.
+Fault = int | str | None
 
 
 class FaultyS3:
@@ -25,7 +26,7 @@ class FaultyS3:
         self._upstream = self._server.get_host_and_port()
         self.faults: deque[Fault] = deque()
         self.is_down = False
-        self.requests: list[tuple[str, str, Fault | None]] = []
+        self.requests: list[tuple[str, str, Fault]] = []
         self._proxy = _Proxy(("127.0.0.1", 0), self)
         self.port = self._proxy.server_address[1]
         self.url = f"http://127.0.0.1:{self.port}"

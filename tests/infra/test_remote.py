@@ -104,6 +104,24 @@ def test_a_download_goes_on_where_it_was_left(
     assert not set(kept) & set(blocks[5:])
 
 
+@pytest.mark.parametrize("granted", [0, 2, 5], ids="{} requests".format)
+def test_credentials_revoked_on_the_way(s3, bucket, source, tmp_path, small_blocks, granted):
+    """An error at once that says what is needed; given back, it goes on where it was."""
+    name = "deep/model.safetensors"
+    denied = [*[None] * granted, *[403] * 20]
+    for transfer, to in ((upload, f"{bucket}/new"), (download, tmp_path / "copy")):
+        arguments = (source, to, [name]) if transfer is upload else (f"{bucket}/new", [name], to)
+        if transfer is download or granted < 2:  # a small file is there after two requests
+            s3.faults.extend(denied)
+            with pytest.raises(RemoteError, match=rf"{name}: no permission .*AWS_ACCESS_KEY_ID"):
+                transfer(*arguments)
+            assert len(s3.faults) > 10  # it was not asked again and again
+            s3.faults.clear()
+            assert not (tmp_path / "copy" / name).exists()
+        transfer(*arguments)
+    assert read(tmp_path / "copy") == {name: CONTENT[name]}
+
+
 def test_content_that_is_not_what_was_uploaded(s3, bucket, source, tmp_path):
     upload(source, bucket, CONTENT)
     sha256 = hashlib.sha256(CONTENT["config.json"]).hexdigest()
