@@ -1,6 +1,7 @@
 """Shared by all tests: the shipped model, and a little text."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,12 @@ QUICKSTART = REPOSITORY / "recipes" / "quickstart" / "model"
 
 # One thread: the same partition of every product whatever else the machine does.
 torch.set_num_threads(1)
+
+# pytest-xdist's workers, and what they start, have a core each: OpenMP's threads wait for one
+# another in a busy loop, so that two processes on the same two cores take many times as long.
+if worker := os.environ.get("PYTEST_XDIST_WORKER", "").removeprefix("gw"):
+    cores = sorted(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, {cores[int(worker) % len(cores)]})
 
 
 @pytest.fixture(scope="session")
