@@ -1,0 +1,89 @@
+"""What computes a quantized linear when speed counts: one row a runtime, chosen by device.
+
+Every runtime is a module made of a layer and its bias, as `W4A8Linear` is, which stays the
+definition: a runtime is right when its error against float64 is at most twice the definition's.
+What a runtime has no kernel for, it refuses with a reason; such layers are computed by the
+definition and named, so that nobody takes their time for the kernel's.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from importlib import import_module
+
+import torch
+from torch import Tensor, nn
+
+from dpq_core.errors import InputError
+from dpq_core.linear import W4A8Linear
+from dpq_core.quantize import QuantizedLinear
+
+MakeLinear = Callable[[QuantizedLinear, Tensor | None], nn.Module]
+
+
+class RuntimeUnavailableError(InputError):
+    """A runtime that this machine, or what is installed on it, cannot run."""
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """A row of the table. Its module, imported when it is asked for, defines
+
+        unavailable() -> str                    why it cannot run here, or nothing
+        refusal(layer: QuantizedLinear) -> str  why it has no kernel for a layer, or nothing
+        make(layer: QuantizedLinear, bias: Tensor | None) -> nn.Module
+
+    device: the type of torch device whose models it serves. note: what a reader of its numbers has
+    to know.
+    """
+
+    name: str
+    device: str
+    module: str
+    note: str = ""
+
+
+RUNTIMES = {
+    r.name: r
+    for r in (
+        Runtime("cpu", "cpu", "dpq_core.runtimes.cpu"),
+        Runtime("hopper", "cuda", "dpq_core.runtimes.hopper"),
+        Runtime("gaudi", "hpu", "dpq_core.runtimes.gaudi", "not tested on hardware"),
+    )
+}
+
+
+@dataclass
+class Chosen:
+    """A runtime's modules where it has a kernel, the definition elsewhere; `load_quantized` takes
+    it as `linear`. refused: reason → how many layers."""
+
+    runtime: Runtime
+    refused: dict[str, int] = field(default_factory=dict)
+
+    def __call__(self, layer: QuantizedLinear, bias: Tensor | None) -> nn.Module:
+        kernels = import_module(self.runtime.module)
+        reason = kernels.refusal(layer)
+        if reason:
+            self.refused[reason] = self.refused.get(reason, 0) + 1
+            return W4A8Linear(layer, bias)
+        module: nn.Module = kernels.make(layer, bias)
+        return module
+
+
+def runtime_for(device: torch.device) -> Chosen:
+    """The runtime of a device.
+
+    Raises:
+        RuntimeUnavailableError: none, or not here, and why.
+    """
+    rows = [row for row in RUNTIMES.values() if row.device == device.type]
+    if not rows:
+        raise RuntimeUnavailableError(f"no W4A8 runtime for {device}: choose {_devices()}")
+    reason = import_module(rows[0].module).unavailable()
+    if reason:
+        raise RuntimeUnavailableError(f"the {rows[0].name} runtime cannot run here: {reason}")
+    return Chosen(rows[0])
+
+
+def _devices() -> str:
+    return ", ".join(row.device for row in RUNTIMES.values())
