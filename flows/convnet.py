@@ -31,7 +31,7 @@ from tasks.convnet import (
     train,
 )
 from tasks.log import log_metrics, log_verdict
-from tasks.publish import destination_of, publish_release
+from tasks.publish import destination_of, published
 from tasks.register import Registration
 
 _LAYER = WeightScheme(per="layer", symmetric=False)
@@ -166,9 +166,7 @@ def convnet(recipe: ConvRecipe) -> ConvRelease:
         last = attempts[-1]
         latency = inputs.latency(last.classifier) if recipe.scheme.integer else []
         rows = [attempt.as_row() for attempt in attempts]
-        source = None
-        if destination and (registry.is_remote or last.verdict.verdict == "promoted"):
-            source = publish_release(destination, name, last.classifier)
+        source = published(destination, registry, last.verdict, name, last.classifier)
         registration = register_classifier(
             tracking_uri, run.run_id, recipe, last.classifier, last.verdict, champion, source
         )

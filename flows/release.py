@@ -27,7 +27,7 @@ from tasks.export import Export
 from tasks.log import log_evaluation, log_metrics, log_release, log_verdict
 from tasks.memory import MemoryUse
 from tasks.preflight import preflight
-from tasks.publish import destination_of, publish_release
+from tasks.publish import destination_of, published
 from tasks.register import Registration, register
 
 
@@ -96,9 +96,7 @@ def release(recipe: Recipe) -> Release:
         about = {"asked_digest": recipe.digest, **approval}
         log_verdict(run, judged)
         write_cards(run, checkpoint, exports, judged)
-        source = None
-        if destination and (registry.is_remote or judged.verdict == "promoted"):
-            source = publish_release(destination, name, checkpoint, exports)
+        source = published(destination, registry, judged, name, checkpoint, exports)
         registration = register(
             tracking_uri,
             run.run_id,

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 
 from infra.leases import Leases
 from infra.store import Store
-from infra.tracking import mlflow_client
+from infra.tracking import is_server, mlflow_client
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -58,7 +58,7 @@ class Registry:
     @property
     def is_remote(self) -> bool:
         """A server, which takes no folder of this machine as a version's source."""
-        return self.tracking_uri.startswith(("http://", "https://"))
+        return is_server(self.tracking_uri)
 
     @staticmethod
     def uri(name: str, version: int | None = None) -> str:

@@ -25,7 +25,7 @@ from prefect.logging.handlers import APILogWorker
 from prefect.settings import get_current_settings, temporary_settings
 
 from infra.shared_server import HOST, ServerKind, ServiceError, address_of, shared_server
-from infra.tracking import tracking_store
+from infra.tracking import is_server, tracking_store
 
 _FLUSH_TIMEOUT = 10.0  # s, for what this process still has to send, and again for the server
 
@@ -78,7 +78,7 @@ def ui(root: Path = Path(".dpq")) -> Iterator[UiAddresses]:
     """
     root = root.resolve()
     with services(root) as running:
-        if running.mlflow_tracking_uri.startswith(("http://", "https://")):
+        if is_server(running.mlflow_tracking_uri):
             yield UiAddresses(running.prefect_ui_url, running.mlflow_tracking_uri)
             return
         with shared_server(_mlflow(running.mlflow_tracking_uri), root) as url:

@@ -52,6 +52,11 @@ _QUIET = {
 }
 
 
+def is_server(address: str) -> bool:
+    """Whether an address is a web server's, and not that of a store that we read ourselves."""
+    return address.startswith(("http://", "https://"))
+
+
 def mlflow_client(tracking_uri: str) -> "MlflowClient":
     """Client of one tracking server or store, for runs and registry alike, that says nothing.
 
@@ -157,7 +162,7 @@ class TrackedRun:
 
         server: address of one that shows a store of files.
         """
-        if self.url.startswith(("http://", "https://")):
+        if is_server(self.url):
             return f"{self.url}/artifacts/{path}"
         if server is None:
             return self.artifact_uri(path)
@@ -199,7 +204,7 @@ def tracked_run(
     experiment_id = _experiment_id(client, experiment, artifact_root)
     process = {PROCESS: str(Owner.new())}
     run_id = client.create_run(experiment_id, run_name=name, tags=process).info.run_id
-    if tracking_uri.startswith(("http://", "https://")):
+    if is_server(tracking_uri):
         page = (mlflow_page() or tracking_uri).rstrip("/")
         url = f"{page}/#/experiments/{experiment_id}/runs/{run_id}"
     else:

@@ -9,6 +9,7 @@ from prefect.cache_policies import NO_CACHE
 
 from dpq_core import exports
 from dpq_core.checkpoint import MANIFEST
+from dpq_core.gates import Verdict
 from infra import remote, settings
 from infra.registry import Registry, RegistryError
 from infra.remote import RemoteError
@@ -40,6 +41,21 @@ def destination_of(asked: str | None, registry: Registry) -> str | None:
     return destination
 
 
+def published(
+    destination: str | None,
+    registry: Registry,
+    verdict: Verdict,
+    name: str,
+    checkpoint: ArtifactRef,
+    written: Sequence[Export] = (),
+) -> str | None:
+    """Address of what `publish_release` copies: a promoted release, and for a registry that is a
+    server any; None where there is no destination, and of others."""
+    if destination and (registry.is_remote or verdict.verdict == "promoted"):
+        return publish_release(destination, name, checkpoint, written)
+    return None
+
+
 @task(name="publish", cache_policy=NO_CACHE)
 def publish_release(
     destination: str, name: str, checkpoint: ArtifactRef, written: Sequence[Export] = ()
@@ -51,8 +67,8 @@ def publish_release(
         RemoteError: the destination takes nothing.
     """
     root = f"{destination.rstrip('/')}/{name}/{checkpoint.sha256[:16]}"
-    for name, artifact in [("native", checkpoint), *((e.name, e.artifact) for e in written)]:
-        remote.upload(artifact.folder, f"{root}/{name}", _names(artifact.folder))
+    for form, artifact in [("native", checkpoint), *((e.name, e.artifact) for e in written)]:
+        remote.upload(artifact.folder, f"{root}/{form}", _names(artifact.folder))
     return f"{root}/native"
 
 
