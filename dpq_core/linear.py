@@ -187,13 +187,13 @@ class W4A8Linear(nn.Module):
         y = x.new_empty(len(rows), self.out_features)
         scales = torch.ones(1, 1, dtype=torch.float32) if scale is None else scale.reshape(-1, 1)
         bias = x.new_empty(0) if self.bias is None else self.bias.detach()
-        threads = _start_threads(torch.get_num_threads())
+        threads = start_threads(torch.get_num_threads())
         numba.set_num_threads(threads)
         _forward_rows(
             _bits_of(rows),
             scales.expand(len(rows), 1).contiguous().numpy(),
             scale is not None,
-            *_rounding(self.inner),
+            *rounding(self.inner),
             _bits_of(self.weight8),
             self.channel_scale.numpy(),
             bias.float().numpy(),
@@ -235,22 +235,22 @@ def _bits_of(x: Tensor) -> NDArray[np.int16]:
     return x.detach().contiguous().view(torch.int16).numpy()
 
 
-def _rounding(fmt: NumberFormat) -> tuple[np.float32, np.int32, np.int32]:
+def rounding(fmt: NumberFormat) -> tuple[np.float32, np.int32, np.int32]:
     """The format's maximum, and what picks the step of its grid from the bits of a value in FP32.
 
     A float's step follows the exponent, down to that of its smallest normal number, 2**-6. That of
     the integers is the step below 2**4, the same everywhere.
     """
-    mask, lowest = (_EXPONENT, 2.0**-6) if fmt.is_float else (0, 2.0**3)
+    mask, lowest = (EXPONENT, 2.0**-6) if fmt.is_float else (0, 2.0**3)
     return np.float32(fmt.maximum), np.int32(mask), np.float32(lowest).view(np.int32)
 
 
-_SIGN, _EXPONENT = np.int32(-0x8000_0000), 0x7F80_0000  # of FP32
-_STEPS_UP = np.int32(20 << 23 | 1 << 22)  # times 1.5 · 2**20, for 23 − 3 bits of mantissa
+_SIGN, EXPONENT = np.int32(-0x8000_0000), np.int32(0x7F80_0000)  # of FP32
+STEPS_UP = np.int32(20 << 23 | 1 << 22)  # times 1.5 · 2**20, for 23 − 3 bits of mantissa
 
 
 @functools.cache
-def _start_threads(threads: int) -> int:
+def start_threads(threads: int) -> int:
     """Numba's threads, of the OpenMP runtime that torch uses; how many of `threads` it can take.
 
     Starting them changes the number that torch takes, which is put back.
@@ -278,19 +278,19 @@ def _bits(value: Any) -> Any:
 
 
 @numba.njit(inline="always")
-def _real(bits: Any) -> Any:
+def real(bits: Any) -> Any:
     return np.int32(bits).view(np.float32)
 
 
 @numba.njit(error_model="numpy")
-def _round_rows(
+def round_rows(
     x: NDArray[np.int16],  # [rows, in] bf16
     scale: NDArray[np.float32],  # [rows, 1]
     maximum: np.float32,
     mask: np.int32,
     lowest: np.int32,
 ) -> NDArray[np.int16]:
-    """`round_to(x / scale)` in BF16; `maximum`, `mask` and `lowest` are of `_rounding`.
+    """`round_to(x / scale)` in BF16; `maximum`, `mask` and `lowest` are of `rounding`.
 
     Adding and subtracting 1.5 · 2**23 steps leaves FP32 no bits below a step, and rounds to
     nearest, ties to even; the sign of zero is put back.
@@ -298,10 +298,10 @@ def _round_rows(
     x8 = np.empty_like(x)
     for row in range(x.shape[0]):
         for column in range(x.shape[1]):
-            quotient = _real(np.int32(x[row, column]) << 16) / scale[row, 0]
+            quotient = real(np.int32(x[row, column]) << 16) / scale[row, 0]
             clamped = min(max(quotient, -maximum), maximum)
             bits = _bits(clamped)
-            steps = _real(max(np.int32(bits & mask), lowest) + _STEPS_UP)
+            steps = real(max(np.int32(bits & mask), lowest) + STEPS_UP)
             x8[row, column] = (_bits((clamped + steps) - steps) | (bits & _SIGN)) >> 16
     return x8
 
@@ -345,7 +345,7 @@ def _forward_rows(
         share = slice(part * rows // parts, (part + 1) * rows // parts)
         x8, scales = x[share], scale[share]
         if rounds:
-            x8 = _round_rows(x8, scales, maximum, mask, lowest)
+            x8 = round_rows(x8, scales, maximum, mask, lowest)
         sums = np.empty((len(x8), out), np.float32)
         _bf16_product(
             _ROW_MAJOR, _AS_IS, _TRANSPOSED, len(x8), out, features,

@@ -1,0 +1,160 @@
+"""The CPU runtime against the definition, `W4A8Linear`."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from dpq_core.hessian import InputStatistics
+from dpq_core.linear import W4A8Linear
+from dpq_core.quantize import QuantizedLinear, quantize_layer
+from dpq_core.runtimes import RUNTIMES, Chosen, cpu
+from dpq_core.scheme import Scheme
+
+here = pytest.mark.skipif(bool(cpu.unavailable()), reason=cpu.unavailable() or "-")
+
+W8A8: dict[str, Any] = {"bits": 8}
+W4A16: dict[str, Any] = {"inner": "none", "activations": "none"}
+SCHEMES: dict[str, dict[str, Any]] = {
+    "w4a8": {},
+    "dynamic": {"activations": "dynamic"},
+    "symmetric": {"symmetric": True},
+    "240": {"fp8_max": 240, "channel_scale": "tensor", "power_of_two": True},
+    "g32": {"group_size": 32},
+    "g64": {"group_size": 64},
+    "g256": {"group_size": 256},
+    "int8 inside": {"inner": "int8", "activations": "dynamic"},
+    "w4e4m3a16": {"activations": "none"},
+    "w4a16": W4A16,
+    "w8a8": W8A8,
+    "w8a8-int8": {"bits": 8, "inner": "int8", "activations": "dynamic"},
+}
+SHAPES = [  # tokens, out, in: the last of each has tails
+    (1, 64, 256),
+    (16, 32, 512),
+    (64, 48, 1024),
+    (3, 33, 200),
+    (70, 17, 1111),
+    (4096, 16, 128),
+]
+
+
+def layer_of(rows: int, features: int, **scheme: Any) -> tuple[QuantizedLinear, Tensor]:
+    """A rounded layer of random weights, and inputs [4096, in] with tokens of many magnitudes."""
+    generator = torch.Generator().manual_seed(rows * features)
+    weight = torch.randn(rows, features, generator=generator) * 0.02
+    x = torch.randn(4096, features, generator=generator)
+    x *= torch.logspace(-3, 1, 4096)[:, None]
+    statistics = InputStatistics.empty(features)
+    statistics.add_magnitudes(x)
+    statistics.add_hessian(x)
+    made = Scheme.model_validate({"method": "rtn", "rounding": "nearest", **scheme})
+    return quantize_layer(weight, statistics, made), x.to(torch.bfloat16)
+
+
+@here
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("scheme", SCHEMES.values(), ids=SCHEMES)
+def test_its_error_is_at_most_twice_the_definitions(
+    scheme: dict[str, Any], shape: tuple[int, int, int]
+) -> None:
+    tokens, rows, features = shape
+    layer, inputs = layer_of(rows, features, **scheme)
+    x = inputs[torch.linspace(0, len(inputs) - 1, tokens).long()]
+    bias = torch.randn(rows).to(torch.bfloat16) if rows % 2 else None
+    definition = W4A8Linear(layer, bias)
+    exact = _exact(definition, x)
+    found, expected = cpu.make(layer, bias)(x), definition(x)
+    scale = exact.abs().amax(1, keepdim=True)  # of each token
+    error, allowed = ((y.double() - exact).abs() / scale for y in (found, expected))
+    assert error.max() <= 2 * allowed.max()
+    assert (found == expected).float().mean() > 0.99  # sums in another order, seldom another BF16
+
+
+def _exact(definition: W4A8Linear, x: Tensor) -> Tensor:
+    """Of the same operands in float64."""
+    from dpq_core.formats import round_to
+
+    scale = definition._input_scale(x)
+    x8 = x.double()
+    if scale is not None and definition.inner is not None:
+        x8 = round_to(x.float() / scale, definition.inner).double()
+    y = x8 @ definition.weight8.double().T * definition.channel_scale.double()
+    y = y if scale is None else y * scale.double()
+    return y if definition.bias is None else y + definition.bias.double()
+
+
+@here
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_threads_and_batches_give_the_same_bits(threads: int) -> None:
+    layer, x = layer_of(80, 384)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        module = cpu.make(layer, None)
+        whole = module(x[:200].view(2, 100, 384))
+    finally:
+        torch.set_num_threads(before)
+    assert whole.shape == (2, 100, 80)
+    tokens = torch.cat([module(each) for each in x[:200].split(64)])
+    assert torch.equal(whole.view(200, 80), tokens)
+
+
+@here
+def test_every_code_on_every_grid_is_decoded_as_the_definition_does() -> None:
+    """An input that is a unit vector reads one column of the weight."""
+    layer, _ = layer_of(16, 128, activations="none")
+    identity = torch.eye(128, dtype=torch.bfloat16)
+    for scale in torch.logspace(-9, 4, 27, base=2):
+        for zero_point in (0, 7, 15):
+            grid = layer.weight.grid  # type: ignore[union-attr]
+            grid.group_scale.fill_(float(scale))
+            grid.zero_point.fill_(zero_point)
+            if cpu.refusal(layer):
+                continue
+            codes = layer.weight.codes  # type: ignore[union-attr]
+            codes.copy_(torch.arange(128).expand(16, 128) % 16)
+            found = cpu.make(layer, None)(identity).float().T
+            assert torch.equal(found, W4A8Linear(layer, None)(identity).float().T)
+
+
+@here
+def test_nan_stays_and_the_infinite_saturates() -> None:
+    layer, x = layer_of(16, 128, activations="dynamic")
+    x = x[:3].clone()
+    x[0, 5], x[1, 5] = torch.nan, torch.inf
+    found, expected = cpu.make(layer, None)(x), W4A8Linear(layer, None)(x)
+    assert found[0].isnan().all()
+    assert torch.equal(found.isnan(), expected.isnan())
+    assert torch.equal(found[2], expected[2])
+
+
+@here
+def test_inputs_that_are_not_bf16_are_refused() -> None:
+    layer, x = layer_of(16, 128)
+    with pytest.raises(TypeError, match=r"takes BF16 inputs, not torch\.float32"):
+        cpu.make(layer, None)(x.float())
+
+
+@pytest.mark.parametrize(
+    ("scheme", "said"),
+    [
+        ({"method": "none", "inner": "none", "activations": "none"}, "kept in 16 bits"),
+        ({"group_size": 16}, "groups of 16: kernels take 32, 64 and multiples of 128"),
+        ({"group_size": 96}, "groups of 96: kernels take 32, 64 and multiples of 128"),
+    ],
+)
+def test_what_has_no_kernel_is_computed_by_the_definition_and_named(
+    scheme: dict[str, Any], said: str
+) -> None:
+    layer, _ = layer_of(16, 192, **scheme)
+    chosen = Chosen(RUNTIMES["cpu"])
+    assert isinstance(chosen(layer, None), W4A8Linear)
+    assert chosen.refused == {said: 1}
+
+
+def test_codes_beyond_the_formats_range_are_refused() -> None:
+    layer, _ = layer_of(16, 128)
+    layer.weight.grid.group_scale.fill_(64)  # type: ignore[union-attr]
+    assert cpu.refusal(layer) == "codes that stand for more than 448"
