@@ -1,6 +1,8 @@
 """Run the measurements of a recipe on one checkpoint, a task each."""
 
 from collections import deque
+from collections.abc import Callable
+from functools import partial
 
 from prefect.client.schemas.objects import State
 from prefect.futures import PrefectFuture
@@ -23,25 +25,44 @@ def measure(recipe: Recipe, data: EvaluationData, subject: Subject) -> Measured:
     """
     tasks = measurements(recipe, data)
     step = stepper(f"evaluate {subject.role}", len(tasks))
-    waiting: deque[tuple[str, PrefectFuture[ArtifactRef]]] = deque()
+    waiting: deque[tuple[str, _Submit, PrefectFuture[ArtifactRef]]] = deque()
     measured: dict[str, ArtifactRef | Failure] = {}
 
     def finish_one() -> None:
-        name, future = waiting.popleft()
-        future.wait()
-        measured[name] = _outcome(future.state)
+        name, submit, future = waiting.popleft()
+        measured[name] = _outcome(_ended(future, submit))
         step()
 
     for name, (task, arguments) in tasks.items():
         if len(waiting) == recipe.evaluation.workers:
             finish_one()
-        waiting.append((name, task.submit(recipe, subject, *arguments)))
+        submit = partial(task.submit, recipe, subject, *arguments)
+        waiting.append((name, submit, submit()))
     while waiting:
         finish_one()
     return measured
 
 
+_Submit = Callable[[], PrefectFuture[ArtifactRef]]
+_STARTS = 3
+
+
+def _ended(future: PrefectFuture[ArtifactRef], submit: _Submit) -> State[ArtifactRef]:
+    """How a task ended. One that found no server when it was to begin comes back as it was, and is
+    submitted again."""
+    for _ in range(_STARTS - 1):
+        future.wait()
+        if future.state.is_final():
+            break
+        future = submit()
+    future.wait()
+    return future.state
+
+
 def _outcome(state: State[ArtifactRef]) -> ArtifactRef | Failure:
+    if not state.is_final():
+        name = state.type.value.lower()
+        return Failure(f"did not begin in {_STARTS} attempts, and is {name}: {state.message or '-'}")
     result = state.result(raise_on_failure=False)
     if isinstance(result, ArtifactRef):
         return result

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import dpq_process, run_flow
+from prefect.states import Completed, Pending
 from pyarrow import parquet
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
@@ -16,8 +17,9 @@ from typer.testing import CliRunner
 from dpq_core.recipe import parse_recipe
 from flows.cli import app
 from flows.evaluate import evaluate as evaluate_flow
+from flows.measure import _ended, _outcome
 from flows.release import release
-from infra.store import Store
+from infra.store import ArtifactRef, Store
 from infra.tracking import mlflow_client, tracking_store
 
 SUITE = """
@@ -231,6 +233,26 @@ def test_a_limited_run_is_inspected(dpq):
         "release", "--json", "--set", "evaluation.limit=8", "--set", "gates.allow_limited=true"
     )
     assert allowed.exit_code == 0, allowed.stderr
+
+
+@pytest.mark.parametrize("starts", [1, 3, 4])
+def test_a_task_that_found_no_server_to_begin_is_submitted_again(starts):
+    """On Dask such a task comes back pending."""
+    artifact = ArtifactRef("a", "b", 1)
+    states = [Pending()] * (starts - 1) + [Completed(data=artifact)]
+
+    class Future:
+        def __init__(self):
+            self.state = states.pop(0)
+
+        def wait(self):
+            pass
+
+    outcome = _outcome(_ended(Future(), Future))
+    if starts <= 3:
+        assert outcome == artifact
+    else:
+        assert outcome.reason.startswith("did not begin in 3 attempts, and is pending")
 
 
 def test_a_time_limit_is_named_and_leaves_the_others(evaluate, model, suites):
