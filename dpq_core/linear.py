@@ -25,8 +25,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from dpq_core.formats import NumberFormat, round_to
+from dpq_core import cpu
+from dpq_core.formats import round_to
 from dpq_core.grid import SYMMETRIC_ZERO_POINT, Grid
+from dpq_core.kernels import bits, nearest, real
 from dpq_core.packing import pack_codes, pack_zero_points, unpack_codes, unpack_zero_points
 from dpq_core.quantize import LayerReport, QuantizedLinear, QuantizedWeight, RoundedWeight
 from dpq_core.scheme import Scheme
@@ -193,7 +195,7 @@ class W4A8Linear(nn.Module):
             _bits_of(rows),
             scales.expand(len(rows), 1).contiguous().numpy(),
             scale is not None,
-            *_rounding(self.inner),
+            *cpu.rounding(self.inner),
             _bits_of(self.weight8),
             self.channel_scale.numpy(),
             bias.float().numpy(),
@@ -235,20 +237,6 @@ def _bits_of(x: Tensor) -> NDArray[np.int16]:
     return x.detach().contiguous().view(torch.int16).numpy()
 
 
-def _rounding(fmt: NumberFormat) -> tuple[np.float32, np.int32, np.int32]:
-    """The format's maximum, and what picks the step of its grid from the bits of a value in FP32.
-
-    A float's step follows the exponent, down to that of its smallest normal number, 2**-6. That of
-    the integers is the step below 2**4, the same everywhere.
-    """
-    mask, lowest = (_EXPONENT, 2.0**-6) if fmt.is_float else (0, 2.0**3)
-    return np.float32(fmt.maximum), np.int32(mask), np.float32(lowest).view(np.int32)
-
-
-_SIGN, _EXPONENT = np.int32(-0x8000_0000), 0x7F80_0000  # of FP32
-_STEPS_UP = np.int32(20 << 23 | 1 << 22)  # times 1.5 · 2**20, for 23 − 3 bits of mantissa
-
-
 @functools.cache
 def _start_threads(threads: int) -> int:
     """Numba's threads, of the OpenMP runtime that torch uses; how many of `threads` it can take.
@@ -272,14 +260,7 @@ def _parts(rows: int, features: int, threads: int) -> int:
     return max(1, min(max(-(-rows // limit), threads), rows // 64))
 
 
-@numba.njit(inline="always")
-def _bits(value: Any) -> Any:
-    return np.float32(value).view(np.int32)
-
-
-@numba.njit(inline="always")
-def _real(bits: Any) -> Any:
-    return np.int32(bits).view(np.float32)
+_SIGN = np.int32(-0x8000_0000)  # of FP32
 
 
 @numba.njit(error_model="numpy")
@@ -290,19 +271,15 @@ def _round_rows(
     mask: np.int32,
     lowest: np.int32,
 ) -> NDArray[np.int16]:
-    """`round_to(x / scale)` in BF16; `maximum`, `mask` and `lowest` are of `_rounding`.
-
-    Adding and subtracting 1.5 · 2**23 steps leaves FP32 no bits below a step, and rounds to
-    nearest, ties to even; the sign of zero is put back.
+    """`round_to(x / scale)` in BF16; `maximum`, `mask` and `lowest` are of `cpu.rounding`. The
+    sign of zero is put back.
     """
     x8 = np.empty_like(x)
     for row in range(x.shape[0]):
         for column in range(x.shape[1]):
-            quotient = _real(np.int32(x[row, column]) << 16) / scale[row, 0]
-            clamped = min(max(quotient, -maximum), maximum)
-            bits = _bits(clamped)
-            steps = _real(max(np.int32(bits & mask), lowest) + _STEPS_UP)
-            x8[row, column] = (_bits((clamped + steps) - steps) | (bits & _SIGN)) >> 16
+            quotient = real(np.int32(x[row, column]) << 16) / scale[row, 0]
+            rounded = nearest(quotient, maximum, mask, lowest)
+            x8[row, column] = (bits(rounded) | (bits(quotient) & _SIGN)) >> 16
     return x8
 
 
@@ -320,9 +297,9 @@ def _scale_rows(
             value = sums[row, column] * channel_scale[column] * scale[row, 0]
             if bias.size:
                 value += bias[column]
-            bits = _bits(value)
-            nearest_even = np.int32(bits + 0x7FFF + (bits >> 16 & 1)) >> 16
-            y[row, column] = nearest_even if value == value else 0x7FC0
+            pattern = bits(value)
+            even = np.int32(pattern + 0x7FFF + (pattern >> 16 & 1)) >> 16
+            y[row, column] = even if value == value else 0x7FC0
 
 
 @numba.njit(nogil=True, parallel=True, error_model="numpy")

@@ -90,7 +90,7 @@ def refit_scales(codes: Tensor, weight: Tensor, grid: Grid, hessian: Tensor) -> 
     for group in range(scales.shape[1]):
         span = slice(group * size, min((group + 1) * size, len(codes)))
         inside = hessian[span, span]
-        column = grid.at(columns[span])
+        column = grid.at(columns[span])[:]
         now = column.decode(codes[span])
         direction = column.channel_scale * (codes[span] - column.zero_point)
         # around the target of this group alone: now - step along the direction

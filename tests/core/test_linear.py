@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from dpq_core import linear
+from dpq_core import cpu, linear
 from dpq_core.formats import FORMATS, round_to
 from dpq_core.hessian import InputStatistics
 from dpq_core.linear import (
@@ -211,7 +211,7 @@ def test_fused_pass_rounds_every_bf16_input(name, scale):
 def test_rounding_of_the_fused_pass_keeps_nan_and_the_sign_of_zero(name):
     x = EVERY_BF16.view(-1, 64)
     scale = np.full((len(x), 1), 0.3, np.float32)
-    bits = linear._round_rows(linear._bits_of(x), scale, *linear._rounding(FORMATS[name]))
+    bits = linear._round_rows(linear._bits_of(x), scale, *cpu.rounding(FORMATS[name]))
     x8 = torch.from_numpy(bits).view(torch.bfloat16).float()
     expected = round_to(x.float() / torch.tensor(0.3), FORMATS[name])
     assert torch.equal(x8.isnan(), expected.isnan())
