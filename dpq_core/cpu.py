@@ -4,6 +4,7 @@ They take the place of a definition in plain torch wherever `fits` says so. Memo
 is written in place.
 """
 
+import ctypes
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
@@ -11,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from dpq_core import kernels
@@ -82,6 +84,61 @@ def group_errors(
     arrays = weight.numpy(), importance.numpy(), group_size, *scales
     _by_rows(kernels.group_errors, len(weight), *arrays, *_rounding_of(inner))
     return errors
+
+
+# The BF16 units of a CPU. Torch's operators multiply BF16 into BF16 only; the MKL that comes with
+# it sums and returns FP32: C-interface `cblas_gemm_bf16bf16f32`. Absent from a torch without MKL.
+bf16_product: Any = getattr(ctypes.CDLL(torch._C.__file__), "cblas_gemm_bf16bf16f32", None)
+if bf16_product is not None:
+    _int, _float, _address = ctypes.c_int, ctypes.c_float, ctypes.c_int64
+    bf16_product.restype = None
+    bf16_product.argtypes = [
+        *[_int] * 6,  # layout, transpositions of A and B, rows, columns, summands
+        *[_float, _address, _int, _address, _int],  # alpha, A and its stride, B and its stride
+        *[_float, _address, _int],  # beta, C and its stride
+    ]
+ROW_MAJOR, AS_IS, TRANSPOSED = 101, 111, 112  # cblas.h
+
+
+def multiplies_bf16(x: Tensor) -> bool:
+    """Whether `add_square` takes this tensor."""
+    return bf16_product is not None and x.is_cpu and x.dtype == torch.bfloat16
+
+
+def add_square(
+    sums: Tensor,  # [n, n] fp32, contiguous, changed
+    x: Tensor,  # [rows, n] bf16
+    factor: float,
+) -> None:
+    """sums += factor · xᵀ x: products of BF16 numbers, exact in FP32, and FP32 sums."""
+    x, (rows, n) = x.detach().contiguous(), x.shape
+    bf16_product(
+        ROW_MAJOR, TRANSPOSED, AS_IS, n, n, rows,
+        factor, x.data_ptr(), n, x.data_ptr(), n,
+        1.0, sums.data_ptr(), n,
+    )  # fmt: skip
+
+
+def quantize(
+    x: Tensor,  # [rows, n] bf16
+    scale: Tensor,  # fp32: a scalar, or [rows, 1]
+    fmt: NumberFormat,
+) -> Tensor:
+    """`formats.quantize` in BF16, which represents the values of every 8-bit format. [rows, n]"""
+    scales, x8 = scale.expand(len(x), 1).contiguous(), torch.empty_like(x).contiguous()
+    arrays = bits_of(x), scales.numpy(), bits_of(x8)
+    _by_rows(kernels.round_rows, len(x), *arrays, *rounding(fmt))
+    return x8
+
+
+def count_magnitudes(x: Tensor, counts: Tensor) -> None:
+    """`hessian.count_magnitudes` of BF16 values of any shape, added to counts [2**15] int64."""
+    kernels.count_magnitudes(bits_of(x).ravel(), counts.numpy())
+
+
+def bits_of(x: Tensor) -> NDArray[np.int16]:
+    """BF16 as NumPy takes it. Shares memory where x is contiguous."""
+    return x.detach().contiguous().view(torch.int16).numpy()
 
 
 def rounding(fmt: NumberFormat) -> tuple[np.float32, np.int32, np.int32]:

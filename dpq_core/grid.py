@@ -81,7 +81,7 @@ def choose_grid(weight: Tensor, scheme: Scheme, importance: Tensor | None) -> Gr
         scheme: formats, group size and search.
         importance: diag(H) [in], for `scale_search: hessian`.
     """
-    weight = weight.float()
+    weight = weight.detach().float()
     inner = scheme.inner_format
     maximum = inner.maximum * RANGE_MARGIN if inner else 1.0
     channel_scale = choose_channel_scale(weight, scheme, maximum)

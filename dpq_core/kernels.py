@@ -25,6 +25,7 @@ _MAIN = {"cache": True, "nogil": True, "error_model": "numpy"}
 
 _SIGNIFICANT = np.int32(20 << 23 | 1 << 22)  # times 1.5 · 2**20, for 23 − 3 bits of mantissa
 _UNITS, _TWO = np.float32(1.5 * 2**23), np.float32(2)
+_SIGN, _MAGNITUDE = np.int32(-0x8000_0000), np.int16(0x7FFF)
 _MOST_STEPS, _LOWEST_CODE, _HIGHEST_CODE = np.float32(16), np.float32(0), np.float32(15)
 
 
@@ -266,3 +267,29 @@ def _total(terms: _Array) -> Any:
     for term in terms:
         total += term
     return total
+
+
+@numba.njit(**_MAIN)
+def round_rows(
+    first: int,
+    last: int,
+    x: NDArray[np.int16],  # [rows, in] bf16
+    scale: _Array,  # [rows, 1]
+    x8: NDArray[np.int16],  # [rows, in] bf16, written
+    maximum: np.float32,
+    mask: np.int32,
+    lowest: np.int32,
+) -> None:
+    """`formats.quantize`, of BF16 into BF16, which NumPy holds as int16. Zero keeps its sign."""
+    for row in range(first, last):
+        for column in range(x.shape[1]):
+            quotient = real(np.int32(x[row, column]) << 16) / scale[row, 0]
+            rounded = bits(nearest(quotient, maximum, mask, lowest))
+            x8[row, column] = (rounded | (bits(quotient) & _SIGN)) >> 16
+
+
+@numba.njit(**_MAIN)
+def count_magnitudes(x: NDArray[np.int16], counts: NDArray[np.int64]) -> None:
+    """`hessian.count_magnitudes` of BF16 [n], added to counts [2**15]."""
+    for value in x:
+        counts[value & _MAGNITUDE] += 1

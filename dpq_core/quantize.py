@@ -152,7 +152,7 @@ def quantize_layer(
         return QuantizedLinear(scheme, kept, input_scale, LayerReport(0.0, scheme.damp_frac, 0))
     hessian = statistics.hessian()
     del statistics  # a caller that gave it away has its memory back
-    weight = weight.float()
+    weight = weight.detach().float()
     if scheme.bits == 8:
         rounded = round_weight(weight, scheme)
         error = _relative(rounded.decode().sub_(weight).T, weight.T, hessian)

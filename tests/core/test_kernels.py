@@ -28,7 +28,7 @@ SCHEMES = [
     {"method": "gptq", "inner": "none", "activations": "none"},
     {"method": "naive", "group_size": 32},
 ]
-SHAPES = [(64, 128), (150, 200), (1, 33), (201, 7)]  # rows, features: short tiles, groups, blocks
+SHAPES = [(600, 256), (150, 200), (1, 33), (201, 7)]  # rows, features: short tiles, groups, blocks
 
 
 def definition():
@@ -41,8 +41,10 @@ def layer_of(scheme, rows, features, seed=0):
     zeros, a constant one and one with an outlier among them; strongly correlated inputs."""
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(4 * features, features, generator=generator)
-    x += 2 * torch.randn(4 * features, 3, generator=generator) @ torch.randn(
-        3, features, generator=generator
+    x += (
+        2
+        * torch.randn(4 * features, 3, generator=generator)
+        @ torch.randn(3, features, generator=generator)
     )
     x *= torch.rand(features, generator=generator).mul(2).exp()
     weight = torch.randn(rows, features, generator=generator) / 20
@@ -78,7 +80,7 @@ def test_column_loop_differs_where_roundings_tie_and_nowhere_else(changes, shape
     assert len(differing) <= 0.02 * shape[0]
     for row in differing:
         first = int((found != expected)[:, row].nonzero()[0])
-        assert distance_from_tie(weight, columns, factor, expected, row, first) < 1e-3
+        assert distance_from_tie(weight, columns, factor, expected, row, first) < 1e-4
 
 
 def distance_from_tie(weight, columns, factor, codes, row, column):
@@ -164,7 +166,7 @@ def test_gradient_passes_are_counted(passes):
 def test_scale_search_finds_the_same_ranges(changes, search, shape):
     scheme = Scheme(**{"group_size": 32, "scale_search": search} | changes)
     rows, features = shape
-    weight, hessian, _ = layer_of(scheme, features, rows)  # the transpose of a layer's is one too
+    weight, *_ = layer_of(scheme, features, rows)  # the transpose of a layer's is one too
     importance = torch.rand(features, generator=torch.Generator().manual_seed(1))
     found, expected = both(lambda: choose_grid(weight, scheme, importance))
     differing = (found.group_scale != expected.group_scale).double().mean()
