@@ -82,7 +82,7 @@ def quantize_columns(
     block_columns: int,
 ) -> Tensor:  # codes [in, out] fp32
     """Codes of all columns. With a factor, `weight` is used up as the working weight."""
-    codes = torch.empty_like(weight)
+    codes = torch.empty_like(weight, memory_format=torch.contiguous_format)
     choose = cpu.choose_block if cpu.fits(weight) else choose_block
     for start in range(0, len(weight), block_columns):
         block = slice(start, min(start + block_columns, len(weight)))

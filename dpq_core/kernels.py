@@ -10,6 +10,8 @@ Numba compiles for the machine at hand and keeps the code in its cache, which it
 this file changes: so everything compiled with `cache` stands in this one file.
 """
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import numba
@@ -21,12 +23,25 @@ _CHUNK = 32  # columns that `refine` looks at together
 
 _Array = NDArray[np.float32]
 _ANY = {"inline": "always", "error_model": "numpy"}
-_MAIN = {"cache": True, "nogil": True, "error_model": "numpy"}
 
 _SIGNIFICANT = np.int32(20 << 23 | 1 << 22)  # times 1.5 · 2**20, for 23 − 3 bits of mantissa
 _UNITS, _TWO = np.float32(1.5 * 2**23), np.float32(2)
 _SIGN, _MAGNITUDE = np.int32(-0x8000_0000), np.int16(0x7FFF)
 _MOST_STEPS, _LOWEST_CODE, _HIGHEST_CODE = np.float32(16), np.float32(0), np.float32(15)
+
+
+def compiled(**options: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """A decorator: compiled when first called, without Python's lock, and kept in Numba's cache
+    where it finds a folder to write to."""
+
+    def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
+        jit = functools.partial(numba.njit, nogil=True, error_model="numpy", **options)
+        try:
+            return jit(cache=True)(function)
+        except RuntimeError:  # neither this file's folder nor the user's own can be written
+            return jit()(function)
+
+    return decorate
 
 
 @numba.njit(**_ANY)
@@ -60,7 +75,7 @@ def _encoded(quotient: Any, zero_point: Any) -> Any:
     return min(max((steps + _UNITS) - _UNITS + zero_point, _LOWEST_CODE), _HIGHEST_CODE)
 
 
-@numba.njit(**_MAIN)
+@compiled()
 def choose(
     first: int,
     last: int,
@@ -102,7 +117,7 @@ def choose(
                 work[j, start + row] = errors[j, row]
 
 
-@numba.njit(**_MAIN, fastmath={"contract"})
+@compiled(fastmath={"contract"})
 def _take_errors(column: _Array, errors: _Array, factor: _Array, before: int) -> None:
     """column -= Σ factor[i] · errors[i] over the columns before it, eight at a time."""
     whole = before // 8 * 8
@@ -120,7 +135,7 @@ def _take_errors(column: _Array, errors: _Array, factor: _Array, before: int) ->
             column[row] -= factor[i] * errors[i, row]
 
 
-@numba.njit(**_MAIN)
+@compiled()
 def residual(
     first: int,
     last: int,
@@ -145,7 +160,7 @@ def residual(
             weight[j, row] = channel_scale[row] * value - weight[j, row]
 
 
-@numba.njit(**_MAIN)
+@compiled()
 def refine(
     first: int,
     last: int,
@@ -222,13 +237,13 @@ def _one_step(code: Any, slope: Any) -> Any:
     return min(max(code - sign, _LOWEST_CODE), _HIGHEST_CODE)
 
 
-@numba.njit(**_MAIN, fastmath={"contract"})
+@compiled(fastmath={"contract"})
 def _add_scaled(total: _Array, addend: _Array, factor: np.float32) -> None:
     for i in range(len(total)):
         total[i] += factor * addend[i]
 
 
-@numba.njit(**_MAIN)
+@compiled()
 def group_errors(
     first: int,
     last: int,
@@ -261,7 +276,7 @@ def group_errors(
             errors[row, group] = _total(terms[:width])
 
 
-@numba.njit(**_MAIN, fastmath={"reassoc"})
+@compiled(fastmath={"reassoc"})
 def _total(terms: _Array) -> Any:
     total = np.float32(0)
     for term in terms:
@@ -269,7 +284,7 @@ def _total(terms: _Array) -> Any:
     return total
 
 
-@numba.njit(**_MAIN)
+@compiled()
 def round_rows(
     first: int,
     last: int,
@@ -288,7 +303,7 @@ def round_rows(
             x8[row, column] = (rounded | (bits(quotient) & _SIGN)) >> 16
 
 
-@numba.njit(**_MAIN)
+@compiled()
 def count_magnitudes(x: NDArray[np.int16], counts: NDArray[np.int64]) -> None:
     """`hessian.count_magnitudes` of BF16 [n], added to counts [2**15]."""
     for value in x:

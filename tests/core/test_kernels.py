@@ -2,6 +2,7 @@
 
 from unittest.mock import patch
 
+import numba
 import numpy as np
 import pytest
 import torch
@@ -9,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from dpq_core import cpu, grid
+from dpq_core import cpu, grid, kernels
 from dpq_core.affine import ColumnGrid
 from dpq_core.column_loop import choose_block, inverse_factor, quantize_columns
 from dpq_core.formats import FORMATS
@@ -208,3 +209,10 @@ def test_only_single_precision_in_main_memory_fits():
     assert not cpu.fits(torch.ones(2), torch.ones(2, dtype=torch.float64))
     assert not cpu.fits(torch.ones(2, dtype=torch.bfloat16))
     assert not cpu.fits(torch.ones(2, device="meta"))
+
+
+def test_without_a_folder_to_write_to_nothing_is_kept(monkeypatch):
+    monkeypatch.setattr("numba.core.caching.CacheImpl._locator_classes", [])
+    with pytest.raises(RuntimeError, match="cannot cache"):
+        numba.njit(cache=True)(lambda x: x + 1)
+    assert kernels.compiled()(lambda x: x + 1)(2) == 3
