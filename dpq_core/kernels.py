@@ -30,11 +30,11 @@ _SIGN, _MAGNITUDE = np.int32(-0x8000_0000), np.int16(0x7FFF)
 _MOST_STEPS, _LOWEST_CODE, _HIGHEST_CODE = np.float32(16), np.float32(0), np.float32(15)
 
 
-def compiled(**options: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+def compiled(**options: Any) -> Callable[[Callable[..., Any]], Any]:
     """A decorator: compiled when first called, without Python's lock, and kept in Numba's cache
     where it finds a folder to write to."""
 
-    def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
+    def decorate(function: Callable[..., Any]) -> Any:
         jit = functools.partial(numba.njit, nogil=True, error_model="numpy", **options)
         try:
             return jit(cache=True)(function)
