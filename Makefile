@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: release test test-slow chaos test-fast lint format ui train bench-memory bench-evaluate bench-bits bench-four-bits bench-scale bench-fan-out bench-convnet picture system constraints clean
+.PHONY: release test test-slow chaos test-fast lint format ui train bench-memory bench-evaluate bench-bits bench-four-bits bench-scale bench-fan-out bench-quantize bench-peers bench-convnet picture system constraints clean
 
 release: $(READY)  ## run the release pipeline; succeeds when it reaches a verdict, and says which
 	@$(BIN)/dpq release $(RECIPE); code=$$?; [ $$code -eq 0 ] || [ $$code -eq 2 ]
@@ -58,6 +58,15 @@ bench-scale: $(READY)  ## what 8B, 70B and 405B take, and the constants measured
 
 bench-fan-out: $(READY)  ## the quantize stage in plain Python, by one worker process, by two
 	$(BIN)/python tests/bench/fan_out.py
+
+bench-quantize: $(READY)  ## where quantizing's time goes, against its products (docs/quantize-speed.md)
+	$(BIN)/python tests/bench/quantize.py --set scheme.scale_search=hessian
+	$(BIN)/python tests/bench/quantize.py --set scheme.scale_search=hessian --model 150m --windows 32
+	$(BIN)/python tests/bench/quantize.py --set scheme.scale_search=hessian --model 150m --blocks 1 \
+		--windows 32 --definition
+
+bench-peers: $(READY)  ## llm-compressor and AutoRound beside it, in an environment of their own
+	$(BIN)/python tests/bench/peers.py
 
 bench-convnet: $(READY)  ## the whitepaper's ladder on Fashion-MNIST; latency at 224 × 224
 	$(BIN)/dpq convnet compare recipes/convnet-fashion-mnist.yaml

@@ -17,7 +17,8 @@ from functools import cache
 import torch
 from torch import Tensor, nn
 
-from dpq_core.formats import NumberFormat, fake_quantize
+from dpq_core import cpu
+from dpq_core.formats import NumberFormat, quantize
 from dpq_core.hessian import MAGNITUDES, InputStatistics, count_magnitudes
 from dpq_core.inputs import Batch
 from dpq_core.leaves import Node, leaves_of, summed
@@ -58,11 +59,16 @@ class InputRounding:
         own."""
         return static_scale_of(magnitudes, self.scheme) if self.static else None
 
-    def apply(self, x: Tensor, static_scale: Tensor | None) -> Tensor:
-        """x [..., in] as the 8-bit arithmetic will see it. FP32."""
-        x = x.float()
-        scale = token_scale(x, self.inner.maximum) if static_scale is None else static_scale
-        return fake_quantize(x, scale, self.inner)
+    def rounded(self, x: Tensor, static_scale: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """x [..., in] as the 8-bit arithmetic will see it: 8-bit values in BF16 and the scale that
+        they are in units of, a scalar; or, where every token has its own, FP32 and None."""
+        rows = x.reshape(-1, x.shape[-1])
+        scale = token_scale(rows, self.inner.maximum) if static_scale is None else static_scale
+        if rows.is_cpu and rows.dtype == torch.bfloat16:
+            values = cpu.quantize(rows, scale, self.inner)
+        else:
+            values = quantize(rows, scale, self.inner).to(torch.bfloat16)
+        return (values.float() * scale, None) if static_scale is None else (values, scale)
 
 
 def calibrate_block(
@@ -166,7 +172,8 @@ class BlockPasses:
         def count(name: str, x: Tensor) -> None:
             if magnitudes is None:
                 statistics[name].add_magnitudes(x)
-            statistics[name].add_hessian(rounding.apply(x, rounded_by(name)) if rounding else x)
+            seen = rounding.rounded(x, rounded_by(name)) if rounding else (x, None)
+            statistics[name].add_hessian(*seen)
 
         self._run(batches, count, advance, on_progress)
         return {name: each.to("cpu") for name, each in statistics.items()}

@@ -7,7 +7,8 @@ triangular, quantizing column j of the working weight changes the columns still 
 
 which is the change that keeps the layer objective lowest. Columns are handled in blocks: inside a
 block one by one, then all columns after it by one product. Everything is transposed here (a column
-of the weight is a contiguous row), which is what makes the inner steps cheap.
+of the weight is a contiguous row), which is what makes the inner steps cheap. `choose_block` states
+a block's steps in plain torch; `dpq_core.cpu` has them as a kernel.
 
 DPQ differs from GPTQ in one thing: ŵ contains the rounding to the 8-bit inner format, so that this
 error is compensated as well.
@@ -16,7 +17,8 @@ error is compensated as well.
 import torch
 from torch import Tensor
 
-from dpq_core.grid import ColumnGrid
+from dpq_core import cpu
+from dpq_core.affine import ColumnGrid
 
 _INVERSE_BLOCK = 256
 _DAMPING_ATTEMPTS = 4  # the recipe's damping, then three times tenfold
@@ -80,18 +82,29 @@ def quantize_columns(
     block_columns: int,
 ) -> Tensor:  # codes [in, out] fp32
     """Codes of all columns. With a factor, `weight` is used up as the working weight."""
-    if factor is None:
-        return grid.encode(weight)
-    codes = torch.empty_like(weight)
+    codes = torch.empty_like(weight, memory_format=torch.contiguous_format)
+    choose = cpu.choose_block if cpu.fits(weight) else choose_block
     for start in range(0, len(weight), block_columns):
-        stop = min(start + block_columns, len(weight))
-        work = weight[start:stop]
-        errors = torch.empty_like(work)
-        inner_factor = factor[start:stop, start:stop]
-        for j in range(stop - start):
-            column = grid[start + j]
-            codes[start + j] = column.encode(work[j])
-            errors[j] = (work[j] - column.decode(codes[start + j])) / inner_factor[j, j]
-            work[j + 1 :].addr_(inner_factor[j, j + 1 :], errors[j], alpha=-1)
-        weight[stop:].addmm_(factor[start:stop, stop:].T, errors, alpha=-1)
+        block = slice(start, min(start + block_columns, len(weight)))
+        if factor is None:
+            codes[block] = grid[block].encode(weight[block])
+            continue
+        choose(weight[block], codes[block], grid.part(block), factor[block, block])
+        rest = slice(block.stop, None)
+        weight[rest].addmm_(factor[block, rest].T, weight[block], alpha=-1)
     return codes
+
+
+def choose_block(
+    work: Tensor,  # [n, out] fp32, the working weight, replaced by the errors
+    codes: Tensor,  # [n, out] fp32, written
+    grid: ColumnGrid,  # of the block's columns
+    factor: Tensor,  # [n, n] fp32, U's diagonal block
+) -> None:
+    """Codes of a block's columns, and the errors that the columns after it take."""
+    columns = grid[:]
+    for j in range(len(work)):
+        column = columns[j]
+        codes[j] = column.encode(work[j])
+        work[j].sub_(column.decode(codes[j])).div_(factor[j, j])
+        work[j + 1 :].addr_(factor[j, j + 1 :], work[j], alpha=-1)

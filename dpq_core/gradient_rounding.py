@@ -13,7 +13,8 @@ column loop. Codes stay in 0…15.
 import torch
 from torch import Tensor
 
-from dpq_core.grid import CODES, ColumnGrid
+from dpq_core import cpu
+from dpq_core.affine import CODES, Affine, ColumnGrid
 
 # A step must gain this share of δ² H_jj: keeps float noise from moving codes between ties.
 _LEAST_GAIN = 1e-3
@@ -32,6 +33,9 @@ def refine_codes(
     Returns:
         The number of codes moved, over all passes.
     """
+    if cpu.fits(codes, weight, hessian):
+        gradient = residual(codes, weight.clone(), grid).T @ hessian
+        return cpu.refine_codes(codes, gradient, grid, hessian, _LEAST_GAIN, max_passes)
     moved = 0
     for _ in range(max_passes):
         moved_now = _one_pass(codes, weight, grid, hessian, block_columns)
@@ -44,14 +48,14 @@ def refine_codes(
 def _one_pass(
     codes: Tensor, weight: Tensor, grid: ColumnGrid, hessian: Tensor, block_columns: int
 ) -> int:
-    gradient = hessian @ (grid.decode(codes) - weight)  # [in, out]: (d H)ᵀ, H is symmetric
+    gradient = hessian @ residual(codes, weight.clone(), grid)  # (d H)ᵀ, H is symmetric
     diagonal = hessian.diagonal()
     moved = torch.zeros((), dtype=torch.int64, device=codes.device)
     for start in range(0, len(codes), block_columns):
         stop = min(start + block_columns, len(codes))
-        steps = torch.zeros_like(codes[start:stop])
+        steps, columns = torch.zeros_like(codes[start:stop]), grid[start:stop]
         for j in range(start, stop):
-            new_codes, step = _best_step(codes[j], gradient[j], diagonal[j], grid[j])
+            new_codes, step = _best_step(codes[j], gradient[j], diagonal[j], columns[j - start])
             codes[j] = new_codes
             steps[j - start] = step
             gradient[j:stop].addr_(hessian[j:stop, j], step)
@@ -61,7 +65,7 @@ def _one_pass(
 
 
 def _best_step(
-    codes: Tensor, gradient: Tensor, curvature: Tensor, column: ColumnGrid
+    codes: Tensor, gradient: Tensor, curvature: Tensor, column: Affine
 ) -> tuple[Tensor, Tensor]:
     """New codes of one column and the change of its decoded weight, all [out].
 
@@ -72,3 +76,14 @@ def _best_step(
     gain = -(2 * gradient + change * curvature) * change
     better = gain > _LEAST_GAIN * curvature * change.square()
     return torch.where(better, candidate, codes), torch.where(better, change, 0)
+
+
+def residual(
+    codes: Tensor,  # [in, out] fp32
+    weight: Tensor,  # [in, out] fp32, used up
+    grid: ColumnGrid,
+) -> Tensor:
+    """ŵ - w [in, out], in the place of w."""
+    if cpu.fits(codes, weight):
+        return cpu.residual(codes, weight, grid)
+    return torch.sub(grid.decode(codes), weight, out=weight)

@@ -20,18 +20,19 @@ product is rounded to E4M3. That gives back this s4 and this s8 where the row's 
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from dpq_core import cpu
+from dpq_core.affine import CODES, Affine, ColumnGrid
 from dpq_core.formats import FORMATS, NumberFormat, round_to
 from dpq_core.scheme import Scheme
 
 RANGE_MARGIN = 14 / 15
 SYMMETRIC_ZERO_POINT = 8
-CODES = FORMATS["uint4"]
 
 _LARGEST_GROUP_SCALE = FORMATS["e4m3"].maximum / 8  # of `group_scale: e4m3`
 _SMALLEST_GROUP_SCALE = 2.0**-9  # the smallest E4M3 number
@@ -39,7 +40,7 @@ _LEAST_ROW_SCALE = 8 / (448 * 512)
 
 # Shares of the full range that the shrink search tries, largest first: ties keep the range.
 _SHRINK = tuple(1 - step / 64 for step in range(32))
-_SEARCH_ELEMENTS = 1 << 22  # of the weight at a time: bounds the search's working memory
+_SEARCH_ELEMENTS = 1 << 20  # of the weight at a time
 
 
 @dataclass(frozen=True)
@@ -52,59 +53,23 @@ class Grid:
     group_size: int
     inner: NumberFormat | None
 
-    def without_inner(self) -> "Grid":
-        """The same scales, decoded without 8-bit rounding: what `naive` believes in its loop."""
-        return replace(self, inner=None)
-
-    def at(self, columns: Tensor) -> "ColumnGrid":
+    def at(self, columns: Tensor) -> ColumnGrid:
         """The grid of single columns, in the order given. `columns` [n] int64."""
-        group = columns // self.group_size
         return ColumnGrid(
             channel_scale=self.channel_scale.T.contiguous(),
-            group_scale=self.group_scale.T[group].float(),
-            zero_point=self.zero_point.T[group].float(),
+            group_scale=self.group_scale.T.float().contiguous(),
+            zero_point=self.zero_point.T.float().contiguous(),
+            group=columns // self.group_size,
             inner=self.inner,
         )
 
     def decode8(self, codes: Tensor) -> Tensor:
         """Ŵ8, or for 16-bit arithmetic s4 * (k - z). `codes` [out, in] → fp32 [out, in]."""
         columns = torch.arange(codes.shape[1], device=codes.device)
-        return self.at(columns).decode8(codes.T.float()).T.contiguous()
+        return self.at(columns)[:].decode8(codes.T.float()).T.contiguous()
 
     def decode(self, codes: Tensor) -> Tensor:
         """Ŵ16, the weight that the codes stand for. `codes` [out, in] → fp32 [out, in]."""
-        return self.channel_scale * self.decode8(codes)
-
-
-@dataclass(frozen=True)
-class ColumnGrid:
-    """The grid spread over single columns, transposed: a column is a contiguous row here."""
-
-    channel_scale: Tensor  # [1, out] fp32
-    group_scale: Tensor  # [n, out] fp32
-    zero_point: Tensor  # [n, out] fp32
-    inner: NumberFormat | None
-
-    def __getitem__(self, rows: int | slice) -> "ColumnGrid":
-        return replace(
-            self,
-            channel_scale=self.channel_scale[0] if isinstance(rows, int) else self.channel_scale,
-            group_scale=self.group_scale[rows],
-            zero_point=self.zero_point[rows],
-        )
-
-    def encode(self, weight: Tensor) -> Tensor:
-        """Codes 0…15 as fp32 for 16-bit weights of the same shape [n, out]."""
-        steps = (weight / self.channel_scale / self.group_scale).round_()
-        return steps.add_(self.zero_point).clamp_(CODES.minimum, CODES.maximum)
-
-    def decode8(self, codes: Tensor) -> Tensor:
-        """8-bit values (16-bit ones without inner format) of fp32 codes [n, out]."""
-        values = self.group_scale * (codes - self.zero_point)
-        return round_to(values, self.inner) if self.inner else values
-
-    def decode(self, codes: Tensor) -> Tensor:
-        """Pseudo-16-bit weights of fp32 codes [n, out]."""
         return self.channel_scale * self.decode8(codes)
 
 
@@ -116,26 +81,21 @@ def choose_grid(weight: Tensor, scheme: Scheme, importance: Tensor | None) -> Gr
         scheme: formats, group size and search.
         importance: diag(H) [in], for `scale_search: hessian`.
     """
-    weight = weight.float()
+    weight = weight.detach().float()
     inner = scheme.inner_format
     maximum = inner.maximum * RANGE_MARGIN if inner else 1.0
     channel_scale = choose_channel_scale(weight, scheme, maximum)
     if scheme.group_scale == "e4m3":
         channel_scale = _separable(channel_scale, scheme.power_of_two)
-    groups = _split_groups(weight / channel_scale, scheme.group_size)
-    loop_inner = inner if scheme.rounds_inside else None
-    image = round_to(groups, loop_inner) if loop_inner else groups
-    low, high = image.amin(2).clamp(max=0), image.amax(2).clamp(min=0)
-    del image
-    if scheme.scale_search != "minmax":
-        columns = groups.new_ones(weight.shape[1])
-        if scheme.scale_search == "hessian":
-            if importance is None:
-                raise ValueError("scale_search: hessian needs the layer's calibration statistics")
-            columns = importance.float()
-        column_weights = _split_groups(columns[None], scheme.group_size)[0]
-        share = _best_shrink(groups, low, high, column_weights, scheme, loop_inner)
-        low, high = low * share, high * share
+    columns = weight.new_ones(weight.shape[1])
+    if scheme.scale_search == "hessian":
+        if importance is None:
+            raise ValueError("scale_search: hessian needs the layer's calibration statistics")
+        columns = importance.float()
+    ranges = [
+        _ranges(weight[rows] / channel_scale[rows], columns, scheme) for rows in _slices(weight)
+    ]
+    low, high = (torch.cat(ends) for ends in zip(*ranges, strict=True))
     group_scale, zero_point = _affine(low, high, scheme)
     if scheme.group_scale == "e4m3":
         _raise_largest(group_scale, channel_scale)
@@ -200,31 +160,56 @@ def _affine(low: Tensor, high: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
     return scale, (-low / scale.float()).round().clamp(CODES.minimum, CODES.maximum)
 
 
+def _ranges(scaled: Tensor, importance: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
+    """Lower and upper end of each group's range [out, G], of a weight [out, in] in units of s8."""
+    inner = scheme.inner_format if scheme.rounds_inside else None
+    groups = _split_groups(round_to(scaled, inner) if inner else scaled, scheme.group_size)
+    low, high = groups.amin(2).clamp(max=0), groups.amax(2).clamp(min=0)
+    del groups
+    if scheme.scale_search == "minmax":
+        return low, high
+    share = _best_shrink(scaled, low, high, importance, scheme, inner)
+    return low * share, high * share
+
+
 def _best_shrink(
-    groups: Tensor,  # [out, G, g] fp32, in units of s8
+    scaled: Tensor,  # [out, in] fp32, in units of s8
     low: Tensor,  # [out, G]
     high: Tensor,  # [out, G]
-    importance: Tensor,  # [G, g]
+    importance: Tensor,  # [in]
     scheme: Scheme,
     inner: NumberFormat | None,
 ) -> Tensor:
     """For each group the share of its range with the least weighted error after inner rounding."""
-    shares = torch.ones_like(low)
-    for rows in _row_slices(groups):
-        best = torch.full_like(low[rows], torch.inf)
-        for share in _SHRINK:
-            scale, zero = _affine(low[rows] * share, high[rows] * share, scheme)
-            grid = ColumnGrid(
-                groups.new_ones(()), scale.float().unsqueeze(2), zero.unsqueeze(2), inner
-            )
-            residual = grid.decode(grid.encode(groups[rows])).sub_(groups[rows])
-            error = residual.square_().mul_(importance).sum(2)
-            better = error < best
-            best = torch.where(better, error, best)
-            shares[rows][better] = share
+    shares, best = torch.ones_like(low), torch.full_like(low, torch.inf)
+    errors_of = cpu.group_errors if cpu.fits(scaled, importance) else group_errors
+    for share in _SHRINK:
+        scale, zero = _affine(low * share, high * share, scheme)
+        error = errors_of(scaled, importance, scheme.group_size, scale.float(), zero, inner)
+        better = error < best
+        best = torch.where(better, error, best)
+        shares[better] = share
     return shares
 
 
-def _row_slices(groups: Tensor) -> Iterator[slice]:
-    rows = max(1, _SEARCH_ELEMENTS // groups[0].numel())
-    return (slice(start, start + rows) for start in range(0, len(groups), rows))
+def group_errors(
+    scaled: Tensor,  # [out, in] fp32, in units of s8
+    importance: Tensor,  # [in] fp32
+    group_size: int,
+    group_scale: Tensor,  # [out, G] fp32
+    zero_point: Tensor,  # [out, G] fp32
+    inner: NumberFormat | None,
+) -> Tensor:  # [out, G] fp32
+    """Σ importance · (w / s8 - ŵ8)² of each group."""
+    groups = _split_groups(scaled, group_size)
+    weights = _split_groups(importance[None], group_size)[0]
+    one, scale, zero = scaled.new_ones(()), group_scale.unsqueeze(2), zero_point.unsqueeze(2)
+    affine = Affine(one, scale, zero, inner)
+    residual = affine.decode8(affine.encode(groups)).sub_(groups)
+    return residual.square_().mul_(weights).sum(2)
+
+
+def _slices(weight: Tensor) -> Iterator[slice]:
+    """Of rows, in which ranges are searched: bounds the memory that it takes."""
+    rows = max(1, _SEARCH_ELEMENTS // weight.shape[1])
+    return (slice(start, start + rows) for start in range(0, len(weight), rows))

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from dpq_core import cpu
 from dpq_core.formats import NumberFormat, round_to
 
 MAGNITUDES = 1 << 15  # bit patterns of a non-negative bf16
@@ -35,10 +36,19 @@ class InputStatistics:
             torch.zeros(MAGNITUDES, dtype=torch.int64, device=device),
         )
 
-    def add_hessian(self, x: Tensor) -> None:
-        """Count inputs `x` [..., in], any float type, into the sum."""
-        rows = x.reshape(-1, x.shape[-1]).float()
-        self.hessian_sum.addmm_(rows.T, rows, alpha=2)
+    def add_hessian(self, x: Tensor, scale: Tensor | None = None) -> None:
+        """Count inputs `x` [..., in], any float type, in units of `scale` (a scalar), into the sum.
+
+        BF16 and 8-bit values have products that FP32 holds exactly: where `x` is of BF16, and the
+        processor multiplies that, it does so; sums are FP32 in any case.
+        """
+        rows = x.reshape(-1, x.shape[-1])
+        factor = 2.0 if scale is None else 2 * float(scale) ** 2
+        if cpu.multiplies_bf16(rows):
+            cpu.add_square(self.hessian_sum, rows, factor)
+        else:
+            rows = rows.float()
+            self.hessian_sum.addmm_(rows.T, rows, alpha=factor)
         self.tokens += len(rows)
 
     def add_magnitudes(self, x: Tensor) -> None:
@@ -88,6 +98,10 @@ class InputStatistics:
 
 def count_magnitudes(x: Tensor) -> Tensor:
     """Occurrences [2**15] int64 of each |x|, of any shape, rounded to BF16."""
+    if x.is_cpu and x.dtype == torch.bfloat16:
+        counts = torch.zeros(MAGNITUDES, dtype=torch.int64)
+        cpu.count_magnitudes(x, counts)
+        return counts
     bits = x.to(torch.bfloat16).view(torch.int16).flatten().int() & (MAGNITUDES - 1)
     return torch.bincount(bits, minlength=MAGNITUDES)
 

@@ -13,11 +13,9 @@ sums) and scaled. The only difference is the order of the sums. It depends on ne
 two tokens or more) nor the threads where that was tried; MKL does not promise it.
 """
 
-import ctypes
 import functools
 import math
 from collections.abc import Mapping
-from typing import Any
 
 import numba
 import numpy as np
@@ -25,8 +23,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from dpq_core.formats import NumberFormat, round_to
+from dpq_core import cpu
+from dpq_core.cpu import AS_IS, ROW_MAJOR, TRANSPOSED, bf16_product
+from dpq_core.formats import round_to
 from dpq_core.grid import SYMMETRIC_ZERO_POINT, Grid
+from dpq_core.kernels import bits, round_rows
 from dpq_core.packing import pack_codes, pack_zero_points, unpack_codes, unpack_zero_points
 from dpq_core.quantize import LayerReport, QuantizedLinear, QuantizedWeight, RoundedWeight
 from dpq_core.scheme import Scheme
@@ -174,7 +175,7 @@ class W4A8Linear(nn.Module):
 
     def _can_fuse(self, x: Tensor) -> bool:
         both_bf16 = x.dtype == self.weight8.dtype == torch.bfloat16
-        return _bf16_product is not None and x.is_cpu and both_bf16 and not x.requires_grad
+        return bf16_product is not None and x.is_cpu and both_bf16 and not x.requires_grad
 
     def _fused(
         self,
@@ -190,14 +191,14 @@ class W4A8Linear(nn.Module):
         threads = start_threads(torch.get_num_threads())
         numba.set_num_threads(threads)
         _forward_rows(
-            _bits_of(rows),
+            cpu.bits_of(rows),
             scales.expand(len(rows), 1).contiguous().numpy(),
             scale is not None,
-            *rounding(self.inner),
-            _bits_of(self.weight8),
+            *cpu.rounding(self.inner),
+            cpu.bits_of(self.weight8),
             self.channel_scale.numpy(),
             bias.float().numpy(),
-            _bits_of(y),
+            cpu.bits_of(y),
             _parts(len(rows), self.in_features, threads),
         )
         return y.view(*x.shape[:-1], self.out_features)
@@ -214,39 +215,6 @@ def token_scale(x: Tensor, maximum: float) -> Tensor:
     """
     amax = x.abs().amax(-1, keepdim=True).float()
     return torch.where(amax > 0, amax / maximum, torch.ones_like(amax))
-
-
-# The BF16 units of a CPU. Torch's operators multiply BF16 into BF16 only; the MKL that comes with
-# it sums and returns FP32: C-interface `cblas_gemm_bf16bf16f32`. Absent from a torch without MKL.
-_bf16_product: Any = getattr(ctypes.CDLL(torch._C.__file__), "cblas_gemm_bf16bf16f32", None)
-if _bf16_product is not None:
-    _int, _float, _address = ctypes.c_int, ctypes.c_float, ctypes.c_int64
-    _bf16_product.restype = None
-    _bf16_product.argtypes = [
-        *[_int] * 6,  # layout, transpositions of A and B, rows, columns, summands
-        *[_float, _address, _int, _address, _int],  # alpha, A and its stride, B and its stride
-        *[_float, _address, _int],  # beta, C and its stride
-    ]
-_ROW_MAJOR, _AS_IS, _TRANSPOSED = 101, 111, 112  # cblas.h
-
-
-def _bits_of(x: Tensor) -> NDArray[np.int16]:
-    """BF16 as NumPy takes it. Shares memory where x is contiguous."""
-    return x.detach().contiguous().view(torch.int16).numpy()
-
-
-def rounding(fmt: NumberFormat) -> tuple[np.float32, np.int32, np.int32]:
-    """The format's maximum, and what picks the step of its grid from the bits of a value in FP32.
-
-    A float's step follows the exponent, down to that of its smallest normal number, 2**-6. That of
-    the integers is the step below 2**4, the same everywhere.
-    """
-    mask, lowest = (EXPONENT, 2.0**-6) if fmt.is_float else (0, 2.0**3)
-    return np.float32(fmt.maximum), np.int32(mask), np.float32(lowest).view(np.int32)
-
-
-_SIGN, EXPONENT = np.int32(-0x8000_0000), np.int32(0x7F80_0000)  # of FP32
-STEPS_UP = np.int32(20 << 23 | 1 << 22)  # times 1.5 · 2**20, for 23 − 3 bits of mantissa
 
 
 @functools.cache
@@ -272,40 +240,6 @@ def _parts(rows: int, features: int, threads: int) -> int:
     return max(1, min(max(-(-rows // limit), threads), rows // 64))
 
 
-@numba.njit(inline="always")
-def _bits(value: Any) -> Any:
-    return np.float32(value).view(np.int32)
-
-
-@numba.njit(inline="always")
-def real(bits: Any) -> Any:
-    return np.int32(bits).view(np.float32)
-
-
-@numba.njit(error_model="numpy")
-def round_rows(
-    x: NDArray[np.int16],  # [rows, in] bf16
-    scale: NDArray[np.float32],  # [rows, 1]
-    maximum: np.float32,
-    mask: np.int32,
-    lowest: np.int32,
-) -> NDArray[np.int16]:
-    """`round_to(x / scale)` in BF16; `maximum`, `mask` and `lowest` are of `rounding`.
-
-    Adding and subtracting 1.5 · 2**23 steps leaves FP32 no bits below a step, and rounds to
-    nearest, ties to even; the sign of zero is put back.
-    """
-    x8 = np.empty_like(x)
-    for row in range(x.shape[0]):
-        for column in range(x.shape[1]):
-            quotient = real(np.int32(x[row, column]) << 16) / scale[row, 0]
-            clamped = min(max(quotient, -maximum), maximum)
-            bits = _bits(clamped)
-            steps = real(max(np.int32(bits & mask), lowest) + STEPS_UP)
-            x8[row, column] = (_bits((clamped + steps) - steps) | (bits & _SIGN)) >> 16
-    return x8
-
-
 @numba.njit(error_model="numpy")
 def _scale_rows(
     sums: NDArray[np.float32],  # [rows, out]
@@ -320,9 +254,9 @@ def _scale_rows(
             value = sums[row, column] * channel_scale[column] * scale[row, 0]
             if bias.size:
                 value += bias[column]
-            bits = _bits(value)
-            nearest_even = np.int32(bits + 0x7FFF + (bits >> 16 & 1)) >> 16
-            y[row, column] = nearest_even if value == value else 0x7FC0
+            pattern = bits(value)
+            even = np.int32(pattern + 0x7FFF + (pattern >> 16 & 1)) >> 16
+            y[row, column] = even if value == value else 0x7FC0
 
 
 @numba.njit(nogil=True, parallel=True, error_model="numpy")
@@ -345,10 +279,11 @@ def _forward_rows(
         share = slice(part * rows // parts, (part + 1) * rows // parts)
         x8, scales = x[share], scale[share]
         if rounds:
-            x8 = round_rows(x8, scales, maximum, mask, lowest)
+            x8 = np.empty_like(x8)
+            round_rows(0, len(x8), x[share], scales, x8, maximum, mask, lowest)
         sums = np.empty((len(x8), out), np.float32)
-        _bf16_product(
-            _ROW_MAJOR, _AS_IS, _TRANSPOSED, len(x8), out, features,
+        bf16_product(
+            ROW_MAJOR, AS_IS, TRANSPOSED, len(x8), out, features,
             1.0, x8.ctypes.data, features, weight.ctypes.data, features,
             0.0, sums.ctypes.data, out,
         )  # fmt: skip

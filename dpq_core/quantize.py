@@ -11,10 +11,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from dpq_core.affine import ColumnGrid
 from dpq_core.choices import chosen_scheme
 from dpq_core.column_loop import inverse_factor, quantize_columns
 from dpq_core.formats import round_to
-from dpq_core.gradient_rounding import refine_codes
+from dpq_core.gradient_rounding import refine_codes, residual
 from dpq_core.grid import Grid, choose_channel_scale, choose_grid, power_of_two_above
 from dpq_core.hessian import InputStatistics, static_input_scale
 from dpq_core.scheme import METHODS, OrderName, Scheme
@@ -151,7 +152,7 @@ def quantize_layer(
         return QuantizedLinear(scheme, kept, input_scale, LayerReport(0.0, scheme.damp_frac, 0))
     hessian = statistics.hessian()
     del statistics  # a caller that gave it away has its memory back
-    weight = weight.float()
+    weight = weight.detach().float()
     if scheme.bits == 8:
         rounded = round_weight(weight, scheme)
         error = _relative(rounded.decode().sub_(weight).T, weight.T, hessian)
@@ -160,13 +161,13 @@ def quantize_layer(
         )
     grid = choose_grid(weight, scheme, hessian.diagonal())
     order = column_order(hessian.diagonal(), scheme.order, scheme.group_size)
-    hessian = hessian[order[:, None], order]
-    codes, damp_frac, moved = _choose_codes(weight, hessian, grid, order, scheme)
-    ordered = weight.T[order]
-    residual = grid.at(order).decode(codes).sub_(ordered)
-    error = _relative(residual, ordered, hessian)
-    stored = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
-    stored[:, order] = codes.T.to(torch.uint8)
+    hessian = hessian.index_select(0, order)
+    hessian = hessian.index_select(1, order)
+    weight = weight.index_select(1, order).T.contiguous()
+    codes, damp_frac, moved = _choose_codes(weight, hessian, grid.at(order), scheme)
+    scale = objective(weight, hessian)
+    error = objective(residual(codes, weight, grid.at(order)), hessian) / max(scale, _TINY)
+    stored = codes.to(torch.uint8).index_select(0, order.argsort()).T.contiguous()
     report = LayerReport(error, damp_frac, moved)
     return QuantizedLinear(scheme, QuantizedWeight(stored, grid), input_scale, report)
 
@@ -189,8 +190,17 @@ def _relative(residual: Tensor, weight: Tensor, hessian: Tensor) -> float:
 
 
 def objective(residual: Tensor, hessian: Tensor) -> float:
-    """tr(Dᵀ H D) of a transposed residual D [in, out]."""
-    return float((hessian @ residual).mul_(residual).sum(0).sum(dtype=torch.float64))
+    """tr(Dᵀ H D) of a transposed residual D [in, out], from one half of H, which is symmetric."""
+    total = torch.zeros((), dtype=torch.float64, device=hessian.device)
+    for start in range(0, len(hessian), _OBJECTIVE_ROWS):
+        rows = slice(start, start + _OBJECTIVE_ROWS)
+        product = (hessian[rows, start:] @ residual[start:]).mul_(2)
+        product.addmm_(hessian[rows, rows], residual[rows], alpha=-1)
+        total += product.mul_(residual[rows]).sum(0).sum(dtype=torch.float64)
+    return float(total)
+
+
+_OBJECTIVE_ROWS = 256
 
 
 def column_order(diagonal: Tensor, order: OrderName, group_size: int) -> Tensor:
@@ -214,10 +224,9 @@ def column_order(diagonal: Tensor, order: OrderName, group_size: int) -> Tensor:
 
 
 def _choose_codes(
-    weight: Tensor,  # [out, in] fp32
+    weight: Tensor,  # [in, out] fp32, in the order π
     hessian: Tensor,  # [in, in] fp32, in the order π
-    grid: Grid,
-    order: Tensor,  # [in] int64, π
+    grid: ColumnGrid,  # in the order π
     scheme: Scheme,
 ) -> tuple[Tensor, float, int]:
     """Codes [in, out] fp32 in the order π, the damping that it took, and the codes moved."""
@@ -226,14 +235,14 @@ def _choose_codes(
     factor, damp_frac = None, scheme.damp_frac
     if method.compensate:
         factor, damp_frac = inverse_factor(hessian, scheme.damp_frac)
-    columns = (grid if method.round_inside else grid.without_inner()).at(order)
-    codes = quantize_columns(weight.T[order], columns, factor, scheme.block_columns)
+    if not method.round_inside:
+        grid = replace(grid, inner=None)  # what `naive` believes in its loop
+    codes = quantize_columns(weight.clone(), grid, factor, scheme.block_columns)
     del factor
     if scheme.rounding == "nearest":
         return codes, damp_frac, 0
-    ordered = weight.T[order]
     blocks, passes = scheme.block_columns, scheme.max_passes
-    return codes, damp_frac, refine_codes(codes, ordered, columns, hessian, blocks, passes)
+    return codes, damp_frac, refine_codes(codes, weight, grid, hessian, blocks, passes)
 
 
 def _input_scale(statistics: InputStatistics, scheme: Scheme) -> Tensor | None:

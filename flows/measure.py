@@ -62,7 +62,9 @@ def _ended(future: PrefectFuture[ArtifactRef], submit: _Submit) -> State[Artifac
 def _outcome(state: State[ArtifactRef]) -> ArtifactRef | Failure:
     if not state.is_final():
         name = state.type.value.lower()
-        return Failure(f"did not begin in {_STARTS} attempts, and is {name}: {state.message or '-'}")
+        return Failure(
+            f"did not begin in {_STARTS} attempts, and is {name}: {state.message or '-'}"
+        )
     result = state.result(raise_on_failure=False)
     if isinstance(result, ArtifactRef):
         return result

@@ -24,9 +24,12 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
+from dpq_core.affine import CODES
+from dpq_core.cpu import bits_of, rounding
 from dpq_core.formats import NumberFormat
-from dpq_core.grid import CODES, Grid
-from dpq_core.linear import EXPONENT, STEPS_UP, real, round_rows, rounding, start_threads
+from dpq_core.grid import Grid
+from dpq_core.kernels import EXPONENT, STEPS, real, round_rows
+from dpq_core.linear import start_threads
 from dpq_core.quantize import QuantizedLinear, QuantizedWeight, RoundedWeight
 from dpq_core.runtimes import amx
 
@@ -119,7 +122,7 @@ class CpuLinear(nn.Module):
         tokens = -(-len(rows) // amx.PANEL) * amx.PANEL
         scratch = torch.empty(threads * _SCRATCH + 2 * tokens * features, dtype=torch.uint8)
         self._kernel(
-            rows.view(torch.int16).numpy(),
+            bits_of(rows),
             self._rounds,
             0.0 if self.input_scale is None else float(self.input_scale),
             self._numbers,
@@ -127,7 +130,7 @@ class CpuLinear(nn.Module):
             self.groups.data_ptr(),
             self.channel_scale.data_ptr(),
             self.bias.data_ptr(),
-            y.view(torch.int16).numpy(),
+            bits_of(y),
             scratch.data_ptr(),
             threads,
         )
@@ -174,11 +177,11 @@ def _panel_groups(grid: Grid, features: int) -> Tensor:
 
 
 def _steps(fmt: NumberFormat | None) -> tuple[np.int32, ...]:
-    """What rounds decoded values to a format's grid, see `linear.rounding`; None is BF16."""
+    """What rounds decoded values to a format's grid, see `cpu.rounding`; None is BF16."""
     if fmt is None:
-        return EXPONENT, np.int32(0), np.int32(16 << 23 | 1 << 22)
+        return EXPONENT, np.int32(0), np.int32(16 << 23 | 1 << 22)  # seven bits of mantissa
     _, mask, lowest = rounding(fmt)
-    return mask, lowest, STEPS_UP
+    return mask, lowest, STEPS
 
 
 _SCRATCH = amx.SCRATCH + amx.CONFIG_BYTES  # bytes of a thread
@@ -281,7 +284,9 @@ def _pack_tokens(
     if rounds:
         maximum = real(numbers[0])
         _choose_scales(x, static, maximum, scales)
-        x = round_rows(x, scales, maximum, numbers[1], numbers[2])
+        x8 = np.empty_like(x)
+        round_rows(0, len(x), x, scales, x8, maximum, numbers[1], numbers[2])
+        x = x8
     for column in range(0, -(-features // amx.UNIT) * amx.UNIT, 32):
         source, target = x.ctypes.data + 2 * column, packed + column // 32 * amx.TILE
         amx.pack(source, 2 * features, 0, len(x) - 1, features - column, target)

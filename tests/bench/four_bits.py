@@ -34,6 +34,7 @@ from prototypes import (
     refit,
     restored,
     rotated,
+    rounded,
     scaled,
     target_weight,
 )
@@ -178,7 +179,7 @@ def quantize_model(
             else:
                 x8 = x.float()
                 if rounding:
-                    x8 = rounding.apply(x, rounding.static_scale(found.magnitudes))
+                    x8 = rounded(rounding, x, found.magnitudes)
             found.add_hessian(x8)
             hessian = found.hessian()
             shift = 2 * (x16.float() - x8).T @ x8 / len(x8)

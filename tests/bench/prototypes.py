@@ -58,6 +58,12 @@ def inputs_of(
     return {name: torch.cat(parts) for name, parts in seen.items()}
 
 
+def rounded(rounding: InputRounding, x: Tensor, magnitudes: Tensor) -> Tensor:
+    """Inputs [..., in] as the 8-bit arithmetic will see them, scaled by their magnitudes. FP32."""
+    values, scale = rounding.rounded(x, rounding.static_scale(magnitudes))
+    return values.float() if scale is None else values.float() * scale
+
+
 # (b) scales refitted to fixed codes
 
 
@@ -90,7 +96,7 @@ def refit_scales(codes: Tensor, weight: Tensor, grid: Grid, hessian: Tensor) -> 
     for group in range(scales.shape[1]):
         span = slice(group * size, min((group + 1) * size, len(codes)))
         inside = hessian[span, span]
-        column = grid.at(columns[span])
+        column = grid.at(columns[span])[:]
         now = column.decode(codes[span])
         direction = column.channel_scale * (codes[span] - column.zero_point)
         # around the target of this group alone: now - step along the direction
@@ -176,8 +182,7 @@ def scaled(
                     scaled_x = (x / columns).to(torch.bfloat16)
                     found.add_magnitudes(scaled_x)
                     if rounding:
-                        scale = rounding.static_scale(found.magnitudes)
-                        scaled_x = rounding.apply(scaled_x, scale)
+                        scaled_x = rounded(rounding, scaled_x, found.magnitudes)
                     found.add_hessian(scaled_x)
                     hessian = found.hessian()
                     total = 0.0

@@ -252,7 +252,7 @@ def observed(model, block, windows):
                 statistics[name].add_magnitudes(arguments[0])
                 return
             x8 = (arguments[0].float() / scales[name]).clamp(-448, 448).to(torch.float8_e4m3fn)
-            statistics[name].add_hessian(x8.float() * scales[name])
+            statistics[name].add_hessian(x8.bfloat16(), scales[name])
 
         return hook
 

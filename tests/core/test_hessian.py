@@ -7,8 +7,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dpq_core import cpu
 from dpq_core.formats import FORMATS, fake_quantize
-from dpq_core.hessian import MAGNITUDES, InputStatistics, static_input_scale
+from dpq_core.hessian import MAGNITUDES, InputStatistics, count_magnitudes, static_input_scale
 from dpq_core.quantize import quantize_layer, static_scale_of
 from dpq_core.scheme import Scheme
 
@@ -72,6 +73,34 @@ def test_hessian_is_the_mean_of_2_x_xt():
     scale = exact.diagonal().max().item()
     hessian = counted(x).hessian()
     torch.testing.assert_close(hessian.double(), exact, rtol=1e-5, atol=1e-6 * scale)
+
+
+@pytest.mark.skipif(cpu.bf16_product is None, reason="this torch comes without MKL")
+@pytest.mark.parametrize("tokens", [1, 96, 3000])
+@pytest.mark.parametrize("name", [None, *EIGHT_BIT])
+def test_bf16_units_sum_as_exactly_as_fp32(name, tokens):
+    """At most twice the error of FP32 products, against float64."""
+    x, scale = inputs(tokens=tokens).bfloat16(), None
+    if name:
+        scale = x.abs().max().float() / FORMATS[name].maximum
+        x = cpu.quantize(x, scale, FORMATS[name])
+    unit = 1.0 if scale is None else scale.double().item()
+    exact = 2 * unit**2 * x.double().T @ x.double()
+    errors = []
+    for seen in (x, x.float()):
+        statistics = InputStatistics.empty(FEATURES)
+        statistics.add_hessian(seen, scale)
+        assert statistics.tokens == tokens
+        errors.append((statistics.hessian_sum.double() - exact).norm())
+    assert errors[0] <= 2 * errors[1] + 1e-12 * exact.norm()
+    assert errors[1] <= 1e-6 * exact.norm()
+
+
+def test_magnitudes_of_bf16_are_counted_as_those_of_any_type():
+    every = torch.arange(-(1 << 15), 1 << 15, dtype=torch.int32).to(torch.int16)
+    x = torch.cat([every, every[::3]]).view(torch.bfloat16)
+    x = x[~x.isnan()]  # FP32 would change the bits of a NaN
+    assert torch.equal(count_magnitudes(x[None]), count_magnitudes(x.float()))
 
 
 @pytest.mark.parametrize("tokens", [5, 96])

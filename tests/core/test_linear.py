@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from dpq_core import linear
+from dpq_core import cpu, linear
 from dpq_core.formats import FORMATS, round_to
 from dpq_core.hessian import InputStatistics
 from dpq_core.linear import (
@@ -160,7 +160,7 @@ def test_dynamic_tokens_do_not_see_each_other():
     assert torch.equal(module(x)[0], alone)
 
 
-fused = pytest.mark.skipif(linear._bf16_product is None, reason="this torch comes without MKL")
+fused = pytest.mark.skipif(cpu.bf16_product is None, reason="this torch comes without MKL")
 EVERY_BF16 = torch.arange(1 << 16, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
 INNER = {"e4m3": ("e4m3", 448), "e4m3_240": ("e4m3", 240), "int8": ("int8", 448)}
 
@@ -177,7 +177,7 @@ def both_ways(module, x, monkeypatch):
     """The fused pass, and the plain torch that defines it."""
     y = module(x)
     with monkeypatch.context() as patch:
-        patch.setattr(linear, "_bf16_product", None)
+        patch.setattr(linear, "bf16_product", None)
         return y, module(x)
 
 
@@ -210,9 +210,7 @@ def test_fused_pass_rounds_every_bf16_input(name, scale):
 @pytest.mark.parametrize("name", INNER)
 def test_rounding_of_the_fused_pass_keeps_nan_and_the_sign_of_zero(name):
     x = EVERY_BF16.view(-1, 64)
-    scale = np.full((len(x), 1), 0.3, np.float32)
-    bits = linear.round_rows(linear._bits_of(x), scale, *linear.rounding(FORMATS[name]))
-    x8 = torch.from_numpy(bits).view(torch.bfloat16).float()
+    x8 = cpu.quantize(x, torch.tensor(0.3), FORMATS[name]).float()
     expected = round_to(x.float() / torch.tensor(0.3), FORMATS[name])
     assert torch.equal(x8.isnan(), expected.isnan())
     number = ~expected.isnan()

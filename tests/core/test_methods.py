@@ -325,6 +325,7 @@ def test_passes_are_counted(monkeypatch):
     monkeypatch.setattr(
         "dpq_core.gradient_rounding._one_pass", lambda *_: passes.append(1) or 10 - len(passes)
     )
+    monkeypatch.setattr("dpq_core.cpu.fits", lambda *_: False)
     empty = torch.empty(0)
     assert refine_codes(empty, empty, None, empty, 1, max_passes=3) == 9 + 8 + 7
     passes.clear()

@@ -1,0 +1,176 @@
+"""Quantization's inner loops on a CPU: the kernels of `dpq_core.kernels`, called with tensors.
+
+They take the place of a definition in plain torch wherever `fits` says so. Memory: what is written
+is written in place.
+"""
+
+import ctypes
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from dpq_core import kernels
+from dpq_core.affine import ColumnGrid
+from dpq_core.formats import NumberFormat
+
+_COLUMNS = 32  # that `kernels.choose` takes at a time
+
+
+def fits(*tensors: Tensor) -> bool:
+    """Whether the kernels take these tensors: FP32 in main memory."""
+    return all(tensor.is_cpu and tensor.dtype == torch.float32 for tensor in tensors)
+
+
+def choose_block(
+    work: Tensor,  # [n, out] fp32, contiguous: the working weight, replaced by the errors
+    codes: Tensor,  # [n, out] fp32, contiguous, written
+    grid: ColumnGrid,  # of the block's columns
+    factor: Tensor,  # [n, n] fp32, U's diagonal block
+) -> None:
+    """`column_loop.choose_block`: 32 columns at a time, a product for those that follow."""
+    (group, *scales), inner = _arrays(grid), _rounding_of(grid.inner)
+    transposed = factor.T.contiguous()
+    for start in range(0, len(work), _COLUMNS):
+        part = slice(start, min(start + _COLUMNS, len(work)))
+        taken = transposed[part, part].contiguous().numpy()
+        written = work[part].numpy(), codes[part].numpy()
+        _by_rows(kernels.choose, work.shape[1], *written, taken, group[part], *scales, *inner)
+        work[part.stop :].addmm_(transposed[part.stop :, part], work[part], alpha=-1)
+
+
+def residual(
+    codes: Tensor,  # [n, out] fp32, contiguous
+    weight: Tensor,  # [n, out] fp32, contiguous, replaced
+    grid: ColumnGrid,
+) -> Tensor:
+    """ŵ - w [n, out], in the place of w."""
+    arrays = codes.numpy(), weight.numpy(), *_arrays(grid)
+    _by_rows(kernels.residual, weight.shape[1], *arrays, *_rounding_of(grid.inner))
+    return weight
+
+
+def refine_codes(
+    codes: Tensor,  # [n, out] fp32, contiguous, changed
+    gradient: Tensor,  # [out, n] fp32, contiguous: d H, kept up to date
+    grid: ColumnGrid,
+    hessian: Tensor,  # [n, n] fp32, contiguous
+    least_gain: float,
+    max_passes: int,
+) -> int:
+    """`gradient_rounding.refine_codes`, from the gradient of these codes. Returns codes moved."""
+    arrays = codes.numpy(), gradient.numpy(), hessian.numpy(), hessian.diagonal().numpy().copy()
+    limits = np.float32(least_gain), max_passes
+    rest = *_arrays(grid), *_rounding_of(grid.inner)
+    return sum(_by_rows(kernels.refine, len(gradient), *arrays, *limits, *rest))
+
+
+def group_errors(
+    weight: Tensor,  # [out, n] fp32, contiguous, in units of s8
+    importance: Tensor,  # [n] fp32
+    group_size: int,
+    group_scale: Tensor,  # [out, G] fp32
+    zero_point: Tensor,  # [out, G] fp32
+    inner: NumberFormat | None,
+) -> Tensor:  # [out, G] fp32
+    """`grid.group_errors`."""
+    errors = torch.empty_like(group_scale)
+    scales = group_scale.numpy(), zero_point.numpy(), errors.numpy()
+    arrays = weight.numpy(), importance.numpy(), group_size, *scales
+    _by_rows(kernels.group_errors, len(weight), *arrays, *_rounding_of(inner))
+    return errors
+
+
+# The BF16 units of a CPU. Torch's operators multiply BF16 into BF16 only; the MKL that comes with
+# it sums and returns FP32: C-interface `cblas_gemm_bf16bf16f32`. Absent from a torch without MKL.
+bf16_product: Any = getattr(ctypes.CDLL(torch._C.__file__), "cblas_gemm_bf16bf16f32", None)
+if bf16_product is not None:
+    _int, _float, _address = ctypes.c_int, ctypes.c_float, ctypes.c_int64
+    bf16_product.restype = None
+    bf16_product.argtypes = [
+        *[_int] * 6,  # layout, transpositions of A and B, rows, columns, summands
+        *[_float, _address, _int, _address, _int],  # alpha, A and its stride, B and its stride
+        *[_float, _address, _int],  # beta, C and its stride
+    ]
+ROW_MAJOR, AS_IS, TRANSPOSED = 101, 111, 112  # cblas.h
+
+
+def multiplies_bf16(x: Tensor) -> bool:
+    """Whether `add_square` takes this tensor."""
+    return bf16_product is not None and x.is_cpu and x.dtype == torch.bfloat16
+
+
+def add_square(
+    sums: Tensor,  # [n, n] fp32, contiguous, changed
+    x: Tensor,  # [rows, n] bf16
+    factor: float,
+) -> None:
+    """sums += factor · xᵀ x: products of BF16 numbers, exact in FP32, and FP32 sums."""
+    x, (rows, n) = x.detach().contiguous(), x.shape
+    bf16_product(
+        ROW_MAJOR, TRANSPOSED, AS_IS, n, n, rows,
+        factor, x.data_ptr(), n, x.data_ptr(), n,
+        1.0, sums.data_ptr(), n,
+    )  # fmt: skip
+
+
+def quantize(
+    x: Tensor,  # [rows, n] bf16
+    scale: Tensor,  # fp32: a scalar, or [rows, 1]
+    fmt: NumberFormat,
+) -> Tensor:
+    """`formats.quantize` in BF16, which represents the values of every 8-bit format. [rows, n]"""
+    scales, x8 = scale.expand(len(x), 1).contiguous(), torch.empty_like(x).contiguous()
+    arrays = bits_of(x), scales.numpy(), bits_of(x8)
+    _by_rows(kernels.round_rows, len(x), *arrays, *rounding(fmt))
+    return x8
+
+
+def count_magnitudes(x: Tensor, counts: Tensor) -> None:
+    """`hessian.count_magnitudes` of BF16 values of any shape, added to counts [2**15] int64."""
+    kernels.count_magnitudes(bits_of(x).ravel(), counts.numpy())
+
+
+def bits_of(x: Tensor) -> NDArray[np.int16]:
+    """BF16 as NumPy takes it. Shares memory where x is contiguous."""
+    return x.detach().contiguous().view(torch.int16).numpy()
+
+
+def rounding(fmt: NumberFormat) -> tuple[np.float32, np.int32, np.int32]:
+    """The format's maximum, and what picks the step of its grid from the bits of a value in FP32.
+
+    A float's step follows the exponent, down to that of its smallest normal number, 2**-6. That of
+    the integers is the step below 2**4, the same everywhere.
+    """
+    mask, lowest = (kernels.EXPONENT, 2.0**-6) if fmt.is_float else (0, 2.0**3)
+    return np.float32(fmt.maximum), np.int32(mask), np.float32(lowest).view(np.int32)
+
+
+def _rounding_of(inner: NumberFormat | None) -> tuple[bool, np.float32, np.int32, np.int32]:
+    """Whether anything is rounded, and `rounding`."""
+    if inner is None:
+        return False, np.float32(0), np.int32(0), np.int32(0)
+    return True, *rounding(inner)
+
+
+def _arrays(grid: ColumnGrid) -> tuple[Any, ...]:
+    """Group of each column, group scales, zero points, channel scales."""
+    tensors = grid.group, grid.group_scale, grid.zero_point, grid.channel_scale[0]
+    return tuple(tensor.contiguous().numpy() for tensor in tensors)
+
+
+def _by_rows(kernel: Callable[..., Any], rows: int, *arguments: Any) -> list[Any]:
+    """What `kernel(first, last, …)` returns for ranges of rows, one a thread of torch's."""
+    tiles = -(-rows // kernels.TILE_ROWS)
+    threads = min(torch.get_num_threads(), tiles)
+    if threads <= 1:
+        return [kernel(0, rows, *arguments)]
+    cuts = [min(tiles * n // threads * kernels.TILE_ROWS, rows) for n in range(threads + 1)]
+    with ThreadPoolExecutor(threads) as pool:
+        made = [pool.submit(kernel, *cut, *arguments) for cut in pairwise(cuts)]
+    return [each.result() for each in made]

@@ -1,0 +1,99 @@
+"""One peer, in the environment that `peers.py` made for it: knows nothing of this project.
+
+    python peer.py llm-compressor|auto-round SCHEME MODEL TOKENS OUT BATCH
+
+TOKENS is a safetensors file with `tokens` [windows, length] int64. Prints a line of JSON: seconds
+(wall and CPU) of loading, quantizing (calibration included) and saving, threads, and the version.
+"""
+
+import json
+import sys
+import time
+from importlib.metadata import version
+from itertools import pairwise
+
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+
+def llm_compressor(model, tokenizer, tokens, scheme, folder, batch):
+    from datasets import Dataset
+    from llmcompressor import oneshot
+    from llmcompressor.modifiers.quantization import GPTQModifier
+
+    rows = Dataset.from_dict(
+        {"input_ids": tokens.tolist(), "attention_mask": torch.ones_like(tokens).tolist()}
+    )
+    recipe = GPTQModifier(targets="Linear", scheme=scheme, ignore=["lm_head"], actorder=None)
+    yield
+    oneshot(
+        model=model,
+        processor=tokenizer,
+        dataset=rows,
+        recipe=recipe,
+        max_seq_length=tokens.shape[1],
+        num_calibration_samples=len(tokens),
+        batch_size=batch,
+    )
+    yield
+    model.save_pretrained(folder, save_compressed=True)
+
+
+def auto_round(model, tokenizer, tokens, scheme, folder, batch):
+    from auto_round import AutoRound
+
+    batches = [{"input_ids": part} for part in tokens.split(batch)]
+    yield
+    quantizer = AutoRound(
+        model,
+        tokenizer=tokenizer,
+        scheme=scheme,
+        dataset=batches,
+        iters=50,  # its light recipe
+        lr=5e-3,
+        seqlen=tokens.shape[1],
+        nsamples=len(tokens),
+        batch_size=batch,
+        device_map="cpu",
+        enable_torch_compile=False,
+    )
+    quantizer.quantize()
+    yield
+    quantizer.save_quantized(folder, format="auto_gptq")
+
+
+PEERS = {
+    "llm-compressor": (llm_compressor, "llmcompressor"),
+    "auto-round": (auto_round, "auto-round"),
+}
+STEPS = "load", "quantize", "save"
+
+
+def main():
+    name, scheme, source, tokens, folder, batch = sys.argv[1:]
+    torch.manual_seed(0)
+    moments = [now()]
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16)
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    function, package = PEERS[name]
+    tokens = load_file(tokens)["tokens"]
+    for _ in function(model, tokenizer, tokens, scheme, folder, int(batch)):
+        moments.append(now())
+    moments.append(now())
+    tokenizer.save_pretrained(folder)
+    wall, cpu = (
+        {step: b - a for step, (a, b) in zip(STEPS, pairwise(times), strict=True)}
+        for times in zip(*moments, strict=True)
+    )
+    threads = torch.get_num_threads()
+    print(json.dumps({"wall": wall, "cpu": cpu, "threads": threads, "version": version(package)}))
+
+
+def now():
+    """Wall and CPU seconds."""
+    return time.perf_counter(), time.process_time()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,218 @@
+"""The kernels for CPUs against the definitions in plain torch that they stand for."""
+
+from unittest.mock import patch
+
+import numba
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+
+from dpq_core import cpu, grid, kernels
+from dpq_core.affine import ColumnGrid
+from dpq_core.column_loop import choose_block, inverse_factor, quantize_columns
+from dpq_core.formats import FORMATS
+from dpq_core.gradient_rounding import refine_codes, residual
+from dpq_core.grid import choose_grid
+from dpq_core.quantize import column_order, objective
+from dpq_core.scheme import Scheme
+
+SCHEMES = [
+    {},
+    {"order": "none"},
+    {"order": "gar"},
+    {"inner": "int8", "group_size": 48},
+    {"fp8_max": 240, "channel_scale": "tensor", "power_of_two": True, "symmetric": True},
+    {"preset": "hopper-vllm", "group_size": 32},
+    {"method": "gptq", "inner": "none", "activations": "none"},
+    {"method": "naive", "group_size": 32},
+]
+SHAPES = [(600, 256), (150, 200), (1, 33), (201, 7)]  # rows, features: short tiles, groups, blocks
+
+
+def definition():
+    """While it lasts, nothing is for the kernels."""
+    return patch.object(cpu, "fits", return_value=False)
+
+
+def layer_of(scheme, rows, features, seed=0):
+    """Weight [in, out] and Hessian in the scheme's order, and the grid of the columns. A row of
+    zeros, a constant one and one with an outlier among them; strongly correlated inputs."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(4 * features, features, generator=generator)
+    x += (
+        2
+        * torch.randn(4 * features, 3, generator=generator)
+        @ torch.randn(3, features, generator=generator)
+    )
+    x *= torch.rand(features, generator=generator).mul(2).exp()
+    weight = torch.randn(rows, features, generator=generator) / 20
+    for row, value in ((1, 0), (2, 0.3)):
+        weight[row : row + 1] = value
+    weight[3:4, features // 2] = 9
+    hessian = 2 * x.T @ x / len(x)
+    chosen = choose_grid(weight, scheme, hessian.diagonal())
+    order = column_order(hessian.diagonal(), scheme.order, scheme.group_size)
+    columns = chosen.at(order)
+    if scheme.method == "naive":
+        columns = ColumnGrid(**{**vars(columns), "inner": None})
+    return weight.T[order].contiguous(), hessian[order][:, order].contiguous(), columns
+
+
+def both(function):
+    """What a function gives by the kernels, and by the definitions."""
+    found = function()
+    with definition():
+        return found, function()
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("changes", SCHEMES, ids=str)
+def test_column_loop_differs_where_roundings_tie_and_nowhere_else(changes, shape):
+    scheme = Scheme(**{"group_size": 32, "block_columns": 64} | changes)
+    weight, hessian, columns = layer_of(scheme, *shape)
+    factor, _ = inverse_factor(hessian, 0.01)
+    found, expected = both(
+        lambda: quantize_columns(weight.clone(), columns, factor, scheme.block_columns)
+    )
+    differing = (found != expected).any(0).nonzero().flatten().tolist()
+    assert len(differing) <= 0.02 * shape[0]
+    for row in differing:
+        first = int((found != expected)[:, row].nonzero()[0])
+        assert distance_from_tie(weight, columns, factor, expected, row, first) < 1e-4
+
+
+def distance_from_tie(weight, columns, factor, codes, row, column):
+    """In steps, in float64: how far the working weight is from the middle of two codes, after the
+    columns before it took these codes."""
+    work = weight[:, row].double().clone()
+    decoded = columns.decode(codes)[:, row].double()
+    upper = factor.double()
+    for j in range(column):
+        work -= (work[j] - decoded[j]) / upper[j, j] * upper[j]
+    scale = columns[:].group_scale[column, row] * columns.channel_scale[0, row]
+    return abs((work[column] / scale.double()) % 1 - 0.5)
+
+
+numbers = st.floats(-64, 64, width=32, allow_subnormal=False)
+
+
+@given(
+    weight=arrays(np.float32, st.integers(1, 150), elements=numbers),
+    scale=st.sampled_from([2.0**-9, 0.07421875, 1.0, 3.015625, 56.0]),
+    channel_scale=st.sampled_from([2.0**-12, 0.00103, 1.0]),
+    zero_point=st.integers(0, 15),
+    inner=st.sampled_from(["e4m3", "e4m3_240", "int8", None]),
+)
+@settings(deadline=None, max_examples=200)
+def test_a_column_alone_is_rounded_to_the_last_bit(weight, scale, channel_scale, zero_point, inner):
+    """Nothing is summed, so codes, errors and residuals have the definition's bits."""
+    work = torch.from_numpy(weight)[None].clone()
+    one = torch.ones_like(work)
+    group = torch.zeros(1, dtype=torch.int64)
+    inner = FORMATS[inner] if inner else None
+    columns = ColumnGrid(channel_scale * one, scale * one, zero_point * one, group, inner)
+    factor = torch.full((1, 1), 0.7)
+    results = []
+    for choose in (cpu.choose_block, choose_block):
+        errors, codes = work.clone(), torch.empty_like(work)
+        choose(errors, codes, columns, factor)
+        results.append((codes, errors))
+    for found, expected in zip(*results, strict=True):
+        assert torch.equal(found, expected)
+    codes = results[0][0]
+    assert torch.equal(*both(lambda: residual(codes, work.clone(), columns)))
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("changes", SCHEMES, ids=str)
+def test_gradient_passes_end_where_the_definition_s_do(changes, shape):
+    """From the same codes. Where a gain is that of the least gain, rows may part; none is worse."""
+    scheme = Scheme(**{"group_size": 32, "block_columns": 64} | changes)
+    weight, hessian, columns = layer_of(scheme, *shape)
+    nearest = quantize_columns(weight.clone(), columns, None, scheme.block_columns)
+
+    def refined():
+        codes = nearest.clone()
+        return codes, refine_codes(codes, weight, columns, hessian, scheme.block_columns, 8)
+
+    (found, moved), (expected, expected_moved) = both(refined)
+    differing = (found != expected).any(0)
+    assert differing.sum() <= 0.02 * shape[0]
+    assert moved == pytest.approx(expected_moved, rel=0.01)
+    assert expected_moved > 0 or shape[0] == 1
+    errors = [objective(residual(c, weight.clone(), columns), hessian) for c in (found, expected)]
+    assert errors[0] == pytest.approx(errors[1], rel=1e-3)
+
+
+@pytest.mark.parametrize("passes", [1, 2])
+def test_gradient_passes_are_counted(passes):
+    scheme = Scheme(group_size=32)
+    weight, hessian, columns = layer_of(scheme, 64, 128)
+
+    def refined():
+        codes = torch.full_like(weight, 7)
+        return refine_codes(codes, weight, columns, hessian, 32, passes), codes
+
+    (found, codes), (expected, _) = both(refined)
+    assert found == pytest.approx(expected, rel=0.01)
+    assert ((codes >= 0) & (codes <= 15) & (codes == codes.round())).all()
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("search", ["mse", "hessian"])
+@pytest.mark.parametrize("changes", SCHEMES, ids=str)
+def test_scale_search_finds_the_same_ranges(changes, search, shape):
+    scheme = Scheme(**{"group_size": 32, "scale_search": search} | changes)
+    rows, features = shape
+    weight, *_ = layer_of(scheme, features, rows)  # the transpose of a layer's is one too
+    importance = torch.rand(features, generator=torch.Generator().manual_seed(1))
+    found, expected = both(lambda: choose_grid(weight, scheme, importance))
+    differing = (found.group_scale != expected.group_scale).double().mean()
+    assert differing <= 0.01  # two ranges of the same error
+
+
+@pytest.mark.parametrize("inner", ["e4m3", "int8", None])
+def test_group_errors(inner):
+    generator = torch.Generator().manual_seed(0)
+    scaled = torch.randn(70, 100, generator=generator).mul(60)
+    importance = torch.rand(100, generator=generator)
+    scale = torch.rand(70, 4, generator=generator).mul(9).add(0.5)
+    zero = torch.randint(16, (70, 4), generator=generator).float()
+    arguments = scaled, importance, 32, scale, zero, FORMATS[inner] if inner else None
+    torch.testing.assert_close(cpu.group_errors(*arguments), grid.group_errors(*arguments))
+
+
+@pytest.mark.parametrize("threads", [2, 3])
+def test_threads_do_not_change_the_bytes(threads):
+    scheme = Scheme(group_size=32)
+    weight, hessian, columns = layer_of(scheme, 201, 32)
+    factor, _ = inverse_factor(hessian, 0.01)
+    gradient = torch.randn(201, 32, generator=torch.Generator().manual_seed(0))
+
+    def made():
+        work, codes = weight.clone(), torch.empty_like(weight)
+        cpu.choose_block(work, codes, columns, factor)
+        chosen, slope = codes.clone(), gradient.clone()
+        moved = cpu.refine_codes(codes, slope, columns, hessian, 1e-3, 4)
+        return work, chosen, codes, slope, torch.tensor(moved)
+
+    alone = made()
+    with patch.object(torch, "get_num_threads", return_value=threads):
+        assert all(torch.equal(a, b) for a, b in zip(alone, made(), strict=True))
+
+
+def test_only_single_precision_in_main_memory_fits():
+    assert cpu.fits(torch.ones(2), torch.ones(3))
+    assert not cpu.fits(torch.ones(2), torch.ones(2, dtype=torch.float64))
+    assert not cpu.fits(torch.ones(2, dtype=torch.bfloat16))
+    assert not cpu.fits(torch.ones(2, device="meta"))
+
+
+def test_without_a_folder_to_write_to_nothing_is_kept(monkeypatch):
+    monkeypatch.setattr("numba.core.caching.CacheImpl._locator_classes", [])
+    with pytest.raises(RuntimeError, match="cannot cache"):
+        numba.njit(cache=True)(lambda x: x + 1)
+    assert kernels.compiled()(lambda x: x + 1)(2) == 3
