@@ -94,7 +94,8 @@ def assert_as_good(layer, tokens, bias, device):
     y, expected = module(x), exact(x, reference)
     assert y.dtype == torch.bfloat16
     assert y.shape == expected.shape
-    error, allowed = ((z.double() - expected).abs().amax(1) for z in (y, reference(x)))
+    defined = reference(x.clone().requires_grad_()).detach()  # in plain torch, on a CPU too
+    error, allowed = ((z.double() - expected).abs().amax(1) for z in (y, defined))
     assert (error <= 2 * allowed).all()  # of each token
     assert torch.equal(module(x), y)  # and what programs share is as it was
 
@@ -110,12 +111,9 @@ SHAPES = [  # out, in, tokens
 ]
 
 
-@pytest.mark.parametrize(
-    ("activations", "out", "features", "tokens"),
-    [(activations, *shape) for activations in ("static", "dynamic") for shape in SHAPES],
-)
-def test_w4a8_is_as_good_as_the_definition(activations, out, features, tokens, device):
-    layer = quantized(out, features, device, activations=activations)
+@pytest.mark.parametrize(("out", "features", "tokens"), SHAPES)
+def test_w4a8_is_as_good_as_the_definition(out, features, tokens, device):
+    layer = quantized(out, features, device)
     bias = normal(out, seed=3).bfloat16().to(device)
     assert_as_good(layer, tokens, bias, device)
 
@@ -124,7 +122,7 @@ def test_w4a8_is_as_good_as_the_definition(activations, out, features, tokens, d
 @pytest.mark.parametrize(
     "changes",
     [
-        {"symmetric": True},
+        {"activations": "dynamic"},
         {"symmetric": True, "group_scale": "e4m3", "activations": "dynamic"},
         {"group_size": 32},
         {"group_size": 64, "fp8_max": 240},
@@ -134,7 +132,7 @@ def test_w4a8_is_as_good_as_the_definition(activations, out, features, tokens, d
         {"bits": 8, "fp8_max": 240, "activations": "dynamic"},
         {"inner": "none", "activations": "none"},
         {"inner": "none", "activations": "none", "group_size": 32},
-        {"inner": "none", "activations": "none", "group_size": 64, "symmetric": True},
+        {"inner": "none", "activations": "none", "group_size": 64},
     ],
     ids=str,
 )
@@ -142,9 +140,9 @@ def test_other_schemes_are_as_good_as_the_definition(changes, tokens, device):
     assert_as_good(quantized(200, 600, device, **changes), tokens, None, device)
 
 
-@pytest.mark.parametrize(("out", "features", "tokens"), SHAPES)
+@pytest.mark.parametrize(("out", "features", "tokens"), SHAPES[::2])
 def test_w4a16_is_as_good_as_the_definition(out, features, tokens, device):
-    layer = quantized(out, features, device, inner="none", activations="none")
+    layer = quantized(out, features, device, inner="none", activations="none", symmetric=True)
     assert_as_good(layer, tokens, normal(out, seed=3).bfloat16().to(device), device)
 
 
