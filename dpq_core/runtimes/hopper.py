@@ -224,11 +224,12 @@ def four_bits(
             TOKENS=tile.tokens, BIAS=bias is not None, WHOLE=inputs.shape[1] % COLUMNS == 0,
             SPLIT=split, num_warps=kernels.WARPS,
             num_stages=tile.stages if fp8 else tile.stages16, **grid,
+            **({"launch_pdl": True} if fp8 and not kernels.INTERPRETED else {}),
         )  # fmt: skip
         return y
     kind = torch.float8_e4m3fn if fp8 else torch.bfloat16
     weight = torch.empty(rows, steps * COLUMNS, dtype=kind, device=x.device)
-    kernels.dequantize[tiles, steps](
+    kernels.dequantize[steps, tiles](
         weight, words, scales, zeros, rows, steps, num_warps=kernels.WARPS, **grid
     )
     if token_scale is None:

@@ -28,7 +28,9 @@ sums of the tensor cores keep about 14 bits: after 128 columns they are taken ou
 
 Few tokens leave most of the processors without rows, so programs share the columns of the same rows
 (split K). Each writes its sums; the last one to arrive adds them in order, so that the result does
-not depend on who was last, scales them and writes BF16.
+not depend on who was last, scales them and writes BF16. `multiply` is launched while `quantize`
+still runs (programmatic dependent launch) and waits for it before its first copy: two launches
+take little longer than one.
 """
 
 import triton
@@ -39,8 +41,9 @@ COLUMNS = tl.constexpr(256)
 WORDS = tl.constexpr(32)  # int32 of a block's row
 WARPS = 8
 
-# Triton's interpreter has no PTX; there `_pair` is stated in FP32, which gives the same bits.
-PTX = tl.constexpr(not triton.knobs.runtime.interpret)
+# Triton's interpreter has no PTX. There codes are decoded in FP32, which gives the same bits.
+INTERPRETED = bool(triton.knobs.runtime.interpret)
+PTX = tl.constexpr(not INTERPRETED)
 
 # $2: word, $3: zero point and magic number, $4: scale, both twice. LUT 0xEA: (a & b) | c.
 _PAIR = tl.constexpr(
@@ -222,6 +225,8 @@ def multiply(
     column = tl.arange(0, width)
     present = (token < tokens)[:, None]
     sums = tl.zeros((ROWS, TOKENS), tl.float32)
+    if PTX:
+        tl.extra.cuda.gdc_wait()  # for `quantize`, if it was launched with that in mind
     first = share * share_steps
     for step in range(first, tl.minimum(first + share_steps, steps)):
         codes = _load_words(words, tile, step, steps)
@@ -266,8 +271,8 @@ def dequantize(
     FP8: tl.constexpr,
     LIMIT: tl.constexpr,
 ) -> None:
-    """Many tokens: Ŵ8, or the 16-bit weight, for the library. Grid: (row tiles, steps)."""
-    tile, step = tl.program_id(0), tl.program_id(1)
+    """Many tokens: Ŵ8, or the 16-bit weight, for the library. Grid: (steps, row tiles)."""
+    step, tile = tl.program_id(0), tl.program_id(1)
     parts: tl.constexpr = 2 if FP8 else 4
     width: tl.constexpr = COLUMNS // parts
     count: tl.constexpr = GROUPS if FP8 else (GROUPS + 1) // 2
@@ -295,6 +300,8 @@ def quantize(
     BLOCK: tl.constexpr,  # columns of a program: all, if the scale is dynamic
 ) -> None:
     """x8 = round(x / sx), as `W4A8Linear` divides and rounds. Grid: (tokens, columns)."""
+    if PTX:
+        tl.extra.cuda.gdc_launch_dependents()
     token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS).to(tl.int64)
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)[None, :]
     there = (token < tokens)[:, None]

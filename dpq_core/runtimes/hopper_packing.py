@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from dpq_core.formats import FORMATS, round_to
-from dpq_core.grid import SYMMETRIC_ZERO_POINT
+from dpq_core.grid import SYMMETRIC_ZERO_POINT, Grid
 from dpq_core.quantize import QuantizedWeight
 
 ROWS, COLUMNS, HALF = 128, 256, 128
@@ -62,7 +62,7 @@ def pack(weight: QuantizedWeight) -> Packed:
         scales=_pack_scales(stored, HALF // size),
         zeros=None if symmetric else _pack_zeros(zero),
         groups=HALF // size,
-        limit=240 if grid.saturates() and grid.inner.maximum == 240 else 448,
+        limit=_limit(grid),
     )
 
 
@@ -77,6 +77,15 @@ def pack_words(codes: Tensor, run: int) -> Tensor:
     its left operand: eight threads' rows r, four threads to a row. Stored are, for h and for each
     half of the t, the 256 threads' four words.
     """
+    rows = max(1, _CODES_AT_ONCE // (ROWS * codes.shape[1])) * ROWS
+    return torch.cat([_pack_tiles(part, run) for part in codes.split(rows)])
+
+
+_CODES_AT_ONCE = 1 << 24  # bounds the memory that packing takes, 20 bytes a code
+
+
+def _pack_tiles(codes: Tensor, run: int) -> Tensor:
+    """`pack_words` of some row tiles."""
     tiles, blocks, parts = codes.shape[0] // ROWS, codes.shape[1] // COLUMNS, 8 // run
     split = codes.int().view(tiles, ROWS, blocks, parts, 32, run // 2, 2)
     pairs = split.permute(0, 1, 2, 4, 3, 5, 6).reshape(tiles, ROWS, blocks, 32, 4, 2)
@@ -112,6 +121,12 @@ def fp16_scales(scale: Tensor) -> Tensor:
 
 
 _SATURATED = 4096.0  # every code but the zero point decodes to 448, and 15 · 4096 is in FP16
+
+
+def _limit(grid: Grid) -> int:
+    """240 where the format ends there and a code lies beyond; else the conversion's own 448."""
+    ends_early = grid.inner is not None and grid.inner.maximum == 240
+    return 240 if ends_early and grid.saturates() else 448
 
 
 def _pack_scales(scale: Tensor, groups: int) -> Tensor:

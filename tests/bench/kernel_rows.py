@@ -49,7 +49,7 @@ def random_layer(out: int, features: int, scheme: Scheme, device: str) -> Quanti
         return QuantizedLinear(scheme, stored, None, report)
     groups = (out, features // scheme.group_size)
     scale = torch.rand(groups, generator=generator, device=device) * 20 + 10
-    if scheme.inner is None or scheme.inner == "none":
+    if scheme.inner == "none":
         scale, channel = scale * 2e-4, torch.ones_like(channel)
     zero = torch.full(groups, SYMMETRIC_ZERO_POINT, dtype=torch.uint8, device=device)
     if not scheme.symmetric:

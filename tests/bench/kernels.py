@@ -1,7 +1,7 @@
 """Linears of the runtimes beside BF16 and their peers: checked, then timed.
 
     python tests/bench/kernels.py [--device cpu|cuda] [--repeats N] [--tokens N …] [--shape OUT IN]
-                                  [--json]
+                                  [--without-peers] [--json]
 
 Times are microseconds a call: medians, the methods in turn, each through more copies of its weight
 than the cache holds. On the GPU calls are replayed by CUDA graphs. "of the limit" is the time that
@@ -46,7 +46,8 @@ def run(device: str, arguments: argparse.Namespace) -> dict[str, Any]:
     tokens = arguments.tokens or section.TOKENS
     missing: dict[str, str] = {}
     lines = []
-    for row, absent in section.rows(shapes, tokens, arguments.repeats, *extra):
+    peers = not arguments.without_peers
+    for row, absent in section.rows(shapes, tokens, arguments.repeats, peers, *extra):
         missing |= absent
         lines.append(asdict(row))
         show(as_line(row, device))
@@ -83,6 +84,9 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--tokens", type=int, nargs="*")
     parser.add_argument("--shape", type=int, nargs=2, metavar=("OUT", "IN"))
+    parser.add_argument(
+        "--without-peers", action="store_true", help="gemlite searches for minutes at each shape"
+    )
     parser.add_argument("--json", action="store_true", help="one object on stdout, rows on stderr")
     arguments = parser.parse_args()
     SHOWN = sys.stderr if arguments.json else sys.stdout

@@ -30,19 +30,19 @@ def conditions() -> dict[str, object]:
 
 
 def rows(
-    shapes: list[tuple[int, int]], tokens: list[int], repeats: int
+    shapes: list[tuple[int, int]], tokens: list[int], repeats: int, peers: bool
 ) -> Iterator[tuple[Row, dict[str, str]]]:
     """A row each, and why a method is not in it."""
     for out, features in shapes:
         layer = random_layer(out, features, W4A8, "cpu")
-        methods, missing = _methods(layer)
+        methods, missing = _methods(layer, peers)
         for count in tokens:
             x = torch.randn(count, features, generator=torch.Generator().manual_seed(1)).bfloat16()
             yield Row(out, features, count, _microseconds(methods, x, repeats)), missing
 
 
 def _methods(
-    layer: QuantizedLinear,
+    layer: QuantizedLinear, peers: bool
 ) -> tuple[dict[str, Callable[[Tensor], Tensor]], dict[str, str]]:
     """Each method with its own weights, more than the cache holds; why one is not there."""
     weight = layer.decoded()
@@ -54,7 +54,7 @@ def _methods(
     modules = {BASE: (bf16, 2 * weight.numel()), "FP32": (fp32, 4 * weight.numel())}
     modules["W4A8, definition"] = (W4A8Linear(layer, None), 2 * weight.numel())
     missing = {}
-    for name, make in (("W4A8", _runtime), ("torchao INT4", _torchao)):
+    for name, make in (("W4A8", _runtime), ("torchao INT4", _torchao))[: 1 + peers]:
         try:
             modules[name] = (make(layer), four)
         except (ImportError, RuntimeError, AttributeError) as error:

@@ -37,11 +37,15 @@ def conditions() -> dict[str, object]:
 
 
 def rows(
-    shapes: list[tuple[int, int]], tokens: list[int], repeats: int, limits: dict[str, object]
+    shapes: list[tuple[int, int]],
+    tokens: list[int],
+    repeats: int,
+    peers: bool,
+    limits: dict[str, object],
 ) -> Iterator[tuple[Row, dict[str, str]]]:
     """A row each, and why a method is not in it. limits: what `conditions` measured."""
     for out, features in shapes:
-        methods, missing = _methods(out, features)
+        methods, missing = _methods(out, features, peers)
         for count in tokens:
             x = torch.randn(count, features, device="cuda", dtype=torch.bfloat16)
             row = Row(out, features, count)
@@ -54,7 +58,9 @@ def rows(
         torch.cuda.empty_cache()
 
 
-def _methods(out: int, features: int) -> tuple[dict[str, list[nn.Module]], dict[str, str]]:
+def _methods(
+    out: int, features: int, peers: bool
+) -> tuple[dict[str, list[nn.Module]], dict[str, str]]:
     """Copies of each method's module; ours are checked first."""
     methods: dict[str, list[nn.Module]] = {}
     layers = {
@@ -72,11 +78,14 @@ def _methods(out: int, features: int) -> tuple[dict[str, list[nn.Module]], dict[
     product = _Product(methods["W8A8"][0])
     methods["FP8 product"] = _copies(product, out * features)
     missing = {}
-    for name, layer in (("gemlite W4A8", layers["W4A8"]), ("gemlite W4A16", layers["W4A16"])):
+    for name in ("W4A8", "W4A16") if peers else ():
+        layer = layers[name]
         try:
-            methods[name] = _copies(_gemlite(layer), weight_bytes(out, features, layer.scheme))
+            methods[f"gemlite {name}"] = _copies(
+                _gemlite(layer), weight_bytes(out, features, layer.scheme)
+            )
         except Exception as error:  # a peer's: whatever keeps it from running is said
-            missing[name] = f"{type(error).__name__}: {error}"
+            missing[f"gemlite {name}"] = f"{type(error).__name__}: {error}"
     return methods, missing
 
 

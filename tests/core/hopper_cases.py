@@ -154,7 +154,7 @@ def decoded(weight, device):
     kind = torch.float8_e4m3fn if fp8 else torch.bfloat16
     values = torch.empty(rows, columns, dtype=kind, device=device)
     kernels = hopper._kernels()
-    kernels.dequantize[len(packed.words), columns // 256](
+    kernels.dequantize[columns // 256, len(packed.words)](
         values, packed.words, packed.scales, packed.zeros, rows, columns // 256,
         GROUPS=packed.groups, ZEROS=packed.zeros is not None, FP8=fp8, LIMIT=packed.limit,
         num_warps=kernels.WARPS,

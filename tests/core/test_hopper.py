@@ -190,6 +190,7 @@ def test_multiply_compiles_for_hopper(tile, fp8, tmp_path, monkeypatch):
     assert f"wgmma.mma_async.sync.aligned.m64n{tile.tokens}k{depth}.f32.{operands}" in ptx
     assert ("cvt.rn.satfinite.e4m3x2.f16x2" in ptx) == fp8
     assert "mma.sync" not in ptx  # of earlier chips
+    assert ptx.index("griddepcontrol.wait") < ptx.index("cp.async")  # inputs are there by then
     assert "stmatrix" not in ptx
     registers, stack = resources(kernel.asm["cubin"], tmp_path)
     assert stack == 0
