@@ -136,7 +136,8 @@ class HopperLinear(nn.Module):
 
 
 class FourBitLinear(HopperLinear):
-    """4-bit codes: E4M3 arithmetic (W4A8), or 16 bits (W4A16)."""
+    """4-bit codes: E4M3 arithmetic (W4A8), or 16 bits (W4A16). One stream at a time calls it:
+    `arrived` is shared by the programs of a call."""
 
     words: Tensor
     scales: Tensor
@@ -213,7 +214,7 @@ def four_bits(
     if tokens <= FEW_TOKENS:
         y = x.new_empty(tokens, out)
         tile = next(tile for tile in _TILES if tile.tokens >= tokens)
-        split = choose_split(tiles, steps, _processors(x.device))
+        split = choose_split(tiles, steps, tile.tokens, _processors(x.device))
         partial = None
         if split > 1:
             shape = (split, tiles, tile.tokens, ROWS)

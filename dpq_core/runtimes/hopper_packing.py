@@ -148,15 +148,19 @@ def _int32(words: Tensor) -> Tensor:
     return torch.where(words >= 1 << 31, words - (1 << 32), words).to(torch.int32)
 
 
-def choose_split(tiles: int, steps: int, processors: int) -> int:
+def choose_split(tiles: int, steps: int, tokens: int, processors: int) -> int:
     """How many programs share the `steps` blocks of each of `tiles` row tiles.
 
-    The time of the busiest processor, in blocks: its programs one after the other, each a block for
-    its beginning and end. One program alone takes as long as two, which hide each other's waiting.
+    The least time of the busiest processor, counted in blocks: its programs one after the other,
+    each a block more for its beginning and end. Sums that are shared are written and read in FP32
+    through the L2 cache, which takes as long as a block for 32 tokens. One program alone takes as
+    long as two, which hide each other's waiting.
     """
 
-    def blocks(split: int) -> int:
-        return max(2, math.ceil(tiles * split / processors)) * (math.ceil(steps / split) + 1)
+    def blocks(split: int) -> float:
+        shared = tokens / 32 if split > 1 else 0.0
+        one = math.ceil(steps / split) + 1 + shared
+        return max(2, math.ceil(tiles * split / processors)) * one
 
     best = min(range(1, min(steps, _MOST_SHARES) + 1), key=blocks)
     return math.ceil(steps / math.ceil(steps / best))  # no program without blocks

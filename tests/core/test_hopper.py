@@ -1,6 +1,7 @@
 """The Hopper runtime: layout, shares, refusals; its kernels compiled for SM90, and, by
 `hopper_cases.py`, run in Triton's interpreter."""
 
+import itertools
 import os
 import re
 import subprocess
@@ -80,13 +81,23 @@ def test_codes_stand_where_a_warp_of_wgmma_reads_them(run):
 
 @pytest.mark.parametrize("processors", [114, 132])
 @pytest.mark.parametrize("tiles", [1, 32, 64, 112, 224, 1000])
-@pytest.mark.parametrize("steps", [1, 2, 16, 32, 56])
-def test_shares_of_the_columns_are_not_empty(tiles, steps, processors):
-    split = choose_split(tiles, steps, processors)
-    assert 1 <= split <= 16
-    assert (split - 1) * -(-steps // split) < steps
-    if tiles >= 4 * processors:
-        assert split == 1
+def test_shares_of_the_columns_are_not_empty(tiles, processors):
+    for steps, tokens in itertools.product((1, 2, 16, 32, 56), (16, 32, 64, 128)):
+        split = choose_split(tiles, steps, tokens, processors)
+        assert 1 <= split <= 16
+        assert (split - 1) * -(-steps // split) < steps
+
+
+@pytest.mark.parametrize(
+    ("out", "features", "tokens", "split"),
+    [
+        (4096, 14336, 16, 8),  # 32 row tiles: too few for 132 processors
+        (8192, 8192, 16, 4),
+        (28672, 8192, 128, 1),  # the sums of 128 tokens would outweigh the codes
+    ],
+)
+def test_few_rows_share_their_columns(out, features, tokens, split):
+    assert choose_split(out // 128, features // 256, tokens, 132) == split
 
 
 @pytest.mark.parametrize(
