@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -154,15 +155,33 @@ def compiled(kernel, types, constants, stages):
     return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
 
 
-def resources(cubin, folder):
-    """Registers and stack bytes of a thread, by `cuobjdump`."""
+def by_tool(name, cubin, folder, *options):
+    """What a tool that comes with Triton says of a compiled kernel."""
     import triton
 
     (file := folder / "kernel.cubin").write_bytes(cubin)
-    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-    said = subprocess.run([tool, "-res-usage", file], capture_output=True, text=True, check=True)
-    registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", said.stdout).groups()
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin" / name
+    return subprocess.run([tool, *options, file], capture_output=True, text=True, check=True).stdout
+
+
+def resources(cubin, folder):
+    """Registers and stack bytes of a thread."""
+    said = by_tool("cuobjdump", cubin, folder, "-res-usage")
+    registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", said).groups()
     return int(registers), int(stack)
+
+
+def main_loop(cubin, folder):
+    """How often each instruction stands in the loop that multiplies."""
+    lines = by_tool("nvdisasm", cubin, folder, "-c").splitlines()
+    labels = {line.rstrip(":"): at for at, line in enumerate(lines) if line.startswith(".L_x")}
+    for end, line in enumerate(lines):
+        branch = re.search(r"BRA `\((\.L_x_\d+)\)", line)
+        if branch and (start := labels.get(branch[1], end)) < end:
+            body = "\n".join(lines[start : end + 1])
+            if "GMMA" in body:
+                return Counter(re.findall(r"\*/ +(?:@\S+ )?([A-Z]\w+)[. ]", body))
+    raise AssertionError("no loop multiplies")
 
 
 INTEGERS = ("tokens", "out", "rows", "features", "stride", "steps", "share_steps")
@@ -207,3 +226,8 @@ def test_multiply_compiles_for_hopper(tile, fp8, tmp_path, monkeypatch):
     assert stack == 0
     assert registers <= {16: 80 if fp8 else 128, 32: 128}.get(tile.tokens, 255)
     assert kernel.metadata.shared <= 227 * 1024
+    loop = main_loop(kernel.asm["cubin"], tmp_path)
+    assert loop["HADD2"] == loop["HMUL2"] == 64  # two codes each, of a thread's 128
+    assert (loop["F2FP"], loop["QGMMA"], loop["HGMMA"]) == ((64, 8, 0) if fp8 else (0, 0, 16))
+    if tile.tokens == 16:
+        assert loop.total() <= 3.6 * 128  # what `hopper_kernels` says of the bandwidth's limit
