@@ -6,7 +6,7 @@
 One token reads each code once and is bound by memory: 0.52 bytes a weight against BF16's two. With
 many, reading is shared, and what counts is the product, which the library does best: it writes and
 reads Ŵ8 once more, 1.5 bytes a weight. That is as long as `multiply` takes for 128 more tokens, by
-the count of instructions in `hopper_kernels`; `make bench-kernels` measures where they cross.
+the count of instructions in `hopper_kernels`; `make bench-gpu` measures where they cross.
 
 Ŵ8 is held while its layer is computed. Torch's allocator, whose order is that of the stream (and
 inside a CUDA graph, of the graph), gives the next layer the same memory: one layer's worth,

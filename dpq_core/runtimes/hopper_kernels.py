@@ -29,8 +29,9 @@ sums of the tensor cores keep about 14 bits: after 128 columns they are taken ou
 Few tokens leave most of the processors without rows, so programs share the columns of the same rows
 (split K). Each writes its sums; the last one to arrive adds them in order, so that the result does
 not depend on who was last, scales them and writes BF16. `multiply` is launched while `quantize`
-still runs (programmatic dependent launch) and waits for it before its first copy: two launches
-take little longer than one.
+still runs (programmatic dependent launch) and waits for it before its first copy.
+
+All of this is counted from the compiled kernels; no GPU has run them yet.
 """
 
 import triton
