@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: release test test-slow chaos test-fast lint format ui train bench-memory bench-evaluate bench-bits bench-four-bits bench-scale bench-fan-out bench-quantize bench-peers bench-convnet picture system constraints clean
+.PHONY: release test test-slow chaos test-fast lint format ui train bench-memory bench-evaluate bench-bits bench-four-bits bench-scale bench-fan-out bench-quantize bench-peers bench-convnet bench-kernels bench-gpu picture system constraints clean
 
 release: $(READY)  ## run the release pipeline; succeeds when it reaches a verdict, and says which
 	@$(BIN)/dpq release $(RECIPE); code=$$?; [ $$code -eq 0 ] || [ $$code -eq 2 ]
@@ -72,6 +72,15 @@ bench-convnet: $(READY)  ## the whitepaper's ladder on Fashion-MNIST; latency at
 	$(BIN)/dpq convnet compare recipes/convnet-fashion-mnist.yaml
 	$(BIN)/dpq convnet compare recipes/convnet-fashion-mnist.yaml --set network.kind=resnet
 	$(BIN)/python tests/bench/convnet_latency.py
+
+bench-kernels: $(READY)  ## linears of the runtimes, checked, then timed beside BF16 and their peers
+	$(BIN)/python tests/bench/kernels.py
+
+# By the machine's own torch, Triton and pytest: nothing is installed. Of the rest dpq_core needs
+# numba, scipy and pydantic; wheels of what is missing can be unpacked into a folder of PYTHONPATH.
+bench-gpu:  ## everything that wants a Hopper GPU, in one go: kernels checked on it, then timed
+	PYTHONPATH=.:$$PYTHONPATH $(PYTHON) -m pytest --noconftest -p no:cacheprovider tests/core/hopper_cases.py
+	PYTHONPATH=.:$$PYTHONPATH $(PYTHON) tests/bench/kernels.py --device cuda
 
 picture: $(READY)  ## docs/report.png, of a release's report, by headless Chromium
 	$(CHROMIUM) --no-sandbox --headless=new --hide-scrollbars --window-size=900,1240 \

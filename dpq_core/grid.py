@@ -53,6 +53,15 @@ class Grid:
     group_size: int
     inner: NumberFormat | None
 
+    def saturates(self) -> bool:
+        """Whether some code of some group lies beyond the inner format's maximum."""
+        if self.inner is None:
+            return False
+        zero = self.zero_point.float()
+        farthest = self.group_scale.float().abs() * torch.maximum(zero, CODES.maximum - zero)
+        widest = FORMATS["e4m3"] if self.inner.is_float else self.inner
+        return bool((round_to(farthest, widest) > self.inner.maximum).any())
+
     def at(self, columns: Tensor) -> ColumnGrid:
         """The grid of single columns, in the order given. `columns` [n] int64."""
         return ColumnGrid(
