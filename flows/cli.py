@@ -13,7 +13,7 @@ from typing import Annotated, Any, TypeVar
 
 import typer
 
-from dpq_core.recipe import Recipe, load_recipe
+from dpq_core.recipe import DeviceKind, Recipe, load_recipe
 from flows.automation import approve, deploy, reject, trigger, webhook
 from flows.convnet_cli import app as convnet_app
 from flows.ends import ending_cleanly, exit_codes, leave_threads, undelivered
@@ -112,6 +112,36 @@ def compare(recipe: RecipePath, overrides: Overrides = None, as_json: AsJson = F
             from flows.terminal import show_ladder
 
             show_ladder(rows)
+
+
+@app.command()
+def bench(
+    recipe: RecipePath,
+    device: Annotated[
+        list[DeviceKind] | None,
+        typer.Option("--device", help="repeatable; by default the recipe's, or else every kind"),
+    ] = None,
+    shape: Annotated[
+        str | None,
+        typer.Option("--shape", help="random weights: llama-160m, llama-1b, llama-3-8b"),
+    ] = None,
+    checkpoint: Annotated[
+        str | None, typer.Option("--checkpoint", help="native checkpoint of the recipe's model")
+    ] = None,
+    overrides: Overrides = None,
+    as_json: AsJson = False,
+) -> None:
+    """Time BF16, FP8, W4A16 and W4A8 of one model; a device that is not here says so."""
+    with errors(as_json):
+        parsed = load_recipe(recipe, overrides)
+        run = _flow("benchmark")
+        result = _run(parsed, lambda: run(parsed, device or (), shape, checkpoint))
+        if as_json:
+            print_json(result.as_dict())
+        else:
+            from flows.terminal import show_benchmark
+
+            show_benchmark(result)
 
 
 @app.command()
