@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: release test test-slow chaos test-fast lint format ui train bench-memory bench-evaluate bench-bits bench-four-bits bench-scale bench-fan-out bench-convnet picture system constraints clean
+.PHONY: release test test-slow chaos test-fast lint format ui train bench-memory bench-evaluate bench-bits bench-four-bits bench-scale bench-fan-out bench-convnet bench-throughput picture system constraints clean
 
 release: $(READY)  ## run the release pipeline; succeeds when it reaches a verdict, and says which
 	@$(BIN)/dpq release $(RECIPE); code=$$?; [ $$code -eq 0 ] || [ $$code -eq 2 ]
@@ -63,6 +63,9 @@ bench-convnet: $(READY)  ## the whitepaper's ladder on Fashion-MNIST; latency at
 	$(BIN)/dpq convnet compare recipes/convnet-fashion-mnist.yaml
 	$(BIN)/dpq convnet compare recipes/convnet-fashion-mnist.yaml --set network.kind=resnet
 	$(BIN)/python tests/bench/convnet_latency.py
+
+bench-throughput: $(READY)  ## prefill and decoding of BF16, FP8, W4A16 and W4A8, on what is here
+	$(BIN)/dpq bench $(RECIPE) --shape llama-160m
 
 picture: $(READY)  ## docs/report.png, of a release's report, by headless Chromium
 	$(CHROMIUM) --no-sandbox --headless=new --hide-scrollbars --window-size=900,1240 \

@@ -29,7 +29,7 @@ def resolve_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+    except (RuntimeError, AssertionError, NotImplementedError, ImportError) as error:
         raise DeviceError(
             f"execution.device: {name} is not available on this machine: choose auto or cpu"
         ) from error

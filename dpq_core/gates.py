@@ -37,9 +37,9 @@ _DIGITS = 9  # of a loss that count: 64.1 - 63.6 is half a point, not a hair les
 
 @dataclass(frozen=True)
 class Metric(Difference):
-    """A difference that was judged. `limit` bounds the loss, in the unit of the gates' mode, or is the
-    ratio to be reached (None: the metric is shown, not judged). too_few: its documents cannot tell a loss of `limit`: that is
-    less than the interval reaches beyond the difference."""
+    """A difference that was judged. `limit` bounds the loss, in the unit of the gates' mode; of a
+    ratio it is what must be reached (None: the metric is shown, not judged). too_few: its documents
+    cannot tell a loss of `limit`: that is less than the interval reaches beyond the difference."""
 
     limit: float | None = None
     passed: bool = False

@@ -1,5 +1,5 @@
-"""What a device could reach: bytes that a decoding step must read, over the bandwidth of a copy, and
-its products, over the rate of a large one; both rates measured here and now.
+"""What a device could reach: the bytes that a decoding step must read, over the bandwidth of a
+copy, and its products, over the rate of a large one; both rates measured here and now.
 
     step >= max(bytes / bandwidth, 2 · weights · batch / rate)          (Williams et al., 2009)
 
@@ -48,15 +48,19 @@ class Load:
 
 def measured_device(device: torch.device) -> Device:
     """Both rates, medians of several."""
+    return Device(_bandwidth(device), _product_rate(device))
+
+
+def _bandwidth(device: torch.device) -> float:
     source = torch.ones(_BYTES[device.type], dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    copy = seconds(lambda: target.copy_(source), device)
-    copied = 2 * source.numel()
-    del source, target
+    return 2 * source.numel() / seconds(lambda: target.copy_(source), device)
+
+
+def _product_rate(device: torch.device) -> float:
     side = _SIDE[device.type]
-    left = torch.ones(side, side, dtype=torch.bfloat16, device=device)
-    product = seconds(lambda: left @ left, device)
-    return Device(bandwidth=copied / copy, product_rate=2 * math.pow(side, 3) / product)
+    factor = torch.ones(side, side, dtype=torch.bfloat16, device=device)
+    return 2 * math.pow(side, 3) / seconds(lambda: factor @ factor, device)
 
 
 def seconds(run: Callable[[], object], device: torch.device) -> float:

@@ -81,12 +81,14 @@ class Cell:
 
 @dataclass(frozen=True)
 class Times:
-    """Of a device. notes: what a reader has to know of the numbers. wrong: why there are none."""
+    """Of a device. product_limit: tokens/s that its rate of products allows at any batch. notes:
+    what a reader has to know of the numbers. wrong: why there are none."""
 
     device: str
     hardware: str = ""
     bandwidth: float | None = None
     product_rate: float | None = None
+    product_limit: float | None = None
     cells: tuple[Cell, ...] = ()
     notes: tuple[str, ...] = ()
     wrong: str = ""
@@ -162,6 +164,7 @@ def measure(
         device.type,
         bandwidth=rates.bandwidth,
         product_rate=rates.product_rate,
+        product_limit=rates.product_rate / (2 * max(load.weights for load in loads.values())),
         cells=tuple(cells),
         notes=tuple(notes),
     )

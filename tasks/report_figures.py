@@ -129,9 +129,11 @@ def throughput_figure(
 
 
 def batches_figure(times: Times, width: float) -> Figure:
-    """Decoding speed against batch on logarithmic axes: a line and a marker a variant, and in the
-    same colour, dashed, what its bytes and the device's rates allow."""
-    figure, axes = _axes(width, top=32, bottom=108, height=400)
+    """Decoding speed against batch on logarithmic axes: a line and a marker a variant; in the same
+    colour, dashed, what its bytes and the device's rates allow; dotted, what the product's rate
+    alone would."""
+    wide = width > _NARROW
+    figure, axes = _axes(width, top=32, bottom=76 if wide else 108, height=400)
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
     batches = sorted({cell.batch for cell in times.cells})
@@ -150,9 +152,12 @@ def batches_figure(times: Times, width: float) -> Figure:
         axes.plot(places, heights, marker, linestyle="-", markersize=7, label=variant, **style)
         axes.plot(*zip(*limits, strict=True), "--", **style | {"linewidth": 1}, alpha=0.8)
     axes.plot([], [], "--", color=_GREY, linewidth=1, label="roofline of each")
+    if times.product_limit is not None:
+        line: dict[str, Any] = {"color": _GREY, "linewidth": 1, "label": "BF16 product rate"}
+        axes.axhline(times.product_limit, linestyle=":", **line)
     axes.set_xlabel("sequences at a time", fontsize=_FONT)
     axes.legend(
-        ncols=len(variants) + 1 if width > _NARROW else 2,
+        ncols=len(variants) + 2 if wide else 2,
         fontsize=_FONT,
         frameon=False,
         loc="upper center",

@@ -12,6 +12,7 @@ from dpq_core.hessian import InputStatistics
 from dpq_core.linear import W4A8Linear, expected_shapes, layer_tensors
 from dpq_core.quantize import quantize_layer
 from dpq_core.roofline import Device, Load
+from dpq_core.runtimes import RuntimeUnavailableError, runtime_for
 from dpq_core.scheme import PRESETS, Scheme
 from dpq_core.throughput import BenchmarkError, Cell, Times, measure, random_prompts
 from dpq_core.variants import (
@@ -42,6 +43,17 @@ SCHEMES = {
     "hopper": Scheme(**PRESETS["hopper-vllm"]),
     "gaudi": Scheme(**PRESETS["gaudi-inc"]),
 }
+
+
+def no_runtime():
+    try:
+        runtime_for(CPU)
+    except RuntimeUnavailableError as error:
+        return str(error)
+    return ""
+
+
+needs_runtime = pytest.mark.skipif(bool(no_runtime()), reason=no_runtime())
 
 
 @dataclass(frozen=True)
@@ -92,6 +104,7 @@ def test_the_tokens_of_a_cuda_graph_are_those_of_generate(source):
     check_tokens(model, prompts, graph=True)
 
 
+@needs_runtime
 def test_every_variant_at_every_batch():
     steps = []
     asked = Asked()
@@ -114,6 +127,7 @@ def test_every_variant_at_every_batch():
     assert steps == [(n, 6) for n in range(1, 7)]
 
 
+@needs_runtime
 def test_what_does_not_fit_has_a_reason_and_no_number(monkeypatch):
     room = 5_000_000  # bytes: for a batch of one, not for one of a thousand
     monkeypatch.setattr(throughput, "free_bytes", lambda device: room)
@@ -124,6 +138,18 @@ def test_what_does_not_fit_has_a_reason_and_no_number(monkeypatch):
         assert (cell.decode_tokens_per_second is None) == (cell.batch == 1000)
         assert cell.wrong.startswith("out of memory: about") == (cell.batch == 1000)
     assert found.ratio() > 0
+
+
+def test_a_variant_without_a_runtime_says_why(monkeypatch):
+    def unavailable(device):
+        raise RuntimeUnavailableError("it cannot run here: no kernel")
+
+    monkeypatch.setattr(throughput, "runtime_for", unavailable)
+    found = measure(tiny(), Asked(variants=("bf16", "w4a8"), batches=(1,), repeats=1), CPU)
+    bf16, w4a8 = found.cells
+    assert bf16.decode_tokens_per_second > 0
+    assert (w4a8.decode_tokens_per_second, w4a8.wrong) == (None, "it cannot run here: no kernel")
+    assert found.ratio() == "w4a8 was not measured at batch 1: it cannot run here: no kernel"
 
 
 @pytest.mark.parametrize(

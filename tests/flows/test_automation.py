@@ -78,7 +78,8 @@ def test_deploying_again_changes_nothing(deployed, call, notified):
     after = made()
     assert after == before
     names, automations, schedules, limit = after
-    assert {"release", "evaluate", "compare", "nightly", "cpu", "gpu", "gaudi"} <= names.keys()
+    deployments = {"release", "evaluate", "compare", "benchmark", "nightly"}
+    assert deployments | {"cpu", "gpu", "gaudi"} <= names.keys()
     assert len(automations) == 3  # two, and the trigger of release
     assert len(schedules["nightly"]) == 1
     assert limit == 1
