@@ -14,14 +14,16 @@ them:
 Numbers are medians over `repeats` generations, after one that warms up and tells the memory. The
 variants take turns, generation by generation, so that a machine that slows down slows all; where
 their weights would not fit together they are loaded one after another, which the result says.
-What does not fit at a batch has no number there, and a reason.
+What fails or does not fit at a batch has no number there, and a reason.
 """
 
+import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import product
 from statistics import median
+from textwrap import shorten
 from typing import Any, Protocol
 
 import torch
@@ -33,12 +35,13 @@ from dpq_core.device import out_of_memory
 from dpq_core.errors import InputError
 from dpq_core.linear import W4A8Linear
 from dpq_core.roofline import Device, Load, measured_device, synchronize
-from dpq_core.runtimes import RuntimeUnavailableError, runtime_for
+from dpq_core.runtimes import Chosen, runtime_for
 from dpq_core.variants import Source, load_of
 from dpq_core.working_memory import Peak, free_bytes, free_unused, tensor_bytes
 
 BASELINE, CANDIDATE = "bf16", "w4a8"
 RATIO_BATCH = 1
+_SAID = 120  # characters of an error
 _SHARE = 0.8  # of free memory, that variants may take together
 
 Progress = Callable[[int, int], None]
@@ -110,13 +113,13 @@ class Times:
 
 @dataclass
 class _Loaded:
-    """A variant on the device. taken: of each generation, seconds to its first token and seconds of
-    the others. wrong: why a batch was not measured."""
+    """A variant on the device; no model where it could not be loaded. By batch, taken: of each
+    generation, seconds to its first token and seconds of the others; wrong: why there are none."""
 
     name: str
-    model: Any
     load: Load
-    weight_bytes: int
+    model: Any = None
+    weight_bytes: int = 0
     memory: dict[int, int] = field(default_factory=dict)
     taken: dict[int, list[tuple[float, float]]] = field(default_factory=dict)
     wrong: dict[int, str] = field(default_factory=dict)
@@ -135,7 +138,8 @@ def measure(
     loads = {variant: load_of(source, variant) for variant in asked.variants}
     rates = measured_device(device)
     rounds, note = _rounds(asked, loads, device)
-    notes, cells, done = [note], [], 0
+    notes, done = [note], 0
+    cells: list[Cell] = []
     total = len(rounds) * len(asked.batches) * (asked.repeats + 1)
 
     def step() -> None:
@@ -144,20 +148,13 @@ def measure(
         report(done, total)
 
     for variants in rounds:
-        loaded: list[_Loaded] = []
-        for variant in variants:
-            found = _load(source, variant, loads[variant], device, notes)
-            if isinstance(found, str):
-                cells += [Cell(variant, batch, wrong=found) for batch in asked.batches]
-            else:
-                _compile(found.model)
-                loaded.append(found)
+        loaded = [_load(source, name, loads[name], device, asked, notes) for name in variants]
         for batch in asked.batches:
             prompts = random_prompts(config.vocab_size, batch, asked.prompt_tokens).to(device)
-            _time_batch(loaded, prompts, asked, step)
+            _time_batch([each for each in loaded if each.model is not None], prompts, asked, step)
             free_unused(device)
         cells += [_cell(each, batch, asked, rates) for each in loaded for batch in asked.batches]
-        loaded.clear()
+        del loaded
         free_unused(device)
     cells.sort(key=lambda cell: list(asked.variants).index(cell.variant))
     return Times(
@@ -218,27 +215,27 @@ def _rounds(
 
 
 def _load(
-    source: Source, variant: str, load: Load, device: torch.device, notes: list[str]
-) -> _Loaded | str:
+    source: Source, variant: str, load: Load, device: torch.device, asked: Asked, notes: list[str]
+) -> _Loaded:
     """A variant on the device, or why not. `notes` gets its runtime, and the layers for which that
     has no kernel."""
     try:
-        if variant == BASELINE:
-            model = source.build(variant, device, W4A8Linear)
-            return _Loaded(variant, model, load, tensor_bytes(model))
-        chosen = runtime_for(device)
-        model = source.build(variant, device, chosen)
-    except Exception as error:
-        if isinstance(error, RuntimeUnavailableError) or out_of_memory(error):
-            return _said(error)
-        raise
+        chosen = None if variant == BASELINE else runtime_for(device)
+        model = source.build(variant, device, chosen or W4A8Linear)
+        _compile(model)
+    except Exception as error:  # of one variant: the others go on
+        return _Loaded(variant, load, wrong=dict.fromkeys(asked.batches, _said(error)))
+    if chosen:
+        notes += _about(variant, chosen)
+    return _Loaded(variant, load, model, tensor_bytes(model))
+
+
+def _about(variant: str, chosen: Chosen) -> list[str]:
     about = f", {chosen.runtime.note}" if chosen.runtime.note else ""
-    notes.append(f"{variant}: runtime {chosen.runtime.name}{about}")
-    notes += [
+    return [f"{variant}: runtime {chosen.runtime.name}{about}"] + [
         f"{variant}: {count} layers without a kernel, computed by the definition: {reason}"
         for reason, count in chosen.refused.items()
     ]
-    return _Loaded(variant, model, load, tensor_bytes(model))
 
 
 def _compile(model: Any) -> None:
@@ -270,9 +267,7 @@ def _time_batch(
             else:
                 taken = time_generation(decoders[each.name], prompts, asked.new_tokens)
                 each.taken.setdefault(batch, []).append(taken)
-        except Exception as error:
-            if not out_of_memory(error):
-                raise
+        except Exception as error:  # of one variant: the others go on
             each.wrong[batch] = _said(error)
             decoders.pop(each.name, None)
         if each is loaded[-1]:
@@ -319,6 +314,11 @@ def _length(asked: Asked) -> int:
 
 
 def _said(error: Exception) -> str:
-    """In one line."""
-    said = " ".join(str(error).split())
-    return said if isinstance(error, InputError) else f"out of memory: {said}"
+    """Why there is no number, in one line; what nobody foresaw is logged with its traceback."""
+    said = shorten(str(error), _SAID)
+    if isinstance(error, InputError):
+        return " ".join(str(error).split())
+    if out_of_memory(error):
+        return f"out of memory: {said}"
+    logging.getLogger(__name__).exception("a variant failed")
+    return f"failed: {type(error).__name__}: {said}"

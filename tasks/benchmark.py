@@ -75,7 +75,7 @@ def _machine(device: str) -> str:
     if device == "cuda":
         return about["device"]
     cores = len(os.sched_getaffinity(0))
-    return f"{about['processor']}, {cores} cores, {about['memory']}" if device == "cpu" else device
+    return f"{about['processor']}, cores: {cores}, {about['memory']}" if device == "cpu" else device
 
 
 def _load_before() -> list[str]:
