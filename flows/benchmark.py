@@ -84,7 +84,7 @@ def benchmark(
     tags = {"recipe_digest": recipe.digest, "benchmark": title}
     name, experiment = f"benchmark {title}", recipe.registry.experiment
     with tracked_run(tracking_uri, experiment, name, tags, artifact_root) as run:
-        times = [time_on(recipe, source, kind) for kind in kinds]
+        times = [_time(recipe, source, kind) for kind in kinds]
         publish_times(run, title, recipe, times)
         return Benchmark(title, run.run_id, times, run.link("benchmark.md"))
 
@@ -116,9 +116,14 @@ def _source(recipe: Recipe, shape: str | None, checkpoint: str | None) -> Source
     return Checkpoint.of(recipe, model.folder, Path(checkpoint) if checkpoint else None)
 
 
+def _time(recipe: Recipe, source: Source, kind: DeviceKind) -> Times:
+    """By a task with the tag of its device, by which Prefect can limit how many run at a time."""
+    return time_on.with_options(tags=[kind])(recipe, source, kind)
+
+
 def _times_or_error(recipe: Recipe, source: Source, kind: DeviceKind) -> Times:
     try:
-        return time_on(recipe, source, kind)
+        return _time(recipe, source, kind)
     except Exception as error:  # of one device: the others, and the release, go on
         get_run_logger().exception("benchmark on %s failed", kind)
         said = " ".join(str(error).split())

@@ -83,4 +83,4 @@ def _load_before() -> list[str]:
     load, cores = os.getloadavg()[0], len(os.sched_getaffinity(0))
     if load <= _BUSY * cores:
         return []
-    return [f"the machine was busy before: load {load:.1f} on {cores} cores, for this process"]
+    return [f"the machine was busy before: load {load:.1f}, cores for this process: {cores}"]

@@ -127,8 +127,14 @@ def test_every_variant_at_every_batch():
     assert steps == [(n, 6) for n in range(1, 7)]
 
 
+@pytest.fixture
+def rated(monkeypatch):
+    """A device whose rates are known."""
+    monkeypatch.setattr(throughput, "measured_device", lambda device: Device(1e10, 1e12))
+
+
 @needs_runtime
-def test_what_does_not_fit_has_a_reason_and_no_number(monkeypatch):
+def test_what_does_not_fit_has_a_reason_and_no_number(monkeypatch, rated):
     room = 5_000_000  # bytes: for a batch of one, not for one of a thousand
     monkeypatch.setattr(throughput, "free_bytes", lambda device: room)
     asked = Asked(variants=("bf16", "w4a8"), batches=(1, 1000), repeats=1)
@@ -148,7 +154,7 @@ def test_what_does_not_fit_has_a_reason_and_no_number(monkeypatch):
         (KeyError("layer"), "failed: KeyError: 'layer'"),
     ],
 )
-def test_a_variant_that_fails_says_why_and_the_others_go_on(monkeypatch, error, said):
+def test_a_variant_that_fails_says_why_and_the_others_go_on(monkeypatch, rated, error, said):
     def unavailable(device):
         raise error
 
