@@ -74,11 +74,14 @@ class Decoder:
         self._token.copy_(self._next(self._token))
 
     def _next(self, tokens: Tensor) -> Tensor:
+        """Of the last position alone, in one block of memory: given a slice of three dimensions, as
+        by transformers' `logits_to_keep`, torch copies the head's weight for each sequence."""
         with torch.inference_mode():
-            output = self._model(
-                input_ids=tokens, past_key_values=self.cache, use_cache=True, logits_to_keep=1
-            )
-            chosen: Tensor = output.logits[:, -1].argmax(-1, keepdim=True)
+            states = self._model.base_model(
+                input_ids=tokens, past_key_values=self.cache, use_cache=True
+            ).last_hidden_state
+            logits = self._model.get_output_embeddings()(states[:, -1].contiguous())
+            chosen: Tensor = logits.argmax(-1, keepdim=True)
         return chosen
 
     def _captured(self) -> torch.cuda.CUDAGraph:

@@ -31,7 +31,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="file for all that was measured")
     arguments = parser.parse_args()
     fields = dict(each.split("=", 1) for each in arguments.set)
-    asked = BenchmarkSection(**{name: _value(text) for name, text in fields.items()})
+    asked = BenchmarkSection(**{name: _value(name, text) for name, text in fields.items()})
     scheme = Scheme(**PRESETS[arguments.preset]) if arguments.preset else Scheme()
     device = torch.device(arguments.device)
     with whole_machine():
@@ -43,8 +43,8 @@ def main() -> None:
         arguments.json.write_text(json.dumps(asdict(found), indent=2))
 
 
-def _value(text: str) -> object:
-    return yaml.safe_load(f"[{text}]" if "," in text else text)
+def _value(name: str, text: str) -> object:
+    return yaml.safe_load(f"[{text}]" if name in ("batches", "variants") else text)
 
 
 def _report(done: int, total: int) -> None:

@@ -11,6 +11,7 @@ from dpq_core.decoding import Decoder, context_bytes, generate, static_cache
 from dpq_core.hessian import InputStatistics
 from dpq_core.linear import W4A8Linear, expected_shapes, layer_tensors
 from dpq_core.quantize import quantize_layer
+from dpq_core.recipe import BenchmarkSection
 from dpq_core.roofline import Device, Load
 from dpq_core.runtimes import RuntimeUnavailableError, runtime_for
 from dpq_core.scheme import PRESETS, Scheme
@@ -72,6 +73,10 @@ def tiny(**changes):
 @pytest.fixture(scope="module")
 def source(quickstart_model):
     return Checkpoint(quickstart_model, Scheme(), {})
+
+
+def test_a_recipe_names_the_variants_that_there_are():
+    assert BenchmarkSection().variants == list(VARIANTS)
 
 
 def check_tokens(model, prompts, graph, new_tokens=12):
