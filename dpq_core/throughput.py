@@ -30,6 +30,7 @@ import torch
 from torch import Tensor
 from transformers import StaticCache
 
+from dpq_core.attention import attend_in_groups
 from dpq_core.decoding import Decoder, generate, static_cache
 from dpq_core.device import out_of_memory
 from dpq_core.errors import InputError
@@ -221,7 +222,7 @@ def _load(
     has no kernel."""
     try:
         chosen = None if variant == BASELINE else runtime_for(device)
-        model = source.build(variant, device, chosen or W4A8Linear)
+        model = attend_in_groups(source.build(variant, device, chosen or W4A8Linear))
         _compile(model)
     except Exception as error:  # of one variant: the others go on
         return _Loaded(variant, load, wrong=dict.fromkeys(asked.batches, _said(error)))

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from dpq_core import throughput
+from dpq_core.attention import NAME, attend_in_groups
 from dpq_core.decoding import Decoder, context_bytes, generate, static_cache
 from dpq_core.hessian import InputStatistics
 from dpq_core.linear import W4A8Linear, expected_shapes, layer_tensors
@@ -81,7 +82,6 @@ def test_a_recipe_names_the_variants_that_there_are():
 
 def check_tokens(model, prompts, graph, new_tokens=12):
     cache = static_cache(model, len(prompts), prompts.shape[1] + new_tokens)
-    decoder = Decoder(model, cache, len(prompts), graph)
     expected = model.generate(
         prompts,
         max_new_tokens=new_tokens,
@@ -91,6 +91,7 @@ def check_tokens(model, prompts, graph, new_tokens=12):
         disable_compile=True,
         pad_token_id=0,
     )[:, prompts.shape[1] :]
+    decoder = Decoder(attend_in_groups(model), cache, len(prompts), graph)
     for _ in range(2):  # a cache that was used is as good as a new one
         assert torch.equal(generate(decoder, prompts, new_tokens), expected)
 
@@ -100,6 +101,23 @@ def check_tokens(model, prompts, graph, new_tokens=12):
 def test_the_tokens_are_those_of_generate(source, variant, batch):
     model = source.build(variant, CPU, W4A8Linear)
     check_tokens(model, random_prompts(model.config.vocab_size, batch, 17), graph=False)
+
+
+@pytest.mark.parametrize("key_heads", [1, 2, 4])
+def test_heads_that_share_keys_attend_as_transformers_has_it(key_heads):
+    """In FP32, where the order of sums does not show."""
+    model = tiny(num_key_value_heads=key_heads).build("bf16", CPU, W4A8Linear).float()
+    prompts, cache = random_prompts(300, 3, 9), static_cache(model, 3, 10)
+    step = {"input_ids": prompts[:, :1], "past_key_values": cache}
+    logits = []
+    with torch.inference_mode():
+        for change in (lambda model: model, attend_in_groups):
+            attending = change(model)
+            cache.reset()
+            attending(prompts, past_key_values=cache)
+            logits.append(attending(**step).logits)
+    assert model.config._attn_implementation == NAME
+    torch.testing.assert_close(*logits)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
