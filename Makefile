@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: release test test-slow chaos test-fast lint format ui train bench-memory bench-evaluate bench-bits bench-four-bits bench-scale bench-fan-out bench-quantize bench-peers bench-convnet bench-kernels bench-gpu picture system constraints clean
+.PHONY: release test test-slow chaos test-fast lint format ui train bench-memory bench-evaluate bench-bits bench-four-bits bench-scale bench-fan-out bench-quantize bench-peers bench-convnet bench-kernels bench-gpu bench-throughput picture system constraints clean
 
 release: $(READY)  ## run the release pipeline; succeeds when it reaches a verdict, and says which
 	@$(BIN)/dpq release $(RECIPE); code=$$?; [ $$code -eq 0 ] || [ $$code -eq 2 ]
@@ -78,9 +78,13 @@ bench-kernels: $(READY)  ## linears of the runtimes, checked, then timed beside 
 
 # By the machine's own torch, Triton and pytest: nothing is installed. Of the rest dpq_core needs
 # numba, scipy and pydantic; wheels of what is missing can be unpacked into a folder of PYTHONPATH.
-bench-gpu:  ## everything that wants a Hopper GPU, in one go: kernels checked on it, then timed
+bench-gpu:  ## everything that wants a Hopper GPU, in one go: kernels checked on it, timed, a model
 	PYTHONPATH=.:$$PYTHONPATH $(PYTHON) -m pytest --noconftest -p no:cacheprovider tests/core/hopper_cases.py
 	PYTHONPATH=.:$$PYTHONPATH $(PYTHON) tests/bench/kernels.py --device cuda
+	PYTHONPATH=.:$$PYTHONPATH $(PYTHON) tests/bench/end_to_end.py --device cuda --shape llama-3-8b
+
+bench-throughput: $(READY)  ## prefill and decoding of BF16, FP8, W4A16 and W4A8, on what is here
+	$(BIN)/dpq bench $(RECIPE) --shape llama-160m
 
 picture: $(READY)  ## docs/report.png, of a release's report, by headless Chromium
 	$(CHROMIUM) --no-sandbox --headless=new --hide-scrollbars --window-size=900,1240 \

@@ -29,7 +29,7 @@ def resolve_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+    except (RuntimeError, AssertionError, NotImplementedError, ImportError) as error:
         raise DeviceError(
             f"execution.device: {name} is not available on this machine: choose auto or cpu"
         ) from error
@@ -65,19 +65,33 @@ def whole_machine(parts: int = 1) -> Iterator[None]:
         share_machine(before)
 
 
+def out_of_memory(error: Exception) -> bool:
+    """Whether an error says that a device's memory, or this machine's, does not suffice."""
+    from accelerate.utils.memory import should_reduce_batch_size  # seconds
+
+    return isinstance(error, MemoryError) or should_reduce_batch_size(error)
+
+
+def give_back_memory() -> None:
+    """What was freed, to the kernel, so that the process's resident memory is what it uses."""
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "malloc_trim"):
+        libc.malloc_trim(0)
+
+
 def halving_batches(run: Callable[[int], _Result], batch_size: int) -> _Result:
     """`run(batch_size)`, started anew with half the batch whenever memory does not suffice.
 
     Raises:
         DeviceError: not even a batch of one fits.
     """
-    from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size  # seconds
+    from accelerate.utils.memory import clear_device_cache  # seconds
 
     while True:
         try:
             return run(batch_size)
         except Exception as error:
-            if not should_reduce_batch_size(error):
+            if not out_of_memory(error):
                 raise
             if batch_size == 1:
                 raise DeviceError(

@@ -4,6 +4,9 @@ A gate compares one number with one limit, strictly: a perplexity increase equal
 The number is the difference that was measured (the mission's rule) or, where `gates.confidence` is
 set, the end of its interval that looks worst. What is missing, not finite, or not measured on the
 same documents fails. Integrity is not a matter of degree and has no limit.
+
+The gate on speed has a limit that must be reached: W4A8 decodes one sequence at least so many times
+as fast as BF16, both measured in one process on one device (`dpq_core.throughput`).
 """
 
 import math
@@ -11,7 +14,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
 
-from dpq_core.pairing import CONFIDENCE, Difference, Evaluation, difference
+from dpq_core.pairing import CONFIDENCE, Difference, Evaluation, Failure, difference
 from dpq_core.recipe import GatesSection
 from dpq_core.scores import PERPLEXITIES, PERPLEXITY, PERPLEXITY_WORD, Scores
 
@@ -27,14 +30,16 @@ COMMONSENSE = (
     "openbookqa",
 )
 
+THROUGHPUT_RATIO = "throughput_ratio"  # and, after a dot, the kind of device
+
 _DIGITS = 9  # of a loss that count: 64.1 - 63.6 is half a point, not a hair less
 
 
 @dataclass(frozen=True)
 class Metric(Difference):
-    """A difference that was judged. `limit` bounds the loss, in the unit of the gates' mode (None:
-    the metric is shown, not judged). too_few: its documents cannot tell a loss of `limit`: that is
-    less than the interval reaches beyond the difference."""
+    """A difference that was judged. `limit` bounds the loss, in the unit of the gates' mode; of a
+    ratio it is what must be reached (None: the metric is shown, not judged). too_few: its documents
+    cannot tell a loss of `limit`: that is less than the interval reaches beyond the difference."""
 
     limit: float | None = None
     passed: bool = False
@@ -96,6 +101,7 @@ def judge(
     integrity: Mapping[str, str | None],
     gates: GatesSection,
     limited: bool,
+    ratios: Mapping[str, float | Failure] | None = None,
 ) -> Verdict:
     """Apply the gates.
 
@@ -103,8 +109,12 @@ def judge(
         differences: as `compare` gives them.
         integrity: check name → None where it passed, else what is wrong.
         limited: whether documents were left out of the evaluation.
+        ratios: by kind of device, decoding speed of W4A8 over BF16, or why it is missing; None
+            where speed is not judged (yet).
     """
     metrics = {name: _judged(name, d, gates) for name, d in differences.items()}
+    if ratios is not None:
+        metrics |= _judged_ratios(ratios, gates.throughput_ratio)
     reasons = [f"integrity: {name}: {wrong}" for name, wrong in integrity.items() if wrong]
     reasons += [_reason(name, m, gates) for name, m in metrics.items() if not m.passed]
     if not any(metric.limit is not None for metric in metrics.values()):
@@ -117,6 +127,30 @@ def judge(
         )
         return Verdict("rejected" if broken else "inspected", tuple(reasons), metrics)
     return Verdict("rejected" if reasons else "promoted", tuple(reasons), metrics)
+
+
+def ratio_metric(metric: str, found: float | Failure, limit: float | None) -> Metric:
+    """A ratio to the baseline, which must reach `limit`; what is missing or not finite does not."""
+    if isinstance(found, Failure):
+        return Metric(metric, limit=limit, wrong=found.reason)
+    if not math.isfinite(found):
+        return Metric(metric, limit=limit, wrong=f"it is {found}")
+    passed = limit is None or found >= limit
+    return Metric(metric, 1.0, found, found - 1, limit=limit, passed=passed)
+
+
+def _judged_ratios(ratios: Mapping[str, float | Failure], limit: float | None) -> dict[str, Metric]:
+    """A metric a device. What nobody asked for and is not there is no metric."""
+    if limit is not None and not ratios:
+        return {THROUGHPUT_RATIO: Metric(_DECODING, limit=limit, wrong="not measured")}
+    return {
+        f"{THROUGHPUT_RATIO}.{device}": ratio_metric(_DECODING, found, limit)
+        for device, found in ratios.items()
+        if limit is not None or not isinstance(found, Failure)
+    }
+
+
+_DECODING = "decoding, batch 1, W4A8 / BF16"
 
 
 def _limit(name: str, gates: GatesSection) -> float | None:
@@ -158,6 +192,8 @@ def _loss(found: Difference, gates: GatesSection) -> tuple[float, float | None]:
 def _reason(name: str, metric: Metric, gates: GatesSection) -> str:
     if metric.wrong:
         return f"{name}: {metric.wrong}"
+    if metric.metric == _DECODING:
+        return f"{name}: {metric.candidate:.4g} does not reach the limit of {metric.limit:g}"
     perplexity = metric.metric in PERPLEXITIES
     unit = "%" if gates.mode == "relative" else "" if perplexity else " points"
     change = (

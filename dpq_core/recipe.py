@@ -10,7 +10,7 @@ in it carries no credentials, which belong in the environment.
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, TypeVar
+from typing import Annotated, Any, Literal, Self, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -22,6 +22,9 @@ from dpq_core.scheme import Scheme
 
 # Rows of `dpq_core.exports.EXPORTS`, which is slow to import.
 ExportName = Literal["compressed-tensors", "gptq", "inc", "fp8_to_int"]
+
+DeviceKind = Literal["cpu", "cuda", "hpu"]
+VariantName = Literal["bf16", "fp8", "w4a16", "w4a8"]  # rows of `dpq_core.variants.VARIANTS`, too
 
 _Kind = TypeVar("_Kind", bound=BaseModel)
 
@@ -110,6 +113,32 @@ class EvaluationSection(_Section):
         return self
 
 
+class BenchmarkSection(_Section):
+    devices: list[DeviceKind] = Field(
+        default_factory=list, description="kinds that a release is timed on; none by default"
+    )
+    variants: list[VariantName] = Field(
+        default_factory=lambda: list(get_args(VariantName)),
+        min_length=1,
+        description="formats of the same model that are timed side by side",
+    )
+    batches: list[Annotated[int, Field(ge=1)]] = Field(
+        default_factory=lambda: [1, 8, 32, 128], min_length=1, description="sequences at a time"
+    )
+    prompt_tokens: int = Field(128, ge=1, description="tokens of each prompt")
+    new_tokens: int = Field(32, ge=2, description="tokens generated after each prompt")
+    repeats: int = Field(3, ge=1, description="generations timed, of which the median counts")
+
+    @model_validator(mode="after")
+    def _each_once(self) -> Self:
+        for name in ("devices", "variants", "batches"):
+            values = getattr(self, name)
+            twice = [value for value in values if values.count(value) > 1]
+            if twice:
+                raise ValueError(f"{name} names {twice[0]} twice: once is enough")
+        return self
+
+
 class GatesSection(_Section):
     perplexity_increase: float = Field(0.05, gt=0, description="candidate must stay below")
     accuracy_drop: float = Field(0.5, gt=0, description="points; candidate must stay below")
@@ -121,6 +150,12 @@ class GatesSection(_Section):
         gt=0,
         lt=1,
         description="judge the worse end of this interval (0.95, say), not the difference itself",
+    )
+    throughput_ratio: float | None = Field(
+        None,
+        gt=0,
+        description="tokens/s of W4A8 over BF16, decoding one sequence; must be reached on every"
+        " device of benchmark.devices",
     )
     allow_limited: bool = Field(False, description="judge a run whose documents were limited")
     approval: Literal["none", "required"] = Field(
@@ -192,6 +227,7 @@ class Recipe(_Section):
     calibration: CalibrationSection
     evaluation: EvaluationSection = EvaluationSection()
     gates: GatesSection = GatesSection()
+    benchmark: BenchmarkSection = BenchmarkSection()
     repair: RepairSection = RepairSection()
     export: list[ExportName] = Field(
         default_factory=list,
@@ -222,10 +258,34 @@ class Recipe(_Section):
                 raise ValueError(f"{where}: {error}") from error
         return self
 
+    @model_validator(mode="after")
+    def _gate_is_measured(self) -> Self:
+        section, asked = self.benchmark, self.gates.throughput_ratio
+        if asked is None:
+            return self
+        missing = [
+            f"{field}: [{value}]"
+            for field, value, there in (
+                ("devices", "cpu", bool(section.devices)),
+                ("variants", "bf16, w4a8", {"bf16", "w4a8"} <= set(section.variants)),
+                ("batches", "1", 1 in section.batches),
+            )
+            if not there
+        ]
+        if missing:
+            raise ValueError(
+                f"gates.throughput_ratio is {asked:g}, and the benchmark would not measure it: add"
+                f" benchmark.{missing[0]}, or leave the gate out"
+            )
+        return self
+
     @property
     def digest(self) -> str:
         """Identity of the run's instructions: everything but how and where it is executed."""
-        return digest(self.model_dump(mode="json", exclude={"execution", "variants"}))
+        left_out: dict[str, Any] = {"execution": True, "variants": True}
+        if not self.benchmark.devices:  # a release is not timed: as in recipes without the section
+            left_out |= {"benchmark": True, "gates": {"throughput_ratio"}}
+        return digest(self.model_dump(mode="json", exclude=left_out))
 
     @property
     def registered_name(self) -> str:

@@ -1,12 +1,13 @@
 """One candidate, from checked inputs to a verdict."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
 from dpq_core.gates import Verdict, compare, judge
-from dpq_core.pairing import CONFIDENCE
+from dpq_core.pairing import CONFIDENCE, Failure
 from dpq_core.recipe import Recipe
 from flows.measure import measure
 from flows.quantize import Candidate, make_candidate
@@ -19,13 +20,15 @@ from tasks.preflight import Inputs
 @dataclass(frozen=True)
 class Attempt:
     """A candidate, what was measured of it, and the verdict. predicted: its increase of perplexity
-    as planned; None for the first."""
+    as planned; None for the first. ratios: of its speed, by kind of device; None before it was
+    timed."""
 
     recipe: Recipe
     candidate: Candidate
     measured: Measured
     verdict: Verdict
     predicted: float | None = None
+    ratios: Mapping[str, float | Failure] | None = None
 
     @property
     def bits_per_weight(self) -> float:
@@ -54,7 +57,13 @@ def subject_of(recipe: Recipe, candidate: Candidate, role: str) -> Subject:
 
 
 @task(name="gate", cache_policy=NO_CACHE)
-def gate(recipe: Recipe, baseline: Measured, measured: Measured, candidate: Candidate) -> Verdict:
+def gate(
+    recipe: Recipe,
+    baseline: Measured,
+    measured: Measured,
+    candidate: Candidate,
+    ratios: Mapping[str, float | Failure] | None = None,
+) -> Verdict:
     """The verdict on a candidate."""
     store = Store(recipe.execution.store)
     differences = compare(
@@ -63,4 +72,4 @@ def gate(recipe: Recipe, baseline: Measured, measured: Measured, candidate: Cand
         recipe.gates.confidence or CONFIDENCE,
     )
     limited = recipe.evaluation.limit is not None
-    return judge(differences, candidate.integrity, recipe.gates, limited)
+    return judge(differences, candidate.integrity, recipe.gates, limited, ratios)

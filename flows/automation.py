@@ -1,4 +1,4 @@
-"""`dpq deploy`, `dpq trigger release`, `dpq approve`, `dpq reject`: what release automation calls.
+"""`dpq deploy`, `dpq trigger`, `dpq approve`, `dpq reject`: what release automation calls.
 
 All of them talk to the Prefect server that `PREFECT_API_URL` names, or to the one that a `dpq` of
 this folder has left up. Prefect is imported late, as everywhere in the command.
@@ -6,12 +6,13 @@ this folder has left up. Prefect is imported late, as everywhere in the command.
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 from uuid import UUID
 
 import typer
 
 from dpq_core.errors import InputError
+from dpq_core.recipe import DeviceKind
 from flows.errors import errors, print_json
 from infra.settings import home
 
@@ -63,20 +64,22 @@ def _trigger() -> None:
     """Start what is deployed, on a worker."""
 
 
+Recipe = Annotated[str, typer.Option("--recipe", help="a shipped one, or the worker's file")]
+Settings = Annotated[list[str] | None, typer.Option("--set", help="key.path=value, repeatable")]
+Timeout = Annotated[float | None, typer.Option("--timeout", min=0, help="seconds to wait at most")]
+Key = Annotated[
+    str | None,
+    typer.Option("--idempotency-key", help="with the same key again: the same run, no other"),
+]
+
+
 @trigger.command("release")
 def trigger_release(
-    recipe: Annotated[str, typer.Option("--recipe", help="a shipped one, or the worker's file")],
-    settings: Annotated[
-        list[str] | None, typer.Option("--set", help="key.path=value, repeatable")
-    ] = None,
+    recipe: Recipe,
+    settings: Settings = None,
     wait: Annotated[bool, typer.Option("--wait", help="until it ends or needs approval")] = False,
-    timeout: Annotated[
-        float | None, typer.Option("--timeout", min=0, help="seconds to wait at most")
-    ] = None,
-    key: Annotated[
-        str | None,
-        typer.Option("--idempotency-key", help="with the same key again: the same run, no other"),
-    ] = None,
+    timeout: Timeout = None,
+    key: Key = None,
     queue: Annotated[
         str | None, typer.Option("--queue", help="of the work pool: cpu, gpu, gaudi")
     ] = None,
@@ -85,15 +88,55 @@ def trigger_release(
     """Start a release. With --wait: 0 promoted, 2 not promoted, 3 waiting for approval, 4 still
     running at the time limit, 1 error. Without: 0 once it is started."""
     with errors(as_json):
-        from infra import client
-        from infra.services import connected
+        parameters = {"recipe": recipe, "settings": settings or []}
+        _start("release/release", parameters, key, queue, wait, timeout, as_json)
 
-        with connected(home()):
-            parameters = {"recipe": recipe, "settings": settings or []}
-            run = client.launch("release/release", parameters, key, queue)
-            outcome = client.wait(run, timeout) if wait else client.outcome(run)
-        _show(outcome, as_json)
-        raise typer.Exit(outcome.exit_code if wait else 0)
+
+@trigger.command("benchmark")
+def trigger_benchmark(
+    recipe: Recipe,
+    device: Annotated[DeviceKind, typer.Option("--device", help="whose queue it goes to")] = "cpu",
+    shape: Annotated[
+        str | None, typer.Option("--shape", help="random weights, see dpq bench")
+    ] = None,
+    checkpoint: Annotated[
+        str | None, typer.Option("--checkpoint", help="native checkpoint, the worker's folder")
+    ] = None,
+    settings: Settings = None,
+    wait: Annotated[bool, typer.Option("--wait", help="until it ends")] = False,
+    timeout: Timeout = None,
+    key: Key = None,
+    as_json: AsJson = False,
+) -> None:
+    """Start a benchmark on a worker that has the device. With --wait: 0 done, 4 still running at
+    the time limit, 1 error. Without: 0 once it is started."""
+    with errors(as_json):
+        from infra.deployments import QUEUE_OF
+
+        parameters: dict[str, Any] = {"recipe": recipe, "settings": settings or []}
+        parameters |= {"device": device, "shape": shape, "checkpoint": checkpoint}
+        queue = QUEUE_OF[device]
+        _start("benchmark/benchmark", parameters, key, queue, wait, timeout, as_json)
+
+
+def _start(
+    deployment: str,
+    parameters: dict[str, Any],
+    key: str | None,
+    queue: str | None,
+    wait: bool,
+    timeout: float | None,
+    as_json: bool,
+) -> NoReturn:
+    """Launch it, wait if asked to, show what came of it, and end the command."""
+    from infra import client
+    from infra.services import connected
+
+    with connected(home()):
+        run = client.launch(deployment, parameters, key, queue)
+        outcome = client.wait(run, timeout) if wait else client.outcome(run)
+    _show(outcome, as_json)
+    raise typer.Exit(outcome.exit_code if wait else 0)
 
 
 def approve(run: Run, by: By, reason: Reason, as_json: AsJson = False) -> None:

@@ -9,11 +9,11 @@ import dataclasses
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, TypeVar, cast, get_args
 
 import typer
 
-from dpq_core.recipe import Recipe, load_recipe
+from dpq_core.recipe import DeviceKind, Recipe, RecipeError, load_recipe
 from flows.automation import approve, deploy, reject, trigger, webhook
 from flows.convnet_cli import app as convnet_app
 from flows.ends import ending_cleanly, exit_codes, leave_threads, undelivered
@@ -115,6 +115,36 @@ def compare(recipe: RecipePath, overrides: Overrides = None, as_json: AsJson = F
 
 
 @app.command()
+def bench(
+    recipe: RecipePath,
+    device: Annotated[
+        list[str] | None,
+        typer.Option("--device", help="cpu, cuda, hpu; repeatable; by default the recipe's or all"),
+    ] = None,
+    shape: Annotated[
+        str | None,
+        typer.Option("--shape", help="random weights: llama-160m, llama-1b, llama-3-8b"),
+    ] = None,
+    checkpoint: Annotated[
+        str | None, typer.Option("--checkpoint", help="native checkpoint of the recipe's model")
+    ] = None,
+    overrides: Overrides = None,
+    as_json: AsJson = False,
+) -> None:
+    """Time BF16, FP8, W4A16 and W4A8 of one model; a device that is not here says so."""
+    with errors(as_json):
+        parsed = load_recipe(recipe, overrides)
+        run, kinds = _flow("benchmark"), [_kind(name) for name in device or ()]
+        result = _run(parsed, lambda: run(parsed, kinds, shape, checkpoint))
+        if as_json:
+            print_json(result.as_dict())
+        else:
+            from flows.terminal import show_benchmark
+
+            show_benchmark(result)
+
+
+@app.command()
 def export(
     checkpoint: Annotated[Path, typer.Argument(help="folder of a native checkpoint")],
     name: Annotated[
@@ -184,6 +214,14 @@ def main() -> None:
         if isinstance(end.code, int) and (end.code in exit_codes() or undelivered()):
             leave_threads(end.code)
         raise
+
+
+def _kind(name: str) -> DeviceKind:
+    """Of a device. (Typer has no lists of literals.)"""
+    for kind in get_args(DeviceKind):
+        if name == kind:
+            return cast(DeviceKind, kind)
+    raise RecipeError(f"--device {name}: choose {', '.join(get_args(DeviceKind))}")
 
 
 def _flow(name: str) -> Callable[..., Any]:

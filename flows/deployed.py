@@ -15,7 +15,7 @@ from prefect.client.schemas.objects import State
 from prefect.context import FlowRunContext
 from prefect.states import Completed
 
-from dpq_core.recipe import ExecutionSection
+from dpq_core.recipe import DeviceKind, ExecutionSection
 from flows.deployed_recipe import Overrides, RecipeName, admitted
 from flows.runners import task_runner
 from infra.client import label
@@ -89,6 +89,32 @@ def compare(
     with _running_on(asked.execution):
         rows = _function("compare")(asked)
     return Completed(message="\n".join(f"{row.variant}: {row.error}" for row in rows if row.error))
+
+
+@flow(name="benchmark")
+def benchmark(
+    device: DeviceKind = "cpu",
+    shape: str | None = None,
+    checkpoint: str | None = None,
+    recipe: RecipeName = "quickstart",
+    overrides: Overrides = _AS_IT_IS,
+    settings: list[str] = _NONE,
+) -> State[None]:
+    """Time BF16, FP8, W4A16 and W4A8 of one model on this worker's device.
+
+    Args:
+        device: kind of device; the queue says which worker has one
+        shape: llama-160m, llama-1b or llama-3-8b with random weights, in place of the model
+        checkpoint: folder of the model's native checkpoint, to be timed as W4A8
+        recipe: a shipped one by name, or a file in a folder of DPQ_RECIPE_ROOTS
+        overrides: common fields; what is left empty stays as the recipe says
+        settings: key.path=value of any further field
+    """
+    asked = admitted(recipe, [*overrides.settings(), *settings])
+    with _running_on(asked.execution):
+        done = _function("benchmark")(asked, [device], shape, checkpoint)
+    label({"run_id": done.run_id, "log": done.log})
+    return Completed(message="\n".join(each.wrong for each in done.devices if each.wrong))
 
 
 def _function(name: str) -> Any:

@@ -32,7 +32,8 @@ def with_exports(baseline: Measured, attempt: Attempt) -> tuple[Attempt, list[Ex
     candidate = replace(attempt.candidate, integrity=attempt.candidate.integrity | integrity)
     judged = replace(attempt, candidate=candidate)
     if any(integrity.values()):
-        judged = replace(judged, verdict=gate(recipe, baseline, attempt.measured, candidate))
+        verdict = gate(recipe, baseline, attempt.measured, candidate, attempt.ratios)
+        judged = replace(judged, verdict=verdict)
     return judged, exports
 
 

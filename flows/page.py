@@ -18,18 +18,25 @@ from matplotlib.figure import Figure
 
 from dpq_core.data import label_of
 from dpq_core.exports.card import shown_scheme
-from dpq_core.gates import Verdict
+from dpq_core.gates import THROUGHPUT_RATIO, Verdict
 from dpq_core.recipe import Recipe
 from dpq_core.scheme import Scheme
 from dpq_core.scores import PERPLEXITIES
+from dpq_core.throughput import Times
 from flows.html import rendered
 from flows.report import gate_rows, interval, model_notes, notes, number, turned
 from infra.history import PastVersion
+from tasks.benchmark import THROUGHPUT
 from tasks.figures import svg
 from tasks.log import layer_rows
-from tasks.report_figures import history_figure, layers_figure, throughput_figure, worst_layers
-
-THROUGHPUT = "throughput_tokens_per_second"  # metric of a version's run
+from tasks.report_figures import (
+    batches_figure,
+    history_figure,
+    layers_figure,
+    throughput_figure,
+    worst_layers,
+)
+from tasks.speeds import conditions, shown
 
 _WIDTHS = {"wide": 720, "narrow": 336}  # pixels; the style sheet shows one of them
 _WORST = 10
@@ -61,6 +68,7 @@ class ReportData:
     proxy_correlation: float | None = None
     parts: Mapping[str, Sequence[Mapping[str, Any]]] = field(default_factory=dict)
     environment: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    speeds: Sequence[Times] = ()
 
 
 @dataclass(frozen=True)
@@ -106,6 +114,9 @@ def page(data: ReportData) -> str:
         worst=_worst(data),
         size=_size(data),
         exports=_exports(data),
+        speeds=_table("Variants of the model by device and batch", shown(data.speeds)),
+        speed_charts=_speed_charts(data),
+        conditions=[f"{t.device}: {line}" for t in data.speeds for line in conditions(t)],
         history=_history_chart(data),
         versions=_versions(data),
         measured_throughput=any(THROUGHPUT in past.metrics for past in data.past),
@@ -193,10 +204,13 @@ def _judged(data: ReportData) -> str:
     unit = "absolute, of accuracies in points"
     if gates.mode == "relative":
         unit = "in percent of the baseline"
-    return (
+    said = (
         f"{passed} of {len(judged)} gates passed. Judged by {what}; limits are {unit}, and what"
         " reaches one fails."
     )
+    if gates.throughput_ratio is not None:
+        said += f" Of {THROUGHPUT_RATIO} what reaches its limit passes."
+    return said
 
 
 def _suites(data: ReportData) -> Table:
@@ -332,6 +346,21 @@ def _exports(data: ReportData) -> Table:
     return _table("Exports", rows)
 
 
+def _speed_charts(data: ReportData) -> list[Chart]:
+    """One a device that was there."""
+
+    def chart(times: Times) -> Chart:
+        rates = {f"{c.variant} at {c.batch}": c.decode_tokens_per_second for c in times.cells}
+        known = {name: rate for name, rate in rates.items() if rate is not None}
+        says = f"Decoding on {times.device}, tokens a second against sequences at a time."
+        if known:
+            best = max(known, key=lambda name: known[name])
+            says += f" Most: {known[best]:,.0f}, {best}."
+        return _chart(f"speeds-{times.device}", says, lambda width: batches_figure(times, width))
+
+    return [chart(times) for times in data.speeds if times.cells]
+
+
 def _versions(data: ReportData) -> Table:
     speeds = any(THROUGHPUT in past.metrics for past in data.past)
     judged = _judged_names(data)
@@ -413,7 +442,12 @@ def _number_chart(data: ReportData) -> Chart | None:
 
 
 def _judged_names(data: ReportData) -> list[str]:
-    return [name for name, metric in data.verdict.metrics.items() if metric.limit is not None]
+    """Of quality; speed has a column of its own."""
+    return [
+        name
+        for name, metric in data.verdict.metrics.items()
+        if metric.limit is not None and not name.startswith(THROUGHPUT_RATIO)
+    ]
 
 
 def _rounds(data: ReportData) -> Table:

@@ -13,6 +13,7 @@ from dpq_core.recipe import Recipe, RecipeError
 from flows.approval import approved
 from flows.attempt import Attempt, attempt
 from flows.attended import attended
+from flows.benchmark import publish_times, with_benchmark
 from flows.exporting import with_exports, write_cards
 from flows.measure import measure
 from flows.options import Options
@@ -65,7 +66,8 @@ class Release:
 def release(recipe: Recipe) -> Release:
     """Quantize a model, measure it against the 16-bit original, and promote it within the gates.
 
-    What passes them is exported before it is registered: an export that cannot be verified rejects
+    Its speed is measured on the devices that the recipe's benchmark names. What passes the gates is
+    exported before it is registered: an export that cannot be verified rejects
     the release. What is rejected is not exported. With `gates.approval: required` a person has the
     last word.
 
@@ -85,12 +87,14 @@ def release(recipe: Recipe) -> Release:
         model, data = inputs.model, inputs.evaluation
         baseline = measure(recipe, data, Subject("baseline", model.folder, model.digest))
         repaired = repair(recipe, inputs, baseline, attempt(recipe, inputs, baseline))
-        last, exports = with_exports(baseline, repaired.last)
+        timed, speeds = with_benchmark(baseline, repaired.last)
+        last, exports = with_exports(baseline, timed)
         repaired.attempts[-1] = last
         checkpoint, manifest = last.candidate.checkpoint, last.candidate.manifest
         log_release(run, last.recipe, model, manifest, last.verdict.metrics)
         memory = repaired.attempts[0].candidate.memory  # later rounds quantize little
         run.log_metrics(memory.as_metrics())
+        publish_times(run, name, last.recipe, speeds)
         parts = log_evaluation(run, recipe, {"baseline": baseline, "candidate": last.measured})
         judged, approval = approved(last.verdict, recipe.gates)
         about = {"asked_digest": recipe.digest, **approval}
@@ -120,7 +124,7 @@ def release(recipe: Recipe) -> Release:
             create_table_artifact(rounds, key="rounds", description="Repair: what each bit bought")
             run.log_table(rounds, "rounds")
             _log_rounds(run, repaired.attempts, rounds, tracking_uri, artifact_root)
-        outcome = Outcome(model, last, registration, exports, parts, rounds, correlation)
+        outcome = Outcome(model, last, registration, exports, parts, rounds, correlation, speeds)
         report = report_or_error(run, tracking_uri, outcome)
     folder = str(checkpoint.folder)
     return Release(

@@ -12,6 +12,7 @@ from prefect.cache_policies import NO_CACHE
 from prefect.logging import get_run_logger
 
 from dpq_core.reader import CheckpointReader
+from dpq_core.throughput import Times
 from flows.attempt import Attempt
 from flows.page import ReportData, page
 from infra.history import newest_versions
@@ -38,6 +39,7 @@ class Outcome:
     parts: Mapping[str, Sequence[Mapping[str, Any]]]
     rounds: Sequence[Mapping[str, Any]]
     proxy_correlation: float | None
+    speeds: Sequence[Times] = ()
 
 
 @dataclass(frozen=True)
@@ -98,6 +100,7 @@ def _gathered(run: TrackedRun, tracking_uri: str, outcome: Outcome) -> ReportDat
         rounds=outcome.rounds,
         proxy_correlation=outcome.proxy_correlation,
         parts=outcome.parts,
+        speeds=outcome.speeds,
         environment={
             "Random seeds": seeds(recipe),
             "Versions": versions(),

@@ -19,12 +19,14 @@ from rich.progress import (
 from rich.table import Table
 
 from dpq_core.gates import Metric
+from flows.benchmark import Benchmark
 from flows.evaluate import EvaluationReport
 from flows.ladder import Row, cells, columns
 from flows.release import Release
 from flows.report import gate_rows, model_notes, notes, score_rows
 from infra.leases import telling_of_waits
 from tasks.progress import reporting_to
+from tasks.speeds import conditions, shown
 
 if TYPE_CHECKING:
     from flows.convnet import ConvRelease
@@ -143,6 +145,20 @@ def show_convnet(release: "ConvRelease") -> None:
     console.print(
         f"{release.registration.name} version {release.registration.version}\n"
         f"classifier {release.classifier}\nMLflow run {release.run_id}",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+def show_benchmark(benchmark: Benchmark) -> None:
+    """A row a device, variant and batch, and what a reader has to know of the numbers."""
+    console = _console()
+    _show(console, shown(benchmark.devices))
+    for times in benchmark.devices:
+        for line in conditions(times):
+            console.print(f"  {times.device}: {line}", highlight=False, markup=False)
+    console.print(
+        f"MLflow run {benchmark.run_id}\nfor a log {benchmark.log}",
         highlight=False,
         soft_wrap=True,
     )

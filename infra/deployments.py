@@ -16,6 +16,7 @@ from infra.automations import automations, ensure
 PREFECT_YAML = Path(__file__).parents[1] / "prefect.yaml"
 POOL = "dpq"
 QUEUES: dict[str, int | None] = {"cpu": None, "gpu": 1, "gaudi": 1}  # runs at a time
+QUEUE_OF = {"cpu": "cpu", "cuda": "gpu", "hpu": "gaudi"}  # by kind of device
 LIMITS = {"promotion": 1}  # global concurrency limits; `tasks.register` takes it
 
 

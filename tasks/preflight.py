@@ -16,6 +16,8 @@ from dpq_core.leaves import WINDOWS
 from dpq_core.linear import stored_bytes
 from dpq_core.plan import Plan, kept_lines, plan_layers
 from dpq_core.recipe import Recipe, RecipeError
+from dpq_core.throughput import check_context
+from dpq_core.variants import Checkpoint
 from infra.store import ArtifactRef, Store
 from tasks import windows
 from tasks.evaluate import EvaluationData, prepare
@@ -42,8 +44,8 @@ def preflight(recipe: Recipe) -> Inputs:
     """Check device, model, layers, exports, suites and data sets; tokenise the data sets.
 
     Raises:
-        CheckpointError, DataError, DeviceError, ExportError, MirrorError, RoomError, SuiteError:
-            one line that says what and where.
+        BenchmarkError, CheckpointError, DataError, DeviceError, ExportError, MirrorError,
+            RoomError, SuiteError, VariantError: one line that says what and where.
     """
     resolve_device(recipe.execution.device)
     store = Store(recipe.execution.store)
@@ -55,6 +57,7 @@ def preflight(recipe: Recipe) -> Inputs:
         get_run_logger().warning(line)
     _check_budget(recipe, plan)
     _check_exports(recipe, plan, stream.dtype)
+    _check_benchmark(recipe, model)
     needed = footprint(plan, recipe.calibration, recipe.execution.shards)
     check_room(recipe, needed, store)
     tokenizer = load_tokenizer(model.folder, recipe.model.trust_remote_code)
@@ -76,6 +79,16 @@ def replanned(inputs: Inputs, recipe: Recipe) -> Inputs:
     return replace(
         inputs, plan=plan, footprint=footprint(plan, recipe.calibration, recipe.execution.shards)
     )
+
+
+def _check_benchmark(recipe: Recipe, model: Model) -> None:
+    """What a release is to time can be made of the model, and has room in its context."""
+    if not recipe.benchmark.devices:
+        return
+    source = Checkpoint.of(recipe, model.folder)
+    check_context(source.empty().config.get_text_config(), recipe.benchmark)
+    for variant in recipe.benchmark.variants:
+        source.linears(variant)
 
 
 def _checked_leaves(recipe: Recipe, calibration: ArtifactRef, store: Store) -> int:

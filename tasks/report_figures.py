@@ -11,6 +11,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from dpq_core.throughput import Cell, Times
 from tasks.figures import spread
 
 _BLUE, _RED, _GREY = "#2f7ded", "#d8412f", "#808080"
@@ -19,11 +20,18 @@ _HEIGHT = 330
 _LEFT, _RIGHT = 52, 12
 _BETWEEN = 0.04  # of all layers: the gap between two kinds
 _RANK = 15  # sideways, between two ranks
+_NARROW = 500  # width, below which a legend has two columns
 _MANY = 2000  # layers, above which dots become a picture inside the drawing
 
 _MARKERS: dict[str, dict[str, Any]] = {  # by verdict; any other is a hollow circle
     "promoted": {"marker": "o", "color": _BLUE},
     "rejected": {"marker": "X", "color": _RED},
+}
+_LINES = {  # by variant
+    "bf16": ("o", "#808080"),
+    "fp8": ("s", "#d9730d"),
+    "w4a16": ("^", "#0f9d6b"),
+    "w4a8": ("D", _BLUE),
 }
 _OTHER: dict[str, Any] = {"marker": "o", "color": _GREY, "markerfacecolor": "none"}
 
@@ -117,6 +125,48 @@ def throughput_figure(
     axes.margins(0.12)
     _legend(axes, "tokens per second", {verdict for *_, verdict in versions})
     _title(axes, title)
+    return figure
+
+
+def batches_figure(times: Times, width: float) -> Figure:
+    """Decoding speed against batch on logarithmic axes: a line and a marker a variant; in the same
+    colour, dashed, what its bytes and the device's rates allow; dotted, what the product's rate
+    alone would."""
+    wide = width > _NARROW
+    figure, axes = _axes(width, top=32, bottom=76 if wide else 108, height=400)
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    batches = sorted({cell.batch for cell in times.cells})
+    axes.set_xticks(batches, [str(batch) for batch in batches])
+    axes.minorticks_off()
+    variants: dict[str, list[Cell]] = {}
+    for cell in times.cells:
+        variants.setdefault(cell.variant, []).append(cell)
+    for variant, cells in variants.items():
+        marker, colour = _LINES[variant]
+        cells.sort(key=lambda cell: cell.batch)
+        style: dict[str, Any] = {"color": colour, "linewidth": 1.5}
+        speeds = [(c.batch, c.decode_tokens_per_second or math.nan) for c in cells]
+        limits = [(c.batch, c.limit or math.nan) for c in cells]
+        places, heights = zip(*speeds, strict=True)
+        axes.plot(places, heights, marker, linestyle="-", markersize=7, label=variant, **style)
+        axes.plot(*zip(*limits, strict=True), "--", **style | {"linewidth": 1}, alpha=0.8)
+    axes.plot([], [], "--", color=_GREY, linewidth=1, label="roofline of each")
+    if times.product_limit is not None:
+        line: dict[str, Any] = {"color": _GREY, "linewidth": 1, "label": "BF16 product rate"}
+        axes.axhline(times.product_limit, linestyle=":", **line)
+    axes.set_xlabel("sequences at a time", fontsize=_FONT)
+    axes.legend(
+        ncols=len(variants) + 2 if wide else 2,
+        fontsize=_FONT,
+        frameon=False,
+        loc="upper center",
+        bbox_to_anchor=(0.5, -0.15),
+        handletextpad=0.4,
+        columnspacing=1,
+        borderpad=0,
+    )
+    _title(axes, f"decoding, tokens/s (log), {times.device}")
     return figure
 
 

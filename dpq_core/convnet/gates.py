@@ -11,7 +11,7 @@ from dataclasses import replace
 
 from dpq_core.convnet.artifact import WeightSizes
 from dpq_core.convnet.recipe import ConvGates
-from dpq_core.gates import Metric, Verdict, judge
+from dpq_core.gates import Verdict, judge, ratio_metric
 from dpq_core.pairing import CONFIDENCE, Difference, difference
 from dpq_core.recipe import GatesSection
 from dpq_core.scores import Scores
@@ -42,17 +42,9 @@ def judge_classifier(
     """
     limits = GatesSection(accuracy_drop=gates.accuracy_drop, confidence=gates.confidence)
     verdict = judge({_JUDGED_AS: change}, integrity, limits, limited=False)
-    small = sizes.ratio >= gates.size_ratio
-    size = Metric(
-        SIZE,
-        baseline=1.0,
-        candidate=sizes.ratio,
-        delta=sizes.ratio - 1,
-        limit=gates.size_ratio,
-        passed=small,
-    )
+    size = ratio_metric(SIZE, sizes.ratio, gates.size_ratio)
     reasons = [reason.replace(_JUDGED_AS, ACCURACY) for reason in verdict.reasons]
-    if not small:
+    if not size.passed:
         left = f"; in floating point: {', '.join(sizes.float_layers)}" if sizes.float_layers else ""
         reasons.append(
             f"{SIZE}: {sizes.ratio:.2f} is below the limit of {gates.size_ratio:g}{left}"

@@ -277,3 +277,38 @@ def test_every_reason_is_given_with_its_numbers():
     accuracy = next(reason for reason in result.reasons if reason.startswith(ACCURACY))
     assert "from 64.0000 to 60.0000 (-4.0000)" in accuracy
     assert "0.5 points" in accuracy
+
+
+FAST = GatesSection(throughput_ratio=1.8)
+
+
+@pytest.mark.parametrize(
+    ("ratios", "reason"),
+    [
+        ({"cpu": 1.8}, None),  # the limit itself
+        ({"cpu": 2.5, "cuda": 3.0}, None),
+        ({"cpu": 1.7999}, "throughput_ratio.cpu: 1.8 does not reach"),
+        ({"cpu": 2.5, "cuda": 1.0}, "throughput_ratio.cuda: 1 does not reach"),
+        ({"cuda": Failure("not measured here: x")}, "throughput_ratio.cuda: not measured here: x"),
+        ({"cpu": math.nan}, "throughput_ratio.cpu: it is nan"),
+        ({}, "throughput_ratio: not measured"),
+    ],
+)
+def test_speed_must_reach_its_limit_on_every_device(ratios, reason):
+    result = judge(differences(BASELINE, BASELINE), {}, FAST, False, ratios)
+    assert result.verdict == ("rejected" if reason else "promoted")
+    assert len(result.reasons) == bool(reason)
+    assert "".join(result.reasons).startswith(reason or "")
+    json.dumps(result.as_dict(), allow_nan=False)
+
+
+def test_speed_that_no_gate_asks_for_is_shown_where_there_is_any():
+    ratios = {"cpu": 0.5, "cuda": Failure("not measured here")}
+    result = judge(differences(BASELINE, BASELINE), {}, DEFAULT, False, ratios)
+    assert result.verdict == "promoted"
+    assert result.metrics["throughput_ratio.cpu"].candidate == 0.5
+    assert "throughput_ratio.cuda" not in result.metrics
+
+
+def test_speed_is_not_judged_before_it_is_measured():
+    assert judge(differences(BASELINE, BASELINE), {}, FAST, False).verdict == "promoted"

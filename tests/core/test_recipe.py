@@ -216,6 +216,8 @@ def test_paths_of_overrides_are_the_callers(recipe_file, monkeypatch, tmp_path):
         ("evaluation.limit=7", False),
         ("gates.accuracy_drop=7", False),
         ("model.revision=main", False),
+        ("benchmark.batches=[1]", True),  # of a benchmark that a release does not run
+        ("benchmark.devices=[cpu]", False),
     ],
 )
 def test_digest_is_of_everything_but_execution(recipe_file, override, same):

@@ -29,12 +29,15 @@ from prefect.client.schemas.objects import StateType
 from prefect.client.schemas.schedules import IntervalSchedule
 from prefect.states import Running
 from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
 
 from dpq_core.recipe import RecipeError, load_recipe
+from flows.cli import app
 from flows.deployed_recipe import COMMON, Overrides, admitted
 from flows.release import release
 from infra import client
 from infra.automations import crashed_runs, ensure
+from infra.deployments import QUEUE_OF
 from infra.registry import Registry
 from infra.tracking import mlflow_client, tracking_store
 
@@ -78,7 +81,8 @@ def test_deploying_again_changes_nothing(deployed, call, notified):
     after = made()
     assert after == before
     names, automations, schedules, limit = after
-    assert {"release", "evaluate", "compare", "nightly", "cpu", "gpu", "gaudi"} <= names.keys()
+    deployments = {"release", "evaluate", "compare", "benchmark", "nightly"}
+    assert deployments | {"cpu", "gpu", "gaudi"} <= names.keys()
     assert len(automations) == 3  # two, and the trigger of release
     assert len(schedules["nightly"]) == 1
     assert limit == 1
@@ -90,6 +94,18 @@ def test_the_form_has_the_recipe_s_own_bounds_and_refuses_before_a_run_exists(de
         with pytest.raises(client.ClientError, match="release/release: "):
             client.launch("release/release", {"recipe": "quickstart", "overrides": overrides})
     assert len(runs_of("release")) == before
+
+
+@pytest.mark.parametrize(("device", "queue"), QUEUE_OF.items())
+def test_a_benchmark_goes_to_the_queue_of_its_device(deployed, device, queue):
+    asked = ["trigger", "benchmark", "--recipe", "quickstart", "--device", device, "--json"]
+    done = CliRunner().invoke(app, asked)
+    assert done.exit_code == 0, done.stderr
+    run_id = UUID(json.loads(done.stdout)["run"])
+    with get_client(sync_client=True) as prefect:
+        run = prefect.read_flow_run(run_id)
+        prefect.delete_flow_run(run_id)  # no worker is to take it
+    assert (run.work_queue_name, run.parameters["device"]) == (queue, device)
 
 
 def test_what_is_left_empty_in_the_form_is_not_sent(deployed):
@@ -206,6 +222,17 @@ def test_the_same_key_is_the_same_run_whatever_became_of_the_client(worker, work
     said = json.loads(late.stdout)
     assert (said["run"], said["verdict"]) == (str(run.id), "error")
     assert "gates.no_such" in said["reasons"][0]
+
+
+@pytest.mark.slow
+def test_a_benchmark_on_a_worker(worker, call, recipes):
+    small = {"variants": ["bf16", "w4a8"], "batches": [1], "new_tokens": 4, "repeats": 1}
+    asked = ["trigger", "benchmark", "--recipe", recipes("timed", benchmark=small), "--json"]
+    done = call("dpq", *asked, "--wait")
+    assert done.returncode == 0, done.stdout
+    said = json.loads(done.stdout)
+    assert (said["verdict"], said["reasons"]) == ("completed", [])
+    assert said["log"].endswith("benchmark.md")
 
 
 @pytest.mark.slow

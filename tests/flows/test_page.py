@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 from lxml.html import HTMLParser, document_fromstring
 
-from dpq_core.gates import Metric, Verdict
+from dpq_core.gates import Metric, Verdict, ratio_metric
 from dpq_core.recipe import parse_recipe
 from dpq_core.scheme import Scheme
+from dpq_core.throughput import Cell, Times
 from flows.page import THROUGHPUT, ReportData, page
 from infra.history import PastVersion
 from tasks.report_figures import layers_figure, worst_layers
@@ -114,6 +115,23 @@ FULL = ReportData(
         ]
     },
     environment={"Hardware": {"processor": "a processor"}},
+    speeds=[
+        Times(
+            "cpu",
+            "a processor",
+            bandwidth=2e10,
+            product_rate=1e12,
+            product_limit=5000.0,
+            cells=(
+                Cell("bf16", 1, 0.02, 6400.0, 0.01, 100.0, 1_000_000_000, 200.0),
+                Cell("bf16", 8, limit=1600.0, wrong="out of memory: no more"),
+                Cell("w4a8", 1, 0.01, 12800.0, 0.004, 250.0, 400_000_000, 500.0),
+                Cell("w4a8", 8, 0.08, 12800.0, 0.005, 1600.0, 500_000_000, 4000.0),
+            ),
+            notes=("w4a8: runtime cpu",),
+        ),
+        Times("cuda", wrong="not measured here: this machine has no cuda device"),
+    ],
 )
 NOT_FINITE = replace(
     FULL,
@@ -148,6 +166,7 @@ BARE = replace(
     exports=[],
     parts={},
     environment={},
+    speeds=[],
     manifest=MANIFEST | {"layers": LAYERS[:1], "skipped": {}},
     recipe=recipe_of(evaluation={}),
 )
@@ -364,6 +383,40 @@ def test_throughput_appears_once_a_version_has_it(count):
     )
     assert ("accuracy_average against tokens per second of the 3 versions" in said) == (count == 3)
     assert "Throughput: not measured in this release" in section(tree, "Skipped") or count == 3
+
+
+def test_speeds_have_a_table_a_chart_and_their_conditions():
+    tree = tree_of(FULL)
+    (table,) = tree.xpath("//h2[text()='Throughput']/following::table[1]")
+    rows = [[text_of(cell) for cell in row] for row in table.xpath("tbody/tr")]
+    assert rows[0][:5] == ["cpu", "bf16", "1", "100.0", "1.00"]
+    assert rows[1][3:5] == ["out of memory: no more", "–"]
+    assert rows[2][3:] == ["250.0", "2.50", "500.0", "4.00", "12,800", "10.0", "0.40"]
+    assert rows[3][4] == "–"  # there is no BF16 to compare with
+    assert rows[4][:4] == ["cuda", "–", "–", "not measured here: this machine has no cuda device"]
+    said = section(tree, "Throughput")
+    assert "Decoding on cpu, tokens a second against sequences at a time. Most: 1,600" in said
+    assert "copy 20.0 GB/s" in said
+    assert not tree_of(BARE).xpath("//h2[text()='Throughput']")
+
+
+def test_a_speed_gate_is_in_the_gate_table_and_no_measure_of_quality():
+    ratio = ratio_metric("decoding", 2.5, 1.8)
+    metrics = {"perplexity_token": METRICS["perplexity_token"], "throughput_ratio.cpu": ratio}
+    gates = {"throughput_ratio": 1.8}
+    recipe = recipe_of(gates=gates, benchmark={"devices": ["cpu"]})
+    speeds = {THROUGHPUT: 250.0}
+    past = [replace(v, metrics={**v.metrics, **speeds}) for v in FULL.past]
+    tree = tree_of(
+        replace(FULL, recipe=recipe, past=past, verdict=Verdict("promoted", (), metrics))
+    )
+    row = [text_of(cell) for cell in tree.xpath("//table")[0].xpath("tbody/tr")[1]]
+    assert row[:4] == ["throughput_ratio.cpu (decoding)", "1.0000", "2.5000", "+1.5000"]
+    assert row[-2:] == ["1.8", "pass"]
+    assert "Of throughput_ratio what reaches its limit passes" in section(tree, "Gates")
+    versions = section(tree, "Versions of this model")
+    assert "perplexity_token, candidate minus baseline against tokens per second" in versions
+    assert "throughput_ratio" not in versions
 
 
 def test_colours_can_be_read_in_both_schemes():
