@@ -213,7 +213,8 @@ def token_scale(x: Tensor, maximum: float) -> Tensor:
     [..., in] → [..., 1].
     """
     amax = x.abs().amax(-1, keepdim=True).float()
-    return torch.where(amax > 0, amax / maximum, torch.ones_like(amax))
+    limit = torch.full_like(amax, maximum)  # by a plain number CUDA multiplies by its reciprocal
+    return torch.where(amax > 0, amax / limit, torch.ones_like(amax))
 
 
 # The BF16 units of a CPU. Torch's operators multiply BF16 into BF16 only; the MKL that comes with
