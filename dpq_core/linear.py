@@ -214,7 +214,8 @@ def token_scale(x: Tensor, maximum: float) -> Tensor:
     [..., in] → [..., 1].
     """
     amax = x.abs().amax(-1, keepdim=True).float()
-    return torch.where(amax > 0, amax / maximum, torch.ones_like(amax))
+    limit = torch.full_like(amax, maximum)  # by a plain number CUDA multiplies by its reciprocal
+    return torch.where(amax > 0, amax / limit, torch.ones_like(amax))
 
 
 @functools.cache

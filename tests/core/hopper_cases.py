@@ -7,6 +7,7 @@ imported.
 """
 
 import os
+from dataclasses import replace
 
 import ml_dtypes
 import numpy as np
@@ -67,8 +68,8 @@ def quantized(rows, features, device, **changes):
 
 
 def on(grid, device):
-    tensors = (grid.channel_scale, grid.group_scale, grid.zero_point)
-    return Grid(*(tensor.to(device) for tensor in tensors), grid.group_size, grid.inner)
+    names = ("channel_scale", "group_scale", "zero_point")
+    return replace(grid, **{name: getattr(grid, name).to(device) for name in names})
 
 
 def exact(x, reference):
@@ -189,9 +190,7 @@ def test_every_code_decodes_to_the_bit_in_16_bits(device):
 
 def test_what_reaches_beyond_240_saturates_there(device):
     weight = every_grid("e4m3", [-6, 0, 3, 4, 5, 6], device)
-    fmt = Scheme(fp8_max=240).inner_format
-    grid = Grid(*vars(weight.grid).values())
-    object.__setattr__(grid, "inner", fmt)
+    grid = replace(weight.grid, inner=Scheme(fp8_max=240).inner_format)
     expected = grid.decode8(weight.codes)
     assert expected.max() == 240
     assert torch.equal(decoded(QuantizedWeight(weight.codes, grid), device).float(), expected)
