@@ -60,7 +60,7 @@ needs_runtime = pytest.mark.skipif(bool(no_runtime()), reason=no_runtime())
 
 @dataclass(frozen=True)
 class Asked:
-    variants: tuple[str, ...] = tuple(VARIANTS)
+    variants: tuple[str, ...] = ("bf16", "w4a16", "w4a8")  # a kernel: each kind takes seconds
     batches: tuple[int, ...] = (1, 3)
     prompt_tokens: int = 9
     new_tokens: int = 5
@@ -133,7 +133,7 @@ def test_every_variant_at_every_batch():
     asked = Asked()
     found = measure(tiny(), asked, CPU, lambda done, total: steps.append((done, total)))
     assert [(c.variant, c.batch) for c in found.cells] == [
-        (variant, batch) for variant in VARIANTS for batch in asked.batches
+        (variant, batch) for variant in asked.variants for batch in asked.batches
     ]
     for cell in found.cells:
         assert not cell.wrong
