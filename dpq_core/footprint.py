@@ -2,8 +2,8 @@
 
 The constants count arrays that are alive at a time. For a layer [out, in] of 4 bits, in float32:
 
-- the factorisation: the Hessian, its order, the copy that is factorised, its reverse; the weight, as it
-  was read and as it is ordered;
+- the factorisation: the Hessian, its order, the copy that is factorised, its reverse; the weight,
+  as it was read and as it is ordered;
 - everything after: the Hessian and the factor; weight, codes, residual and gradient, and what was
   read, five of the weight's shape. Where the kernels for CPUs do not run, the gradient passes take
   as many again.
