@@ -101,9 +101,11 @@ def calibrate_block(
 def block_passes(
     stream: StreamedModel, index: int, rounding: InputRounding | None
 ) -> Iterator["BlockPasses"]:
-    """A block with its weights, while it lasts, to run batches through."""
+    """A block with its weights, while it lasts, to run batches through. The next one is read from
+    the disk meanwhile."""
     path = stream.block_name(index)
     with stream.block(index) as block:
+        stream.read_ahead(index + 1)
         inputs: dict[str, nn.Linear] = {}
         for first, *_ in stream.groups(index):
             linear = block.get_submodule(first.removeprefix(f"{path}."))

@@ -58,11 +58,21 @@ def whole_machine(parts: int = 1) -> Iterator[None]:
     """
     before = torch.get_num_threads()
     torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // parts))
+    try:
+        with freed_memory_kept():
+            yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextmanager
+def freed_memory_kept() -> Iterator[None]:
+    """Freed memory kept for reuse, and given back at the end, as `share_machine` has it."""
     _keep_freed_blocks(below=1 << 30)
     try:
         yield
     finally:
-        share_machine(before)
+        _keep_freed_blocks(below=1 << 20)
 
 
 def out_of_memory(error: Exception) -> bool:

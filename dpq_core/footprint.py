@@ -2,7 +2,8 @@
 
 The constants count arrays that are alive at a time. For a layer [out, in] of 4 bits, in float32:
 
-- the factorisation: the Hessian, its order, the copy that is factorised, its reverse; the weight;
+- the factorisation: the Hessian, its order, the copy that is factorised, its reverse; the weight,
+  as it was read and as it is ordered;
 - everything after: the Hessian and the factor; weight, codes, residual and gradient, and what was
   read, five of the weight's shape. Where the kernels for CPUs do not run, the gradient passes take
   as many again.
@@ -88,7 +89,7 @@ def layer_bytes(layer: PlannedLayer) -> int:
         return _FLOAT32 * (hessian + weight)
     if layer.scheme.bits == 8:
         return _FLOAT32 * (hessian + 6 * weight)
-    return _FLOAT32 * max(4 * hessian + weight, 2 * hessian + 5 * weight)
+    return _FLOAT32 * max(4 * hessian + 2 * weight, 2 * hessian + 5 * weight)
 
 
 def _statistics(plan: Plan, block: int) -> int:

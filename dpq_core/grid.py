@@ -100,7 +100,7 @@ def choose_grid(weight: Tensor, scheme: Scheme, importance: Tensor | None) -> Gr
     if scheme.scale_search == "hessian":
         if importance is None:
             raise ValueError("scale_search: hessian needs the layer's calibration statistics")
-        columns = importance.float()
+        columns = importance.float().contiguous()  # a diagonal is not
     ranges = [
         _ranges(weight[rows] / channel_scale[rows], columns, scheme) for rows in _slices(weight)
     ]

@@ -19,7 +19,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 TILE_ROWS = 64
-_CHUNK = 32  # columns that `refine` looks at together
+_CHUNK = 64  # columns that `refine` looks at together
+_LINE = 16  # rows that it reads together: what a cache line holds
 
 _Array = NDArray[np.float32]
 _ANY = {"inline": "always", "error_model": "numpy"}
@@ -182,19 +183,26 @@ def refine(
 ) -> int:
     """`gradient_rounding.refine_codes` of some rows: codes moved.
 
-    Few codes move. So a row looks at 32 columns at once, and takes the first step among them that
+    Few codes move. So a row looks at 64 columns at once, and takes the first step among them that
     gains, which changes its whole gradient; then at what follows that column.
     """
     columns = len(codes)
-    code, scale = np.empty(columns, np.float32), np.empty(columns, np.float32)
-    zero, value = np.empty(columns, np.float32), np.empty(columns, np.float32)
-    step, gains = np.empty(columns, np.float32), np.empty(columns, np.bool_)
+    tile = np.empty((_LINE, columns), np.float32)
+    scales, zeros = np.empty_like(tile), np.empty_like(tile)
+    value, step = np.empty(columns, np.float32), np.empty(columns, np.float32)
+    gains = np.empty(columns, np.bool_)
     moved = 0
     for row in range(first, last):
+        line = (row - first) % _LINE
+        if line == 0:
+            for j in range(columns):
+                of = group[j]
+                for other in range(min(_LINE, last - row)):
+                    tile[other, j] = codes[j, row + other]
+                    scales[other, j] = group_scale[of, row + other]
+                    zeros[other, j] = zero_point[of, row + other]
+        code, scale, zero = tile[line], scales[line], zeros[line]
         slope, channel = gradient[row], channel_scale[row]
-        for j in range(columns):
-            of = group[j]
-            code[j], scale[j], zero[j] = codes[j, row], group_scale[of, row], zero_point[of, row]
         for j in range(columns):
             value[j] = scale[j] * (code[j] - zero[j])
             if rounds:
@@ -226,8 +234,10 @@ def refine(
                     j += 1
             if moved == before:
                 break
-        for j in range(columns):
-            codes[j, row] = code[j]
+        if line == _LINE - 1 or row == last - 1:
+            for j in range(columns):
+                for other in range(line + 1):
+                    codes[j, row - line + other] = tile[other, j]
     return moved
 
 

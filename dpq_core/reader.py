@@ -5,6 +5,7 @@ the names of the model's parameters, whatever the files call them (`families.Fam
 """
 
 import json
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from dpq_core.families import FAMILIES, Family
 
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
+_AHEAD = 1 << 20  # bytes that are asked for at a time: Linux cuts a larger wish short
 # What identifies a model besides its weights, and what a release carries over.
 SIDE_FILES = (
     "config.json",
@@ -92,6 +94,25 @@ class CheckpointReader:
                 for name in members:
                     loaded[name] = file.get_tensor(self._stored[name]).clone()
         return loaded
+
+    def read_ahead(self, names: Iterable[str]) -> None:
+        """Have the kernel read tensors from the disk in the background: into its page cache, where
+        `tensors` finds them, and into no memory of this process. Without effect where a system
+        does not offer that."""
+        if not hasattr(os, "posix_fadvise"):
+            return
+        wanted: dict[str, list[str]] = {}
+        for name in names:
+            wanted.setdefault(self._shard_of[name], []).append(self._stored[name])
+        for shard, members in wanted.items():
+            with (self.folder / shard).open("rb") as file:
+                length = int.from_bytes(file.read(8), "little")
+                header = json.loads(file.read(length))
+                for name in members:
+                    first, last = (8 + length + offset for offset in header[name]["data_offsets"])
+                    for start in range(first, last, _AHEAD):
+                        piece = file.fileno(), start, min(_AHEAD, last - start)
+                        os.posix_fadvise(*piece, os.POSIX_FADV_WILLNEED)
 
     def shape_and_type(self, name: str) -> tuple[list[int], str]:
         """Shape and safetensors type (`BF16`, `I32`, …), from the header alone."""

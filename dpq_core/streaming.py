@@ -197,6 +197,12 @@ class StreamedModel:
             self.model.set_submodule(path, _Skip())
             self._loaded = None
 
+    def read_ahead(self, index: int) -> None:
+        """Have a block read from the disk while something else goes on, if there is such a block;
+        see `CheckpointReader.read_ahead`."""
+        if index < self.block_count:
+            self.reader.read_ahead(self.reader.under(self.block_name(index)))
+
     def forward(self, batch: Batch) -> Tensor:
         """A batch's hidden states after the block that is loaded now, on their own device."""
         assert self._loaded is not None

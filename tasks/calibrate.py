@@ -28,6 +28,7 @@ from dpq_core.calibration import (
     block_passes,
     completed,
 )
+from dpq_core.device import freed_memory_kept
 from dpq_core.digests import digest
 from dpq_core.hessian import InputStatistics
 from dpq_core.leaves import Node, summed
@@ -195,11 +196,13 @@ class _Calibration:
 
     @contextmanager
     def _passes(self, leaves: Node) -> Iterator[Callable[[], BlockPasses]]:
-        """The passes over the block, which is loaded when they are first asked for."""
+        """The passes over the block, which is loaded when they are first asked for. Every forward
+        takes the same temporaries, which are kept from one to the next."""
         with ExitStack() as stack:
 
             @cache
             def passes() -> BlockPasses:
+                stack.enter_context(freed_memory_kept())
                 self._hidden.prepare(self._block, range(leaves.first, leaves.last))
                 stream = self._hidden.stream
                 return stack.enter_context(block_passes(stream, self._block, self._rounding))

@@ -5,9 +5,10 @@
 
 The peers live in an environment of their own below `--folder`, made at the first run (minutes).
 Each row is a process of its own that takes the recipe's calibration windows from a file and leaves
-a checkpoint. Seconds, wall and CPU, are of loading, quantizing (calibration included) and saving,
-without imports; ours find their kernels in Numba's cache. Perplexity is of what was left, read by
-`load_model`, on the recipe's text; a model of random weights has none.
+a checkpoint. Seconds are without imports; ours read and write while they quantize, so that only the
+second pair compares like with like. Our kernels are found in Numba's cache; `definition` has the
+loop in plain torch. Perplexity is of what was left, read by `load_model`, on the recipe's text; a
+model of random weights has none.
 """
 
 import argparse
@@ -88,7 +89,7 @@ def compare(recipe: Recipe, arguments: argparse.Namespace) -> None:
         windows = windows_of(recipe, source, arguments.windows or section.samples)
         save_file({"tokens": windows}, tokens)
         print(f"{len(windows)} × {length} tokens, {torch.get_num_threads()} threads\n")
-        print("| | load | quantize, wall | quantize, CPU | save | perplexity |")
+        print("| | quantize, wall | CPU | with loading and saving, wall | CPU | perplexity |")
         print("|---|---|---|---|---|---|")
         if not arguments.model:
             print(f"| 16 bits | | | | | {scored(recipe, source, source, arguments.scored)} |")
@@ -101,12 +102,10 @@ def compare(recipe: Recipe, arguments: argparse.Namespace) -> None:
             else:
                 seconds = run([sys.executable, __file__, "--row", name, *inputs])
             wall, used = seconds["wall"], seconds["cpu"]
+            whole = wall["quantize"], used["quantize"], sum(wall.values()), sum(used.values())
+            cells = [f"{each:.1f}" for each in whole]
             value = "–" if arguments.model else scored(recipe, source, folder, arguments.scored)
-            print(
-                f"| {name} | {wall['load']:.1f} | {wall['quantize']:.1f} | {used['quantize']:.1f}"
-                f" | {wall['save']:.1f} | {value} |",
-                flush=True,
-            )
+            print(f"| {name} | {' | '.join([*cells, value])} |", flush=True)
 
 
 def windows_of(recipe: Recipe, source: Path, samples: int) -> torch.Tensor:

@@ -11,7 +11,7 @@ CPU seconds of this process, so that a busy machine counts little; a stage's own
 stages called from it. `peak`: the largest resident memory while the stage ran, above the memory
 before the first one. The floor: every matrix product of the stage, alone, in the same process
 afterwards; of attention, of the factorisation and of what is not a product there is none.
-`--definition`: the kernels' definitions in plain torch instead.
+`--definition`: loop, passes, scale search and residuals in plain torch instead of kernels.
 """
 
 import argparse
