@@ -9,12 +9,16 @@ import multiprocessing
 import os
 import signal
 import threading
-from typing import Any
+from collections.abc import Callable
+from functools import partial
+from typing import Any, Self, TypeVar
 
 from prefect.task_runners import ProcessPoolTaskRunner, TaskRunner, ThreadPoolTaskRunner
 
 from dpq_core.device import share_machine
 from dpq_core.recipe import ExecutionSection
+
+_Result = TypeVar("_Result")
 
 
 def task_runner(execution: ExecutionSection) -> TaskRunner[Any]:
@@ -41,6 +45,16 @@ class _Threads(ThreadPoolTaskRunner[Any]):
 
 
 class _Processes(ProcessPoolTaskRunner):
+    """Prefect's, whose pool's own thread would die of what is no `Exception`, and with it every
+    future would wait for ever: a task whose server goes away is ended by `asyncio.CancelledError`.
+    """
+
+    def __enter__(self) -> Self:
+        super().__enter__()
+        assert self._executor is not None
+        self._executor.submit = partial(self._executor.submit, _interrupted)  # type: ignore[method-assign, arg-type]
+        return self
+
     def __exit__(self, exc_type: Any, exc_value: Any, traceback: Any) -> None:
         if _told_to_stop(exc_type):
             for process in multiprocessing.active_children():
@@ -51,6 +65,24 @@ class _Processes(ProcessPoolTaskRunner):
 def _told_to_stop(exc_type: type[BaseException] | None) -> bool:
     """Whether a block ends by Ctrl-C or a signal: no error of what runs in it."""
     return exc_type is not None and not issubclass(exc_type, Exception)
+
+
+class TaskInterruptedError(RuntimeError):
+    """A worker's task was ended by something other than an error of its own."""
+
+
+def _interrupted(call: Callable[[], _Result]) -> _Result:
+    """`call()`, in a worker."""
+    try:
+        return call()
+    except Exception:
+        raise
+    except BaseException as error:
+        said = f"{type(error).__name__}: {error}".removesuffix(": ")
+        raise TaskInterruptedError(
+            f"a worker's task was interrupted ({said}), by a Prefect server that went away perhaps:"
+            " run again: what is finished is kept"
+        ) from error
 
 
 def _start_worker(threads: int) -> None:

@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
+from dpq_core.affine import CODES
 from dpq_core.cpu import bits_of, rounding
 from dpq_core.formats import NumberFormat
 from dpq_core.grid import Grid
@@ -48,9 +49,16 @@ def refusal(layer: QuantizedLinear) -> str:
         grid = layer.weight.grid
         if grid.group_size not in (32, 64) and grid.group_size % amx.UNIT:
             return f"groups of {grid.group_size}: kernels take 32, 64 and multiples of {amx.UNIT}"
-        if grid.saturates() and grid.inner:
+        if grid.inner and _reach(grid) > grid.inner.maximum:
             return f"codes that stand for more than {grid.inner.maximum:g}"
     return ""
+
+
+def _reach(grid: Grid) -> float:
+    """Largest magnitude that a code can stand for, before it is rounded."""
+    zero_point = grid.zero_point.float()
+    steps = torch.maximum(zero_point, CODES.maximum - zero_point)
+    return float((grid.group_scale.float() * steps).max())
 
 
 def make(layer: QuantizedLinear, bias: Tensor | None) -> nn.Module:

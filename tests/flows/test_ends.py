@@ -1,5 +1,6 @@
 """Ends before the end: signals, kills, a full disk; real processes on real services."""
 
+import asyncio
 import json
 import os
 import shutil
@@ -13,11 +14,15 @@ from pathlib import Path
 import psutil
 import pytest
 from conftest import dpq_process, run_flow
+from prefect import flow, task
 from prefect.client.orchestration import get_client
 from test_same_bytes import in_store, layer_artifacts
 
+from dpq_core.recipe import ExecutionSection
 from flows.quantize import quantize
+from flows.runners import TaskInterruptedError, task_runner
 from infra.owners import PROCESS, Owner
+from infra.services import services
 from infra.tracking import mlflow_client, tracking_store
 from tasks import memory
 
@@ -198,3 +203,21 @@ def fill(path, leave):
         while file.write(bytes(4096)):
             pass
     os.truncate(path, path.stat().st_size // 4096 * 4096 - leave)
+
+
+@task
+def away():
+    raise asyncio.CancelledError("the server is away")
+
+
+@flow
+def waits_for_one():
+    return away.submit().result()
+
+
+def test_a_task_that_is_cancelled_from_within_ends_the_wait_for_it(services_home):
+    """As Prefect's engine is where its server goes away: the pool's own thread would die of it."""
+    with services(services_home):
+        runner = task_runner(ExecutionSection(runner="processes", workers=1))
+        with pytest.raises(TaskInterruptedError, match=r"interrupted \(CancelledError"):
+            waits_for_one.with_options(task_runner=runner)()
