@@ -79,7 +79,7 @@ bench-kernels: $(READY)  ## linears of the runtimes, checked, then timed beside 
 # By the machine's own torch, Triton and pytest: nothing is installed. Of the rest dpq_core needs
 # numba, scipy and pydantic; wheels of what is missing can be unpacked into a folder of PYTHONPATH.
 bench-gpu:  ## everything that wants a Hopper GPU, in one go: kernels checked on it, timed, a model
-	PYTHONPATH=.:$$PYTHONPATH $(PYTHON) -m pytest --noconftest -p no:cacheprovider tests/core/hopper_cases.py
+	PYTHONPATH=.:$$PYTHONPATH $(PYTHON) -m pytest --noconftest -p no:cacheprovider tests/core/hopper_cases.py tests/core/cuda_cases.py
 	PYTHONPATH=.:$$PYTHONPATH $(PYTHON) tests/bench/kernels.py --device cuda
 	PYTHONPATH=.:$$PYTHONPATH $(PYTHON) tests/bench/end_to_end.py --device cuda --shape llama-3-8b
 

@@ -8,11 +8,13 @@ triangular, quantizing column j of the working weight changes the columns still 
 which is the change that keeps the layer objective lowest. Columns are handled in blocks: inside a
 block one by one, then all columns after it by one product. Everything is transposed here (a column
 of the weight is a contiguous row), which is what makes the inner steps cheap. `choose_block` states
-a block's steps in plain torch; `dpq_core.cpu` has them as a kernel.
+a block's steps in plain torch; `dpq_core.cpu` and `dpq_core.cuda` have them as kernels.
 
 DPQ differs from GPTQ in one thing: ŵ contains the rounding to the 8-bit inner format, so that this
 error is compensated as well.
 """
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -83,7 +85,7 @@ def quantize_columns(
 ) -> Tensor:  # codes [in, out] fp32
     """Codes of all columns. With a factor, `weight` is used up as the working weight."""
     codes = torch.empty_like(weight, memory_format=torch.contiguous_format)
-    choose = cpu.choose_block if cpu.fits(weight) else choose_block
+    choose = _kernel_for(weight) or choose_block
     for start in range(0, len(weight), block_columns):
         block = slice(start, min(start + block_columns, len(weight)))
         if factor is None:
@@ -93,6 +95,20 @@ def quantize_columns(
         rest = slice(block.stop, None)
         weight[rest].addmm_(factor[block, rest].T, weight[block], alpha=-1)
     return codes
+
+
+_Choose = Callable[[Tensor, Tensor, ColumnGrid, Tensor], None]
+
+
+def _kernel_for(weight: Tensor) -> _Choose | None:
+    """What does a block's steps on a weight's device; None: the definition."""
+    if cpu.fits(weight):
+        return cpu.choose_block
+    if weight.is_cuda:
+        from dpq_core import cuda  # Triton, which comes with a CUDA torch
+
+        return cuda.choose_block
+    return None
 
 
 def choose_block(

@@ -34,7 +34,7 @@ def choose_block(
     factor: Tensor,  # [n, n] fp32, U's diagonal block
 ) -> None:
     """`column_loop.choose_block`: 32 columns at a time, a product for those that follow."""
-    (group, *scales), inner = _arrays(grid), _rounding_of(grid.inner)
+    (group, *scales), inner = _arrays(grid), rounding_of(grid.inner)
     transposed = factor.T.contiguous()
     for start in range(0, len(work), _COLUMNS):
         part = slice(start, min(start + _COLUMNS, len(work)))
@@ -51,7 +51,7 @@ def residual(
 ) -> Tensor:
     """ŵ - w [n, out], in the place of w."""
     arrays = codes.numpy(), weight.numpy(), *_arrays(grid)
-    _by_rows(kernels.residual, weight.shape[1], *arrays, *_rounding_of(grid.inner))
+    _by_rows(kernels.residual, weight.shape[1], *arrays, *rounding_of(grid.inner))
     return weight
 
 
@@ -66,7 +66,7 @@ def refine_codes(
     """`gradient_rounding.refine_codes`, from the gradient of these codes. Returns codes moved."""
     arrays = codes.numpy(), gradient.numpy(), hessian.numpy(), hessian.diagonal().numpy().copy()
     limits = np.float32(least_gain), max_passes
-    rest = *_arrays(grid), *_rounding_of(grid.inner)
+    rest = *_arrays(grid), *rounding_of(grid.inner)
     return sum(_by_rows(kernels.refine, len(gradient), *arrays, *limits, *rest))
 
 
@@ -82,7 +82,7 @@ def group_errors(
     errors = torch.empty_like(group_scale)
     scales = group_scale.numpy(), zero_point.numpy(), errors.numpy()
     arrays = weight.numpy(), importance.numpy(), group_size, *scales
-    _by_rows(kernels.group_errors, len(weight), *arrays, *_rounding_of(inner))
+    _by_rows(kernels.group_errors, len(weight), *arrays, *rounding_of(inner))
     return errors
 
 
@@ -151,7 +151,7 @@ def rounding(fmt: NumberFormat) -> tuple[np.float32, np.int32, np.int32]:
     return np.float32(fmt.maximum), np.int32(mask), np.float32(lowest).view(np.int32)
 
 
-def _rounding_of(inner: NumberFormat | None) -> tuple[bool, np.float32, np.int32, np.int32]:
+def rounding_of(inner: NumberFormat | None) -> tuple[bool, np.float32, np.int32, np.int32]:
     """Whether anything is rounded, and `rounding`."""
     if inner is None:
         return False, np.float32(0), np.int32(0), np.int32(0)

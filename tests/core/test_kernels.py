@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
+from kernel_layers import SCHEMES, layer_of
 
 from dpq_core import cpu, grid, kernels
 from dpq_core.affine import ColumnGrid
@@ -16,49 +17,15 @@ from dpq_core.column_loop import choose_block, inverse_factor, quantize_columns
 from dpq_core.formats import FORMATS
 from dpq_core.gradient_rounding import refine_codes, residual
 from dpq_core.grid import choose_grid
-from dpq_core.quantize import column_order, objective
+from dpq_core.quantize import objective
 from dpq_core.scheme import Scheme
 
-SCHEMES = [
-    {},
-    {"order": "none"},
-    {"order": "gar"},
-    {"inner": "int8", "group_size": 48},
-    {"fp8_max": 240, "channel_scale": "tensor", "power_of_two": True, "symmetric": True},
-    {"preset": "hopper-vllm", "group_size": 32},
-    {"method": "gptq", "inner": "none", "activations": "none"},
-    {"method": "naive", "group_size": 32},
-]
 SHAPES = [(600, 256), (150, 200), (1, 33), (201, 7)]  # rows, features: short tiles, groups, blocks
 
 
 def definition():
     """While it lasts, nothing is for the kernels."""
     return patch.object(cpu, "fits", return_value=False)
-
-
-def layer_of(scheme, rows, features, seed=0):
-    """Weight [in, out] and Hessian in the scheme's order, and the grid of the columns. A row of
-    zeros, a constant one and one with an outlier among them; strongly correlated inputs."""
-    generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(4 * features, features, generator=generator)
-    x += (
-        2
-        * torch.randn(4 * features, 3, generator=generator)
-        @ torch.randn(3, features, generator=generator)
-    )
-    x *= torch.rand(features, generator=generator).mul(2).exp()
-    weight = torch.randn(rows, features, generator=generator) / 20
-    for row, value in ((1, 0), (2, 0.3)):
-        weight[row : row + 1] = value
-    weight[3:4, features // 2] = 9
-    hessian = 2 * x.T @ x / len(x)
-    chosen = choose_grid(weight, scheme, hessian.diagonal())
-    order = column_order(hessian.diagonal(), scheme.order, scheme.group_size)
-    columns = chosen.at(order)
-    if scheme.method == "naive":
-        columns = ColumnGrid(**{**vars(columns), "inner": None})
-    return weight.T[order].contiguous(), hessian[order][:, order].contiguous(), columns
 
 
 def both(function):

@@ -1,0 +1,52 @@
+"""Quantization's Triton kernels, launched: on a CUDA device, or, with TRITON_INTERPRET=1, in the
+interpreter.
+
+    python -m pytest tests/core/cuda_cases.py
+
+`test_cuda.py` runs this in a process of its own, for the interpreter is chosen when Triton is
+imported.
+"""
+
+import os
+from dataclasses import replace
+
+import pytest
+import torch
+from kernel_layers import SCHEMES, layer_of
+
+from dpq_core import cuda
+from dpq_core.affine import ColumnGrid
+from dpq_core.column_loop import choose_block, inverse_factor
+from dpq_core.scheme import Scheme
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@pytest.fixture(scope="module")
+def device():
+    if not INTERPRETED and not torch.cuda.is_available():
+        pytest.skip("torch finds no CUDA device")
+    return torch.device("cpu" if INTERPRETED else "cuda")
+
+
+def on(grid: ColumnGrid, device):
+    moved = {n: t.to(device) for n, t in vars(grid).items() if isinstance(t, torch.Tensor)}
+    return replace(grid, **moved)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES, ids=str)
+@pytest.mark.parametrize(("rows", "features", "columns"), [(70, 96, 33), (33, 64, 64)])
+def test_a_block_gets_the_definitions_codes(scheme, rows, features, columns, device):
+    """Of the first block. A row may differ from where two roundings tie within float error on."""
+    weight, hessian, grid = layer_of(Scheme(**scheme), rows, features)
+    factor, _ = inverse_factor(hessian, 0.01)
+    block = slice(0, columns)
+    corner = factor[block, block]
+    expected, found = weight[block].clone(), weight[block].clone().to(device)
+    codes, ours = torch.empty_like(expected), torch.empty_like(found)
+    choose_block(expected, codes, grid.part(block), corner)
+    cuda.choose_block(found, ours, on(grid.part(block), device), corner.to(device))
+    same = (codes == ours.cpu()).all(0)
+    assert same.float().mean() >= 0.97
+    torch.testing.assert_close(found.cpu()[:, same], expected[:, same], rtol=1e-3, atol=1e-4)
+    assert torch.equal(codes[0], ours[0].cpu())  # nothing was passed on to the first column
