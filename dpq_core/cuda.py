@@ -1,27 +1,32 @@
-"""The column loop on a CUDA device: a block of columns of some rows stays in registers.
+"""Quantization's inner loops on a CUDA device, as Triton kernels.
+
+    choose_block   a block of columns of the column loop
+    step_columns   a block of columns of a gradient pass
+    group_errors   one tried range of the scale search
 
 In plain torch each column of a block launches a dozen kernels, which is what such a loop waits for.
-Here one launch does a block of columns: rows are independent, so a program takes 32 of them, loads
-the block once, and goes through its columns one by one: a column is picked out of the registers by
-a masked sum, its error passed on to the columns still to come by a masked product, n² steps for n
-columns as in the definition, without memory between them. 4,096 rows are 128 programs, one for each
-of a Hopper's 132 processors.
+Here one launch does a block: rows are independent, so a program takes 32 of them, loads the block
+once, and goes through its columns one by one: a column is picked out of the registers by a masked
+sum, and what it passes on goes to the columns still to come by a masked product. 4,096 rows are 128
+programs, one for each of a Hopper's 132 processors.
 
-Order of operations and roundings are those of `column_loop.choose_block`; sums of products differ
-in the last digit (fused multiply-add). No GPU has run it: Triton's interpreter has, and it compiles
-for SM90 (`tests/core/test_cuda.py`). Gradient passes, scale search and Hessians are still the
-definitions there.
+Order of operations and roundings are the definitions' of the same names; sums of products differ in
+the last digit (fused multiply-add). No GPU has run this: Triton's interpreter has, and it compiles
+for SM90 without spilling registers (`tests/core/test_cuda.py`). Hessians are FP32 products there.
 """
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from dpq_core.affine import ColumnGrid
 from dpq_core.cpu import rounding_of
+from dpq_core.formats import NumberFormat
 from dpq_core.kernels import STEPS
 
 ROWS = 32  # of a program
+_CHUNK = 128  # columns of a group that are looked at together
 
 _STEPS = tl.constexpr(int(STEPS))
 _UNITS = tl.constexpr(1.5 * 2**23)  # added and subtracted, it rounds to integers
@@ -35,24 +40,86 @@ def choose_block(
 ) -> None:
     """`column_loop.choose_block`."""
     columns, rows = work.shape
-    rounds, maximum, mask, lowest = rounding_of(grid.inner)
     choose[(triton.cdiv(rows, ROWS),)](
         work,
         codes,
         factor.contiguous(),
-        grid.group,
-        grid.group_scale.contiguous(),
-        grid.zero_point.contiguous(),
-        grid.channel_scale.contiguous(),
+        *_grid(grid),
         rows,
         columns,
-        float(maximum),
-        int(mask),
-        int(lowest),
-        ROUNDS=rounds,
+        *_limits(grid.inner),
+        ROUNDS=grid.inner is not None,
         COLUMNS=triton.next_power_of_2(columns),
         PROGRAM_ROWS=ROWS,
     )
+
+
+def step_columns(
+    codes: Tensor,  # [n, out] fp32, contiguous, changed
+    gradient: Tensor,  # [n, out] fp32, contiguous: d H of the block's columns
+    grid: ColumnGrid,  # of the block's columns
+    hessian: Tensor,  # [n, n] fp32, the diagonal block
+    least_gain: float,
+) -> Tensor:
+    """`gradient_rounding.step_columns`. [n, out]"""
+    columns, rows = codes.shape
+    steps = torch.empty_like(codes)
+    step[(triton.cdiv(rows, ROWS),)](
+        codes,
+        gradient,
+        steps,
+        hessian.T.contiguous(),
+        *_grid(grid),
+        rows,
+        columns,
+        *_limits(grid.inner),
+        least_gain,
+        ROUNDS=grid.inner is not None,
+        COLUMNS=triton.next_power_of_2(columns),
+        PROGRAM_ROWS=ROWS,
+    )
+    return steps
+
+
+def group_errors(
+    scaled: Tensor,  # [out, in] fp32, contiguous, in units of s8
+    importance: Tensor,  # [in] fp32
+    group_size: int,
+    group_scale: Tensor,  # [out, G] fp32
+    zero_point: Tensor,  # [out, G] fp32
+    inner: NumberFormat | None,
+) -> Tensor:  # [out, G] fp32
+    """`grid.group_errors`."""
+    rows, features = scaled.shape
+    errors = torch.empty_like(group_scale)
+    groups = group_scale.shape[1]
+    errors_of[(triton.cdiv(rows, ROWS), groups)](
+        errors,
+        scaled,
+        importance.contiguous(),
+        group_scale.contiguous(),
+        zero_point.contiguous(),
+        rows,
+        features,
+        groups,
+        group_size,
+        *_limits(inner),
+        ROUNDS=inner is not None,
+        CHUNK=min(_CHUNK, triton.next_power_of_2(group_size)),
+        PROGRAM_ROWS=ROWS,
+    )
+    return errors
+
+
+def _grid(grid: ColumnGrid) -> tuple[Tensor, ...]:
+    tensors = grid.group, grid.group_scale, grid.zero_point, grid.channel_scale
+    return tuple(tensor.contiguous() for tensor in tensors)
+
+
+def _limits(inner: NumberFormat | None) -> tuple[float, int, int]:
+    """Maximum, mask and lowest of `cpu.rounding`."""
+    _, maximum, mask, lowest = rounding_of(inner)
+    return float(maximum), int(mask), int(lowest)
 
 
 @triton.jit
@@ -62,6 +129,13 @@ def _nearest(value: tl.tensor, maximum: tl.tensor, mask: tl.tensor, lowest: tl.t
     step = tl.maximum(clamped.to(tl.int32, bitcast=True) & mask, lowest) + _STEPS
     steps = step.to(tl.float32, bitcast=True)
     return (clamped + steps) - steps
+
+
+@triton.jit
+def _encoded(quotient: tl.tensor, zero: tl.tensor) -> tl.tensor:
+    """`kernels._encoded`."""
+    steps = tl.minimum(tl.maximum(quotient, -16.0), 16.0)
+    return tl.minimum(tl.maximum((steps + _UNITS) - _UNITS + zero, 0.0), 15.0)
 
 
 @triton.jit(do_not_specialize=["columns", "mask", "lowest"])
@@ -96,10 +170,7 @@ def choose(
         of = tl.load(group + j) * rows + row
         scale = tl.load(group_scale + of, mask=inside, other=1.0)
         zero = tl.load(zero_point + of, mask=inside, other=0.0)
-        steps = tl.div_rn(tl.div_rn(value, channel), scale)
-        steps = tl.minimum(tl.maximum(steps, -16.0), 16.0)
-        code = (steps + _UNITS) - _UNITS + zero
-        code = tl.minimum(tl.maximum(code, 0.0), 15.0)
+        code = _encoded(tl.div_rn(tl.div_rn(value, channel), scale), zero)
         decoded = scale * (code - zero)
         if ROUNDS:
             decoded = _nearest(decoded, maximum, mask, lowest)
@@ -111,3 +182,95 @@ def choose(
         passed = values - share[:, None] * error[None, :]
         values = tl.where(here, error[None, :], passed)
     tl.store(work + at, values, mask=there)
+
+
+@triton.jit(do_not_specialize=["columns", "mask", "lowest"])
+def step(
+    codes: tl.tensor,  # [columns, rows] fp32, changed
+    gradient: tl.tensor,  # [columns, rows] fp32
+    steps: tl.tensor,  # [columns, rows] fp32, written
+    hessian: tl.tensor,  # [columns, columns] fp32, transposed
+    group: tl.tensor,  # [columns] int64
+    group_scale: tl.tensor,  # [G, rows] fp32
+    zero_point: tl.tensor,  # [G, rows] fp32
+    channel_scale: tl.tensor,  # [rows] fp32
+    rows: tl.tensor,
+    columns: tl.tensor,
+    maximum: tl.tensor,
+    mask: tl.tensor,
+    lowest: tl.tensor,
+    least_gain: tl.tensor,
+    ROUNDS: tl.constexpr,
+    COLUMNS: tl.constexpr,  # a power of two
+    PROGRAM_ROWS: tl.constexpr,
+) -> None:
+    """Grid: (row tiles,)."""
+    row = tl.program_id(0) * PROGRAM_ROWS + tl.arange(0, PROGRAM_ROWS)
+    column = tl.arange(0, COLUMNS)
+    inside = row < rows
+    at = column[:, None] * rows + row[None, :]
+    there = (column < columns)[:, None] & inside[None, :]
+    values = tl.load(gradient + at, mask=there, other=0.0)
+    channel = tl.load(channel_scale + row, mask=inside, other=1.0)
+    for j in range(columns):
+        slope = tl.sum(tl.where((column == j)[:, None], values, 0.0), 0)
+        of = tl.load(group + j) * rows + row
+        scale = tl.load(group_scale + of, mask=inside, other=1.0)
+        zero = tl.load(zero_point + of, mask=inside, other=0.0)
+        code = tl.load(codes + j * rows + row, mask=inside, other=0.0)
+        against = tl.where(slope > 0, 1.0, 0.0) - tl.where(slope < 0, 1.0, 0.0)
+        candidate = tl.minimum(tl.maximum(code - against, 0.0), 15.0)
+        before, after = scale * (code - zero), scale * (candidate - zero)
+        if ROUNDS:
+            before = _nearest(before, maximum, mask, lowest)
+            after = _nearest(after, maximum, mask, lowest)
+        change = channel * after - channel * before
+        curvature = tl.load(hessian + j * columns + j)
+        gain = -(2 * slope + change * curvature) * change
+        better = gain > least_gain * curvature * (change * change)
+        change = tl.where(better, change, 0.0)
+        tl.store(codes + j * rows + row, tl.where(better, candidate, code), mask=inside)
+        tl.store(steps + j * rows + row, change, mask=inside)
+        share = tl.load(hessian + j * columns + column, mask=column < columns, other=0.0)
+        values += share[:, None] * change[None, :]
+
+
+@triton.jit(do_not_specialize=["group_size", "mask", "lowest"])
+def errors_of(
+    errors: tl.tensor,  # [rows, groups] fp32, written
+    scaled: tl.tensor,  # [rows, features] fp32
+    importance: tl.tensor,  # [features] fp32
+    group_scale: tl.tensor,  # [rows, groups] fp32
+    zero_point: tl.tensor,  # [rows, groups] fp32
+    rows: tl.tensor,
+    features: tl.tensor,
+    groups: tl.tensor,
+    group_size: tl.tensor,
+    maximum: tl.tensor,
+    mask: tl.tensor,
+    lowest: tl.tensor,
+    ROUNDS: tl.constexpr,
+    CHUNK: tl.constexpr,  # columns, a power of two
+    PROGRAM_ROWS: tl.constexpr,
+) -> None:
+    """Grid: (row tiles, groups)."""
+    row = tl.program_id(0) * PROGRAM_ROWS + tl.arange(0, PROGRAM_ROWS)
+    group = tl.program_id(1)
+    inside = row < rows
+    of = row.to(tl.int64) * groups + group
+    scale = tl.load(group_scale + of, mask=inside, other=1.0)[:, None]
+    zero = tl.load(zero_point + of, mask=inside, other=0.0)[:, None]
+    last = tl.minimum((group + 1) * group_size, features)
+    total = tl.zeros((PROGRAM_ROWS,), tl.float32)
+    for first in range(group * group_size, last, CHUNK):
+        column = first + tl.arange(0, CHUNK)
+        there = inside[:, None] & (column < last)[None, :]
+        at = row.to(tl.int64)[:, None] * features + column[None, :]
+        weight = tl.load(scaled + at, mask=there, other=0.0)
+        wide = tl.broadcast_to(scale, (PROGRAM_ROWS, CHUNK))
+        value = scale * (_encoded(tl.div_rn(weight, wide), zero) - zero)
+        if ROUNDS:
+            value = _nearest(value, maximum, mask, lowest)
+        share = tl.load(importance + column, mask=column < last, other=0.0)
+        total += tl.sum((value - weight) * (value - weight) * share[None, :], 1)
+    tl.store(errors + of, total, mask=inside)

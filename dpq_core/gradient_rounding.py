@@ -10,6 +10,8 @@ one by one (all rows at once, which are independent), in blocks with one trailin
 column loop. Codes stay in 0…15.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -49,23 +51,47 @@ def _one_pass(
     codes: Tensor, weight: Tensor, grid: ColumnGrid, hessian: Tensor, block_columns: int
 ) -> int:
     gradient = hessian @ residual(codes, weight.clone(), grid)  # (d H)ᵀ, H is symmetric
-    diagonal = hessian.diagonal()
+    step_block = _kernel_for(codes) or step_columns
     moved = torch.zeros((), dtype=torch.int64, device=codes.device)
     for start in range(0, len(codes), block_columns):
-        stop = min(start + block_columns, len(codes))
-        steps, columns = torch.zeros_like(codes[start:stop]), grid[start:stop]
-        for j in range(start, stop):
-            new_codes, step = _best_step(codes[j], gradient[j], diagonal[j], columns[j - start])
-            codes[j] = new_codes
-            steps[j - start] = step
-            gradient[j:stop].addr_(hessian[j:stop, j], step)
+        block = slice(start, min(start + block_columns, len(codes)))
+        corner, part = hessian[block, block], grid.part(block)
+        steps = step_block(codes[block], gradient[block], part, corner, _LEAST_GAIN)
         moved += (steps != 0).sum()
-        gradient[stop:].addmm_(hessian[stop:, start:stop], steps)
+        gradient[block.stop :].addmm_(hessian[block.stop :, block], steps)
     return int(moved)
 
 
+_Step = Callable[[Tensor, Tensor, ColumnGrid, Tensor, float], Tensor]
+
+
+def _kernel_for(codes: Tensor) -> _Step | None:
+    """What does a block's steps on a device; None: the definition. A CPU has `cpu.refine_codes`."""
+    if not codes.is_cuda:
+        return None
+    from dpq_core import cuda  # Triton, which comes with a CUDA torch
+
+    return cuda.step_columns
+
+
+def step_columns(
+    codes: Tensor,  # [n, out] fp32, changed
+    gradient: Tensor,  # [n, out] fp32: d H of the block's columns, used up
+    grid: ColumnGrid,  # of the block's columns
+    hessian: Tensor,  # [n, n] fp32, the diagonal block
+    least_gain: float,
+) -> Tensor:
+    """Steps of a block's columns, one after the other: what each adds to ŵ. [n, out]"""
+    steps, columns, diagonal = torch.zeros_like(codes), grid[:], hessian.diagonal()
+    for j in range(len(codes)):
+        moved = _best_step(codes[j], gradient[j], diagonal[j], columns[j], least_gain)
+        codes[j], steps[j] = moved
+        gradient[j:].addr_(hessian[j:, j], steps[j])
+    return steps
+
+
 def _best_step(
-    codes: Tensor, gradient: Tensor, curvature: Tensor, column: Affine
+    codes: Tensor, gradient: Tensor, curvature: Tensor, column: Affine, least_gain: float
 ) -> tuple[Tensor, Tensor]:
     """New codes of one column and the change of its decoded weight, all [out].
 
@@ -74,7 +100,7 @@ def _best_step(
     candidate = (codes - gradient.sign()).clamp_(CODES.minimum, CODES.maximum)
     change = column.decode(candidate) - column.decode(codes)
     gain = -(2 * gradient + change * curvature) * change
-    better = gain > _LEAST_GAIN * curvature * change.square()
+    better = gain > least_gain * curvature * change.square()
     return torch.where(better, candidate, codes), torch.where(better, change, 0)
 
 

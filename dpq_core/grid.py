@@ -19,7 +19,7 @@ product is rounded to E4M3. That gives back this s4 and this s8 where the row's 
 56 * s8, is a BF16 number: s8 is chosen so, or is a power of two.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -191,7 +191,7 @@ def _best_shrink(
 ) -> Tensor:
     """For each group the share of its range with the least weighted error after inner rounding."""
     shares, best = torch.ones_like(low), torch.full_like(low, torch.inf)
-    errors_of = cpu.group_errors if cpu.fits(scaled, importance) else group_errors
+    errors_of = _kernel_for(scaled, importance) or group_errors
     for share in _SHRINK:
         scale, zero = _affine(low * share, high * share, scheme)
         error = errors_of(scaled, importance, scheme.group_size, scale.float(), zero, inner)
@@ -199,6 +199,20 @@ def _best_shrink(
         best = torch.where(better, error, best)
         shares[better] = share
     return shares
+
+
+_Errors = Callable[[Tensor, Tensor, int, Tensor, Tensor, NumberFormat | None], Tensor]
+
+
+def _kernel_for(scaled: Tensor, importance: Tensor) -> _Errors | None:
+    """What takes the errors on the tensors' device; None: the definition."""
+    if cpu.fits(scaled, importance):
+        return cpu.group_errors
+    if scaled.is_cuda:
+        from dpq_core import cuda  # Triton, which comes with a CUDA torch
+
+        return cuda.group_errors
+    return None
 
 
 def group_errors(

@@ -17,6 +17,9 @@ from kernel_layers import SCHEMES, layer_of
 from dpq_core import cuda
 from dpq_core.affine import ColumnGrid
 from dpq_core.column_loop import choose_block, inverse_factor
+from dpq_core.formats import FORMATS
+from dpq_core.gradient_rounding import residual, step_columns
+from dpq_core.grid import group_errors
 from dpq_core.scheme import Scheme
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -37,7 +40,7 @@ def on(grid: ColumnGrid, device):
 @pytest.mark.parametrize("scheme", SCHEMES, ids=str)
 @pytest.mark.parametrize(("rows", "features", "columns"), [(70, 96, 33), (33, 64, 64)])
 def test_a_block_gets_the_definitions_codes(scheme, rows, features, columns, device):
-    """Of the first block. A row may differ from where two roundings tie within float error on."""
+    """Of the first block. A row may differ after two roundings that tie within float error."""
     weight, hessian, grid = layer_of(Scheme(**scheme), rows, features)
     factor, _ = inverse_factor(hessian, 0.01)
     block = slice(0, columns)
@@ -50,3 +53,36 @@ def test_a_block_gets_the_definitions_codes(scheme, rows, features, columns, dev
     assert same.float().mean() >= 0.97
     torch.testing.assert_close(found.cpu()[:, same], expected[:, same], rtol=1e-3, atol=1e-4)
     assert torch.equal(codes[0], ours[0].cpu())  # nothing was passed on to the first column
+
+
+@pytest.mark.parametrize("scheme", SCHEMES, ids=str)
+@pytest.mark.parametrize(("rows", "features", "columns"), [(70, 96, 33), (33, 64, 64)])
+def test_a_block_takes_the_definitions_steps(scheme, rows, features, columns, device):
+    weight, hessian, grid = layer_of(Scheme(**scheme), rows, features)
+    block = slice(0, columns)
+    part, corner = grid.part(block), hessian[block, block]
+    codes = grid.encode(weight)
+    gradient = (hessian @ residual(codes, weight.clone(), grid))[block]
+    expected, found = codes[block].clone(), codes[block].clone().to(device)
+    steps = step_columns(expected, gradient.clone(), part, corner, 1e-3)
+    ours = cuda.step_columns(found, gradient.to(device), on(part, device), corner.to(device), 1e-3)
+    same = (expected == found.cpu()).all(0)
+    assert (expected != codes[block]).any()
+    assert same.float().mean() >= 0.97
+    assert torch.equal(ours.cpu()[:, same], steps[:, same])
+
+
+@pytest.mark.parametrize("inner", [None, "e4m3", "e4m3_240", "int8"])
+@pytest.mark.parametrize(("features", "group_size"), [(256, 128), (200, 48), (300, 300)])
+def test_errors_of_groups(features, group_size, inner, device):
+    generator = torch.Generator().manual_seed(0)
+    scaled = torch.randn(70, features, generator=generator) * 60
+    importance = torch.rand(features, generator=generator)
+    groups = -(-features // group_size)
+    scale = torch.rand(70, groups, generator=generator) * 20 + 1
+    zero = torch.randint(16, (70, groups), generator=generator).float()
+    fmt = FORMATS[inner] if inner else None
+    expected = group_errors(scaled, importance, group_size, scale, zero, fmt)
+    moved = [each.to(device) for each in (scaled, importance, scale, zero)]
+    found = cuda.group_errors(*moved[:2], group_size, *moved[2:], fmt)
+    torch.testing.assert_close(found.cpu(), expected, rtol=1e-5, atol=1e-3)

@@ -11,9 +11,9 @@ from test_hopper import resources
 from dpq_core import cuda
 
 CASES = Path(__file__).with_name("cuda_cases.py")
-POINTERS = {"group": "*i64"}
-NUMBERS = {"rows": "i32", "columns": "i32", "maximum": "fp32", "mask": "i32", "lowest": "i32"}
-ARRAYS = ("work", "codes", "factor", "group_scale", "zero_point", "channel_scale")
+WHOLE = ("rows", "columns", "features", "groups", "group_size", "mask", "lowest")
+NUMBERS = {**dict.fromkeys(WHOLE, "i32"), "maximum": "fp32", "least_gain": "fp32", "group": "*i64"}
+CONSTANTS = {"COLUMNS": 128, "CHUNK": 128, "PROGRAM_ROWS": cuda.ROWS}
 
 
 def test_kernels_in_the_interpreter():
@@ -24,17 +24,19 @@ def test_kernels_in_the_interpreter():
 
 
 @pytest.mark.parametrize("rounds", [True, False])
-def test_it_compiles_for_hopper_without_a_device_and_spills_nothing(rounds, tmp_path):
+@pytest.mark.parametrize("kernel", [cuda.choose, cuda.step, cuda.errors_of])
+def test_it_compiles_for_hopper_without_a_device_and_spills_nothing(kernel, rounds, tmp_path):
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    types = {**dict.fromkeys(ARRAYS, "*fp32"), **POINTERS, **NUMBERS}
-    signature = {name: types.get(name, "constexpr") for name in cuda.choose.arg_names}
-    constants = {"ROUNDS": rounds, "COLUMNS": 128, "PROGRAM_ROWS": cuda.ROWS}
-    made = triton.compile(
-        ASTSource(cuda.choose, signature, constants), target=GPUTarget("cuda", 90, 32)
-    )
+    constants = {"ROUNDS": rounds, **CONSTANTS}
+    constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
+    numbers = [name for name in kernel.arg_names if name not in constants]
+    signature = {name: NUMBERS.get(name, "*fp32") for name in numbers}
+    signature |= dict.fromkeys(constants, "constexpr")
+    source = ASTSource(kernel, signature, constants)
+    made = triton.compile(source, target=GPUTarget("cuda", 90, 32))
     registers, stack = resources(made.asm["cubin"], tmp_path)
     assert registers <= 255
     assert stack == 0
