@@ -14,13 +14,11 @@ DPQ differs from GPTQ in one thing: ŵ contains the rounding to the 8-bit inner 
 error is compensated as well.
 """
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
-from dpq_core import cpu
 from dpq_core.affine import ColumnGrid
+from dpq_core.dispatch import kernels_for
 
 _INVERSE_BLOCK = 256
 _DAMPING_ATTEMPTS = 4  # the recipe's damping, then three times tenfold
@@ -85,7 +83,8 @@ def quantize_columns(
 ) -> Tensor:  # codes [in, out] fp32
     """Codes of all columns. With a factor, `weight` is used up as the working weight."""
     codes = torch.empty_like(weight, memory_format=torch.contiguous_format)
-    choose = _kernel_for(weight) or choose_block
+    kernels = kernels_for(weight)
+    choose = kernels.choose_block if kernels else choose_block
     for start in range(0, len(weight), block_columns):
         block = slice(start, min(start + block_columns, len(weight)))
         if factor is None:
@@ -95,20 +94,6 @@ def quantize_columns(
         rest = slice(block.stop, None)
         weight[rest].addmm_(factor[block, rest].T, weight[block], alpha=-1)
     return codes
-
-
-_Choose = Callable[[Tensor, Tensor, ColumnGrid, Tensor], None]
-
-
-def _kernel_for(weight: Tensor) -> _Choose | None:
-    """What does a block's steps on a weight's device; None: the definition."""
-    if cpu.fits(weight):
-        return cpu.choose_block
-    if weight.is_cuda:
-        from dpq_core import cuda  # Triton, which comes with a CUDA torch
-
-        return cuda.choose_block
-    return None
 
 
 def choose_block(

@@ -138,6 +138,40 @@ def _encoded(quotient: tl.tensor, zero: tl.tensor) -> tl.tensor:
     return tl.minimum(tl.maximum((steps + _UNITS) - _UNITS + zero, 0.0), 15.0)
 
 
+@triton.jit
+def _decoded(
+    code: tl.tensor, scale: tl.tensor, zero: tl.tensor, maximum: tl.tensor, mask: tl.tensor,
+    lowest: tl.tensor, ROUNDS: tl.constexpr,
+) -> tl.tensor:  # fmt: skip
+    """`Affine.decode8`."""
+    value = scale * (code - zero)
+    if ROUNDS:
+        value = _nearest(value, maximum, mask, lowest)
+    return value
+
+
+@triton.jit
+def _block(
+    rows: tl.tensor, columns: tl.tensor, COLUMNS: tl.constexpr, PROGRAM_ROWS: tl.constexpr
+) -> tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor]:
+    """Of a program: its rows, the columns, where they lie in [columns, rows], and which exist."""
+    row = tl.program_id(0) * PROGRAM_ROWS + tl.arange(0, PROGRAM_ROWS)
+    column = tl.arange(0, COLUMNS)
+    at = column[:, None] * rows + row[None, :]
+    return row, column, at, (column < columns)[:, None] & (row < rows)[None, :]
+
+
+@triton.jit
+def _of_column(
+    group: tl.tensor, group_scale: tl.tensor, zero_point: tl.tensor, rows: tl.tensor,
+    row: tl.tensor,
+) -> tuple[tl.tensor, tl.tensor]:  # fmt: skip
+    """Scale and zero point of a column for some rows. group: where the column's group stands."""
+    of = tl.load(group) * rows + row
+    scale = tl.load(group_scale + of, mask=row < rows, other=1.0)
+    return scale, tl.load(zero_point + of, mask=row < rows, other=0.0)
+
+
 @triton.jit(do_not_specialize=["columns", "mask", "lowest"])
 def choose(
     work: tl.tensor,  # [columns, rows] fp32, the working weight, replaced by the errors
@@ -157,23 +191,16 @@ def choose(
     PROGRAM_ROWS: tl.constexpr,
 ) -> None:
     """Grid: (row tiles,)."""
-    row = tl.program_id(0) * PROGRAM_ROWS + tl.arange(0, PROGRAM_ROWS)
-    column = tl.arange(0, COLUMNS)
+    row, column, at, there = _block(rows, columns, COLUMNS, PROGRAM_ROWS)
     inside = row < rows
-    at = column[:, None] * rows + row[None, :]
-    there = (column < columns)[:, None] & inside[None, :]
     values = tl.load(work + at, mask=there, other=0.0)
     channel = tl.load(channel_scale + row, mask=inside, other=1.0)
     for j in range(columns):
         here = (column == j)[:, None]
         value = tl.sum(tl.where(here, values, 0.0), 0)
-        of = tl.load(group + j) * rows + row
-        scale = tl.load(group_scale + of, mask=inside, other=1.0)
-        zero = tl.load(zero_point + of, mask=inside, other=0.0)
+        scale, zero = _of_column(group + j, group_scale, zero_point, rows, row)
         code = _encoded(tl.div_rn(tl.div_rn(value, channel), scale), zero)
-        decoded = scale * (code - zero)
-        if ROUNDS:
-            decoded = _nearest(decoded, maximum, mask, lowest)
+        decoded = _decoded(code, scale, zero, maximum, mask, lowest, ROUNDS)
         pivot = tl.load(factor + j * columns + j)
         error = tl.div_rn(value - channel * decoded, tl.broadcast_to(pivot, (PROGRAM_ROWS,)))
         tl.store(codes + j * rows + row, code, mask=inside)
@@ -205,25 +232,18 @@ def step(
     PROGRAM_ROWS: tl.constexpr,
 ) -> None:
     """Grid: (row tiles,)."""
-    row = tl.program_id(0) * PROGRAM_ROWS + tl.arange(0, PROGRAM_ROWS)
-    column = tl.arange(0, COLUMNS)
+    row, column, at, there = _block(rows, columns, COLUMNS, PROGRAM_ROWS)
     inside = row < rows
-    at = column[:, None] * rows + row[None, :]
-    there = (column < columns)[:, None] & inside[None, :]
     values = tl.load(gradient + at, mask=there, other=0.0)
     channel = tl.load(channel_scale + row, mask=inside, other=1.0)
     for j in range(columns):
         slope = tl.sum(tl.where((column == j)[:, None], values, 0.0), 0)
-        of = tl.load(group + j) * rows + row
-        scale = tl.load(group_scale + of, mask=inside, other=1.0)
-        zero = tl.load(zero_point + of, mask=inside, other=0.0)
+        scale, zero = _of_column(group + j, group_scale, zero_point, rows, row)
         code = tl.load(codes + j * rows + row, mask=inside, other=0.0)
         against = tl.where(slope > 0, 1.0, 0.0) - tl.where(slope < 0, 1.0, 0.0)
         candidate = tl.minimum(tl.maximum(code - against, 0.0), 15.0)
-        before, after = scale * (code - zero), scale * (candidate - zero)
-        if ROUNDS:
-            before = _nearest(before, maximum, mask, lowest)
-            after = _nearest(after, maximum, mask, lowest)
+        before = _decoded(code, scale, zero, maximum, mask, lowest, ROUNDS)
+        after = _decoded(candidate, scale, zero, maximum, mask, lowest, ROUNDS)
         change = channel * after - channel * before
         curvature = tl.load(hessian + j * columns + j)
         gain = -(2 * slope + change * curvature) * change
@@ -268,9 +288,8 @@ def errors_of(
         at = row.to(tl.int64)[:, None] * features + column[None, :]
         weight = tl.load(scaled + at, mask=there, other=0.0)
         wide = tl.broadcast_to(scale, (PROGRAM_ROWS, CHUNK))
-        value = scale * (_encoded(tl.div_rn(weight, wide), zero) - zero)
-        if ROUNDS:
-            value = _nearest(value, maximum, mask, lowest)
+        code = _encoded(tl.div_rn(weight, wide), zero)
+        value = _decoded(code, scale, zero, maximum, mask, lowest, ROUNDS)
         share = tl.load(importance + column, mask=column < last, other=0.0)
         total += tl.sum((value - weight) * (value - weight) * share[None, :], 1)
     tl.store(errors + of, total, mask=inside)

@@ -115,10 +115,10 @@ def halving_batches(run: Callable[[int], _Result], batch_size: int) -> _Result:
 def _keep_freed_blocks(below: int) -> None:
     """Set glibc's limits (bytes), and give back what is free above them."""
     libc = ctypes.CDLL(None)
-    if hasattr(libc, "mallopt") and hasattr(libc, "malloc_trim"):
+    if hasattr(libc, "mallopt"):
         libc.mallopt(_M_MMAP_THRESHOLD, below)
         libc.mallopt(_M_TRIM_THRESHOLD, below)
-        libc.malloc_trim(0)
+    give_back_memory()
 
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h

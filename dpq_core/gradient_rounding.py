@@ -10,13 +10,12 @@ one by one (all rows at once, which are independent), in blocks with one trailin
 column loop. Codes stay in 0…15.
 """
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
 from dpq_core import cpu
 from dpq_core.affine import CODES, Affine, ColumnGrid
+from dpq_core.dispatch import kernels_for
 
 # A step must gain this share of δ² H_jj: keeps float noise from moving codes between ties.
 _LEAST_GAIN = 1e-3
@@ -51,7 +50,8 @@ def _one_pass(
     codes: Tensor, weight: Tensor, grid: ColumnGrid, hessian: Tensor, block_columns: int
 ) -> int:
     gradient = hessian @ residual(codes, weight.clone(), grid)  # (d H)ᵀ, H is symmetric
-    step_block = _kernel_for(codes) or step_columns
+    kernels = kernels_for(codes, weight, hessian)
+    step_block = kernels.step_columns if kernels else step_columns
     moved = torch.zeros((), dtype=torch.int64, device=codes.device)
     for start in range(0, len(codes), block_columns):
         block = slice(start, min(start + block_columns, len(codes)))
@@ -60,18 +60,6 @@ def _one_pass(
         moved += (steps != 0).sum()
         gradient[block.stop :].addmm_(hessian[block.stop :, block], steps)
     return int(moved)
-
-
-_Step = Callable[[Tensor, Tensor, ColumnGrid, Tensor, float], Tensor]
-
-
-def _kernel_for(codes: Tensor) -> _Step | None:
-    """What does a block's steps on a device; None: the definition. A CPU has `cpu.refine_codes`."""
-    if not codes.is_cuda:
-        return None
-    from dpq_core import cuda  # Triton, which comes with a CUDA torch
-
-    return cuda.step_columns
 
 
 def step_columns(

@@ -19,15 +19,15 @@ product is rounded to E4M3. That gives back this s4 and this s8 where the row's 
 56 * s8, is a BF16 number: s8 is chosen so, or is a power of two.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from dpq_core import cpu
 from dpq_core.affine import CODES, Affine, ColumnGrid
+from dpq_core.dispatch import kernels_for
 from dpq_core.formats import FORMATS, NumberFormat, round_to
 from dpq_core.scheme import Scheme
 
@@ -57,10 +57,14 @@ class Grid:
         """Whether some code of some group lies beyond the inner format's maximum."""
         if self.inner is None:
             return False
-        zero = self.zero_point.float()
-        farthest = self.group_scale.float().abs() * torch.maximum(zero, CODES.maximum - zero)
         widest = FORMATS["e4m3"] if self.inner.is_float else self.inner
-        return bool((round_to(farthest, widest) > self.inner.maximum).any())
+        return float(round_to(self.reach(), widest)) > self.inner.maximum
+
+    def reach(self) -> Tensor:
+        """Largest magnitude that a code of some group stands for, before it is rounded. Scalar."""
+        zero = self.zero_point.float()
+        steps = torch.maximum(zero, CODES.maximum - zero)
+        return (self.group_scale.float().abs() * steps).max()
 
     def at(self, columns: Tensor) -> ColumnGrid:
         """The grid of single columns, in the order given. `columns` [n] int64."""
@@ -191,7 +195,8 @@ def _best_shrink(
 ) -> Tensor:
     """For each group the share of its range with the least weighted error after inner rounding."""
     shares, best = torch.ones_like(low), torch.full_like(low, torch.inf)
-    errors_of = _kernel_for(scaled, importance) or group_errors
+    kernels = kernels_for(scaled, importance)
+    errors_of = kernels.group_errors if kernels else group_errors
     for share in _SHRINK:
         scale, zero = _affine(low * share, high * share, scheme)
         error = errors_of(scaled, importance, scheme.group_size, scale.float(), zero, inner)
@@ -199,20 +204,6 @@ def _best_shrink(
         best = torch.where(better, error, best)
         shares[better] = share
     return shares
-
-
-_Errors = Callable[[Tensor, Tensor, int, Tensor, Tensor, NumberFormat | None], Tensor]
-
-
-def _kernel_for(scaled: Tensor, importance: Tensor) -> _Errors | None:
-    """What takes the errors on the tensors' device; None: the definition."""
-    if cpu.fits(scaled, importance):
-        return cpu.group_errors
-    if scaled.is_cuda:
-        from dpq_core import cuda  # Triton, which comes with a CUDA torch
-
-        return cuda.group_errors
-    return None
 
 
 def group_errors(

@@ -52,6 +52,19 @@ RUNTIMES = {
 }
 
 
+def other_arithmetic(layer: QuantizedLinear, kernel: str) -> str:
+    """Why what multiplies E4M3 by E4M3, or in 16 bits, does not compute a layer, or nothing.
+    kernel: what the runtime calls it."""
+    scheme = layer.scheme
+    if isinstance(layer.weight, Tensor):
+        return "16-bit weights, which an ordinary linear multiplies"
+    if scheme.inner == "int8":
+        return f"no INT8 {kernel}: there are E4M3 and 16-bit arithmetic"
+    if scheme.inner == "e4m3" and scheme.activations == "none":
+        return "E4M3 weights, but 16-bit activations: set activations: dynamic or static"
+    return ""
+
+
 @dataclass
 class Chosen:
     """A runtime's modules where it has a kernel, the definition elsewhere; `load_quantized` takes

@@ -155,20 +155,20 @@ def close_tiles(_: Any, before: Any) -> Any:
 
 
 @intrinsic
-def pack(_: Any, x: Any, stride: Any, first: Any, last: Any, columns: Any, tile: Any) -> Any:
+def pack(_: Any, x: Any, stride: Any, last: Any, columns: Any, tile: Any) -> Any:
     """Write a tile of 16 tokens x 32 columns.
 
-    x (BF16), from its first column on, and its stride in bytes; the first token and the last there
-    is, which stands in for those beyond it; how many columns there are, and where to.
+    x (BF16), from its first column on, and its stride in bytes; the last token there is, which
+    stands in for those beyond it; how many columns there are, and where to.
     """
 
     def generate(context: Any, b: Builder, signature: Any, arguments: Any) -> Any:
-        x, stride, first, last, columns, tile = arguments
+        x, stride, last, columns, tile = arguments
         lanes = ir.Constant(ir.VectorType(_I32, 32), list(range(32)))
         there = b.icmp_signed("<", lanes, _splat(b, b.trunc(columns, _I32), lanes.type))
         rows = []
         for number in range(PANEL):
-            source = _at(b, x, b.mul(_token(b, first, number, last), stride), _WORDS)
+            source = _at(b, x, b.mul(_token(b, _I64(0), number, last), stride), _WORDS)
             arguments = source, _I32(1), there, _fill(_WORDS, 0)
             words = _call(b, "masked.load.v32i16.p0", _WORDS, *arguments)
             rows.append(b.bitcast(words, _INTEGERS))
@@ -176,7 +176,7 @@ def pack(_: Any, x: Any, stride: Any, first: Any, last: Any, columns: Any, tile:
             _store(b, row, tile, 64 * number)
         return context.get_dummy_value()
 
-    return types.void(*[types.int64] * 6), generate
+    return types.void(*[types.int64] * 5), generate
 
 
 def _token(b: Builder, first: Any, number: int, last: Any) -> Any:

@@ -24,7 +24,6 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from dpq_core.affine import CODES
 from dpq_core.cpu import bits_of, rounding
 from dpq_core.formats import NumberFormat
 from dpq_core.grid import Grid
@@ -49,16 +48,9 @@ def refusal(layer: QuantizedLinear) -> str:
         grid = layer.weight.grid
         if grid.group_size not in (32, 64) and grid.group_size % amx.UNIT:
             return f"groups of {grid.group_size}: kernels take 32, 64 and multiples of {amx.UNIT}"
-        if grid.inner and _reach(grid) > grid.inner.maximum:
+        if grid.inner and grid.reach() > grid.inner.maximum:
             return f"codes that stand for more than {grid.inner.maximum:g}"
     return ""
-
-
-def _reach(grid: Grid) -> float:
-    """Largest magnitude that a code can stand for, before it is rounded."""
-    zero_point = grid.zero_point.float()
-    steps = torch.maximum(zero_point, CODES.maximum - zero_point)
-    return float((grid.group_scale.float() * steps).max())
 
 
 def make(layer: QuantizedLinear, bias: Tensor | None) -> nn.Module:
@@ -289,7 +281,7 @@ def _pack_tokens(
         x = x8
     for column in range(0, -(-features // amx.UNIT) * amx.UNIT, 32):
         source, target = x.ctypes.data + 2 * column, packed + column // 32 * amx.TILE
-        amx.pack(source, 2 * features, 0, len(x) - 1, features - column, target)
+        amx.pack(source, 2 * features, len(x) - 1, features - column, target)
 
 
 @numba.njit(nogil=True, error_model="numpy")

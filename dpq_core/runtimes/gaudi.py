@@ -34,6 +34,7 @@ from dpq_core.errors import InputError
 from dpq_core.linear import token_scale
 from dpq_core.packing import pack_codes
 from dpq_core.quantize import QuantizedLinear, QuantizedWeight, RoundedWeight
+from dpq_core.runtimes import other_arithmetic
 
 _PACKED = 8  # codes an int32
 
@@ -49,12 +50,8 @@ def unavailable() -> str:
 def refusal(layer: QuantizedLinear) -> str:
     """Why the operators do not compute a layer, or nothing."""
     scheme, weight = layer.scheme, layer.weight
-    if isinstance(weight, Tensor):
-        return "16-bit weights, which an ordinary linear multiplies"
-    if scheme.inner == "int8":
-        return "no INT8 operator: there are E4M3 and 16-bit arithmetic"
-    if scheme.inner == "e4m3" and scheme.activations == "none":
-        return "E4M3 weights, but 16-bit activations: set activations: dynamic or static"
+    if reason := other_arithmetic(layer, "operator"):
+        return reason
     if scheme.inner == "e4m3" and scheme.fp8_max > 240 and _is_gaudi2():
         return f"fp8_max is {scheme.fp8_max}, and Gaudi 2 ends at 240: set fp8_max: 240"
     if isinstance(weight, QuantizedWeight):

@@ -27,6 +27,7 @@ from torch.nn.functional import pad
 
 from dpq_core.errors import InputError
 from dpq_core.quantize import QuantizedLinear, QuantizedWeight, RoundedWeight
+from dpq_core.runtimes import other_arithmetic
 from dpq_core.runtimes.hopper_packing import COLUMNS, ROWS, SMALLEST_GROUP, choose_split, pack
 
 FEW_TOKENS = 128  # up to which codes are decoded as they are multiplied
@@ -67,13 +68,9 @@ def unavailable() -> str:
 
 def refusal(layer: QuantizedLinear) -> str:
     """Why there is no kernel for a layer, or nothing."""
-    scheme, weight = layer.scheme, layer.weight
-    if isinstance(weight, Tensor):
-        return "16-bit weights, which an ordinary linear multiplies"
-    if scheme.inner == "int8":
-        return "no INT8 kernel: there are E4M3 and 16-bit arithmetic"
-    if scheme.inner == "e4m3" and scheme.activations == "none":
-        return "E4M3 weights, but 16-bit activations: set activations: dynamic or static"
+    weight = layer.weight
+    if reason := other_arithmetic(layer, "kernel"):
+        return reason
     if isinstance(weight, QuantizedWeight) and weight.grid.group_size % SMALLEST_GROUP:
         size = weight.grid.group_size
         return f"group_size {size}: the kernels take multiples of {SMALLEST_GROUP}"
