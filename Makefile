@@ -74,14 +74,12 @@ bench-convnet: $(READY)  ## the whitepaper's ladder on Fashion-MNIST; latency at
 	$(BIN)/python tests/bench/convnet_latency.py
 
 bench-kernels: $(READY)  ## linears of the runtimes, checked, then timed beside BF16 and their peers
-	$(BIN)/python tests/bench/kernels.py
+	$(BIN)/python tests/bench/linears.py
 
-# By the machine's own torch, Triton and pytest: nothing is installed. Of the rest dpq_core needs
-# numba, scipy and pydantic; wheels of what is missing can be unpacked into a folder of PYTHONPATH.
+# By the machine's own torch, Triton and pytest: nothing is installed. Wheels of what is missing there
+# are unpacked into a folder of PYTHONPATH: see tests/bench/gpu_folder.py.
 bench-gpu:  ## everything that wants a Hopper GPU, in one go: kernels checked on it, timed, a model
-	PYTHONPATH=.:$$PYTHONPATH $(PYTHON) -m pytest --noconftest -p no:cacheprovider tests/core/hopper_cases.py tests/core/cuda_cases.py
-	PYTHONPATH=.:$$PYTHONPATH $(PYTHON) tests/bench/kernels.py --device cuda
-	PYTHONPATH=.:$$PYTHONPATH $(PYTHON) tests/bench/end_to_end.py --device cuda --shape llama-3-8b
+	$(PYTHON) tests/bench/gpu.py $(GPU_OPTIONS)
 
 bench-throughput: $(READY)  ## prefill and decoding of BF16, FP8, W4A16 and W4A8, on what is here
 	$(BIN)/dpq bench $(RECIPE) --shape llama-160m

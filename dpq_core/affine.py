@@ -63,6 +63,15 @@ class ColumnGrid:
         """The grid of a range of columns."""
         return replace(self, group=self.group[columns])
 
+    def rows(self, rows: Tensor) -> "ColumnGrid":
+        """The grid of some rows of the weight, `rows` [m] int64."""
+        return replace(
+            self,
+            channel_scale=self.channel_scale[:, rows],
+            group_scale=self.group_scale[:, rows],
+            zero_point=self.zero_point[:, rows],
+        )
+
     def encode(self, weight: Tensor) -> Tensor:
         """`Affine.encode` of all columns. [n, out]"""
         return self[:].encode(weight)

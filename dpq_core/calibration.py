@@ -5,8 +5,9 @@ the Hessian sees is what the layer will multiply: with `hessian_inputs: fp8` the
 as the scheme's activations will be. A static scale must be known before anything can be rounded by
 it, so that case takes a first pass for the magnitudes alone.
 
-Every sum is made by the tree of `dpq_core.leaves`. `BlockPasses` gives the sums of a leaf, on the
-CPU, where the others wait: a device holds one leaf's Hessians at a time.
+Every sum is made by the tree of `dpq_core.leaves`. `BlockPasses` gives the sums of a leaf, where the
+others wait for it: in main memory, so that a device holds one leaf's Hessians at a time, or on the
+device, where they need not travel.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -78,7 +79,7 @@ def calibrate_block(
     rounding: InputRounding | None,
     advance: bool,
 ) -> BlockStatistics:
-    """Statistics of a block's inputs, with the block's own (16-bit) weights.
+    """Statistics of a block's inputs, with the block's own (16-bit) weights, on the model's device.
 
     Args:
         advance: leave the block's outputs in `batches` (`propagation: original`).
@@ -88,7 +89,7 @@ def calibrate_block(
     """
     leaves = leaves_of(batches, len(batches[0].inputs["input_ids"]))
     root, magnitudes = Node(0, len(leaves)), None
-    with block_passes(stream, index, rounding) as passes:
+    with block_passes(stream, index, rounding, stream.device) as passes:
         if passes.two:
             magnitudes = summed(root, lambda leaf: passes.magnitudes(leaves[leaf]), add_magnitudes)
         statistics = summed(
@@ -99,7 +100,10 @@ def calibrate_block(
 
 @contextmanager
 def block_passes(
-    stream: StreamedModel, index: int, rounding: InputRounding | None
+    stream: StreamedModel,
+    index: int,
+    rounding: InputRounding | None,
+    sums_on: torch.device = torch.device("cpu"),
 ) -> Iterator["BlockPasses"]:
     """A block with its weights, while it lasts, to run batches through. The next one is read from
     the disk meanwhile."""
@@ -111,13 +115,14 @@ def block_passes(
             linear = block.get_submodule(first.removeprefix(f"{path}."))
             assert isinstance(linear, nn.Linear)
             inputs[first] = linear
-        yield BlockPasses(stream, inputs, rounding)
+        yield BlockPasses(stream, inputs, rounding, sums_on)
 
 
 @dataclass(frozen=True)
 class BlockPasses:
     """The passes over the block that `stream` has loaded. inputs: the linear of each shared input
-    that is watched, by name. `on_progress` is called after each batch.
+    that is watched, by name. sums_on: where a leaf's sums wait for others. `on_progress` is called
+    after each batch.
 
     Raises:
         ValueError: the hidden states are not finite.
@@ -126,6 +131,7 @@ class BlockPasses:
     stream: StreamedModel
     inputs: dict[str, nn.Linear]
     rounding: InputRounding | None
+    sums_on: torch.device
 
     @property
     def two(self) -> bool:
@@ -145,7 +151,7 @@ class BlockPasses:
             counts[name] += count_magnitudes(x)
 
         self._run(batches, count, False, on_progress)
-        return {name: each.cpu() for name, each in counts.items()}
+        return {name: each.to(self.sums_on) for name, each in counts.items()}
 
     def statistics(
         self,
@@ -178,7 +184,7 @@ class BlockPasses:
             statistics[name].add_hessian(*seen)
 
         self._run(batches, count, advance, on_progress)
-        return {name: each.to("cpu") for name, each in statistics.items()}
+        return {name: each.to(self.sums_on) for name, each in statistics.items()}
 
     def _run(
         self,

@@ -1,8 +1,9 @@
 """Quantization's inner loops on a CUDA device, as Triton kernels.
 
-    choose_block   a block of columns of the column loop
-    step_columns   a block of columns of a gradient pass
-    group_errors   one tried range of the scale search
+    choose_block      a block of columns of the column loop
+    step_columns      a block of columns of a gradient pass
+    group_errors      one tried range of the scale search
+    count_magnitudes  the histogram of calibration's inputs
 
 In plain torch each column of a block launches a dozen kernels, which is what such a loop waits for.
 Here one launch does a block: rows are independent, so a program takes 32 of them, loads the block
@@ -11,8 +12,8 @@ sum, and what it passes on goes to the columns still to come by a masked product
 programs, one for each of a Hopper's 132 processors.
 
 Order of operations and roundings are the definitions' of the same names; sums of products differ in
-the last digit (fused multiply-add). No GPU has run this: Triton's interpreter has, and it compiles
-for SM90 without spilling registers (`tests/core/test_cuda.py`). Hessians are FP32 products there.
+the last digit (fused multiply-add). Runs on a GPU (`make bench-gpu`) and in Triton's interpreter,
+and compiles for SM90 without spilling registers (`tests/core/test_cuda.py`).
 """
 
 import torch
@@ -27,6 +28,10 @@ from dpq_core.kernels import STEPS
 
 ROWS = 32  # of a program
 _CHUNK = 128  # columns of a group that are looked at together
+
+_COPIES = 32  # of a histogram
+_COUNTED = 4096  # values of a program
+_MOST_COUNTED = 1 << 30  # of a launch: places are 32-bit numbers
 
 _STEPS = tl.constexpr(int(STEPS))
 _UNITS = tl.constexpr(1.5 * 2**23)  # added and subtracted, it rounds to integers
@@ -109,6 +114,21 @@ def group_errors(
         PROGRAM_ROWS=ROWS,
     )
     return errors
+
+
+def count_magnitudes(x: Tensor, bins: int) -> Tensor:
+    """`hessian.count_magnitudes` of BF16 values of any shape. [bins] int64.
+
+    Programs add to copies of the histogram, in the L2 cache: few values are so frequent that
+    processors would wait for one another at a single one.
+    """
+    bits = x.contiguous().view(torch.int16).view(-1)
+    counts = torch.zeros(_COPIES, bins, dtype=torch.int32, device=x.device)
+    for part in bits.split(_MOST_COUNTED):
+        count[(triton.cdiv(len(part), _COUNTED),)](
+            counts, part, len(part), BINS=bins, COPIES=_COPIES, BLOCK=_COUNTED
+        )
+    return counts.sum(0, dtype=torch.int64)
 
 
 def _grid(grid: ColumnGrid) -> tuple[Tensor, ...]:
@@ -244,7 +264,8 @@ def step(
         candidate = tl.minimum(tl.maximum(code - against, 0.0), 15.0)
         before = _decoded(code, scale, zero, maximum, mask, lowest, ROUNDS)
         after = _decoded(candidate, scale, zero, maximum, mask, lowest, ROUNDS)
-        change = channel * after - channel * before
+        # One product: of two, contracted to a fused multiply-add, the difference of equals is not 0.
+        change = channel * (after - before)
         curvature = tl.load(hessian + j * columns + j)
         gain = -(2 * slope + change * curvature) * change
         better = gain > least_gain * curvature * (change * change)
@@ -293,3 +314,20 @@ def errors_of(
         share = tl.load(importance + column, mask=column < last, other=0.0)
         total += tl.sum((value - weight) * (value - weight) * share[None, :], 1)
     tl.store(errors + of, total, mask=inside)
+
+
+@triton.jit
+def count(
+    counts: tl.tensor,  # [COPIES, BINS] int32, added to
+    bits: tl.tensor,  # [n] int16, of bf16
+    n: tl.tensor,
+    BINS: tl.constexpr,
+    COPIES: tl.constexpr,
+    BLOCK: tl.constexpr,
+) -> None:
+    """Grid: (blocks of values,)."""
+    program = tl.program_id(0)
+    at = program * BLOCK + tl.arange(0, BLOCK)
+    magnitude = tl.load(bits + at, mask=at < n, other=0).to(tl.int32) & (BINS - 1)
+    copy = (program % COPIES) * BINS
+    tl.atomic_add(counts + copy + magnitude, 1, mask=at < n, sem="relaxed")

@@ -38,28 +38,33 @@ def refine_codes(
         gradient = residual(codes, weight.clone(), grid).T @ hessian
         return cpu.refine_codes(codes, gradient, grid, hessian, _LEAST_GAIN, max_passes)
     moved = 0
+    rows = torch.arange(codes.shape[1], device=codes.device)  # those that moved last
     for _ in range(max_passes):
-        moved_now = _one_pass(codes, weight, grid, hessian, block_columns)
-        moved += moved_now
-        if moved_now == 0:
+        part = codes[:, rows]
+        steps = _one_pass(part, weight[:, rows], grid.rows(rows), hessian, block_columns)
+        codes[:, rows] = part
+        moved += int(steps.sum())
+        rows = rows[steps > 0]  # a row in which nothing moved is done: rows are independent
+        if len(rows) == 0:
             break
     return moved
 
 
 def _one_pass(
     codes: Tensor, weight: Tensor, grid: ColumnGrid, hessian: Tensor, block_columns: int
-) -> int:
-    gradient = hessian @ residual(codes, weight.clone(), grid)  # (d H)ᵀ, H is symmetric
+) -> Tensor:
+    """Moves codes [in, rows] in place; how many of each row."""
+    gradient = hessian @ residual(codes, weight, grid)  # (d H)ᵀ, H is symmetric
     kernels = kernels_for(codes, weight, hessian)
     step_block = kernels.step_columns if kernels else step_columns
-    moved = torch.zeros((), dtype=torch.int64, device=codes.device)
+    moved = torch.zeros(codes.shape[1], dtype=torch.int64, device=codes.device)
     for start in range(0, len(codes), block_columns):
         block = slice(start, min(start + block_columns, len(codes)))
         corner, part = hessian[block, block], grid.part(block)
         steps = step_block(codes[block], gradient[block], part, corner, _LEAST_GAIN)
-        moved += (steps != 0).sum()
+        moved += (steps != 0).sum(0)
         gradient[block.stop :].addmm_(hessian[block.stop :, block], steps)
-    return int(moved)
+    return moved
 
 
 def step_columns(

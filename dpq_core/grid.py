@@ -40,7 +40,8 @@ _LEAST_ROW_SCALE = 8 / (448 * 512)
 
 # Shares of the full range that the shrink search tries, largest first: ties keep the range.
 _SHRINK = tuple(1 - step / 64 for step in range(32))
-_SEARCH_ELEMENTS = 1 << 20  # of the weight at a time
+# Of the weight at a time: what stays in a processor's cache, and what fills an accelerator.
+_SEARCH_ELEMENTS, _SEARCH_ELEMENTS_ON_DEVICE = 1 << 20, 1 << 26
 
 
 @dataclass(frozen=True)
@@ -225,5 +226,6 @@ def group_errors(
 
 def _slices(weight: Tensor) -> Iterator[slice]:
     """Of rows, in which ranges are searched: bounds the memory that it takes."""
-    rows = max(1, _SEARCH_ELEMENTS // weight.shape[1])
+    elements = _SEARCH_ELEMENTS if weight.is_cpu else _SEARCH_ELEMENTS_ON_DEVICE
+    rows = max(1, elements // weight.shape[1])
     return (slice(start, start + rows) for start in range(0, len(weight), rows))

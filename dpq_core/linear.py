@@ -157,12 +157,22 @@ class W4A8Linear(nn.Module):
         if self._can_fuse(x):
             return self._fused(x, scale)
         x8 = x.float() if scale is None else round_to(x.float() / scale, self.inner)
-        y = nn.functional.linear(x8, self.weight8.float()) * self.channel_scale
+        y = self._sums(x8) * self.channel_scale
         if scale is not None:
             y = y * scale
         if self.bias is not None:
             y = y + self.bias
         return y.to(x.dtype)
+
+    def _sums(self, x8: Tensor) -> Tensor:
+        """x8 · Ŵ8ᵀ in FP32, of x8 [..., in] fp32. BF16 holds both where x8 is of 8 bits: tensor
+        cores multiply them, exactly."""
+        exact = x8.is_cuda and self.activations != "none" and self.weight8.dtype == torch.bfloat16
+        if not exact or x8.requires_grad:
+            return nn.functional.linear(x8, self.weight8.float())
+        rows = x8.reshape(-1, self.in_features).to(torch.bfloat16)
+        sums = torch.mm(rows, self.weight8.T, out_dtype=torch.float32)
+        return sums.view(*x8.shape[:-1], self.out_features)
 
     def _input_scale(self, x: Tensor) -> Tensor | None:
         """sx: a scalar, or one a token [..., 1]; None where inputs are not rounded."""

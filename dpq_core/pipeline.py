@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from dpq_core.calibration import InputRounding, calibrate_block
@@ -28,34 +29,38 @@ def quantize_checkpoint(
     calibration: CalibrationSection,
     about: dict[str, Any],
     choices: Mapping[str, str] | None = None,
+    device: torch.device | str = "cpu",
 ) -> dict[str, Any]:
     """Calibrate, quantize and write a checkpoint; returns its manifest.
 
-    `choices` is for single layers, see `plan_layers`.
+    `choices` is for single layers, see `plan_layers`. An accelerator that is the `device` keeps a
+    block, its statistics and the calibration's hidden states.
     Finished layers wait in a temporary folder: memory is bounded by one block.
 
     Raises:
         CheckpointError, FactorizationError, ValueError: see the stages.
     """
-    stream = StreamedModel(source, images=calibration.image_column is not None)
+    stream = StreamedModel(source, device, images=calibration.image_column is not None)
     plan = plan_layers(stream, scheme, choices)
     rounding = InputRounding.of(scheme, calibration)
     original = calibration.propagation == "original"
     batches = stream.begin(batches_of(windows, calibration.batch_size))
+    for batch in batches:
+        batch.hidden = batch.hidden.to(stream.device)
     with tempfile.TemporaryDirectory() as finished:
         for block in range(plan.blocks):
             statistics = calibrate_block(stream, block, batches, rounding, advance=original)
             members = plan.of_block(block)
             quantized: dict[str, QuantizedLinear] = {}
             for layer in members:
-                weight = stream.reader.tensor(f"{layer.name}.weight")
+                weight = stream.reader.tensor(f"{layer.name}.weight").to(stream.device)
                 inputs = statistics[layer.statistics]
                 quantized[layer.name] = quantize_or_keep(
                     weight, inputs, layer.scheme, calibration.min_tokens_per_input
                 )
                 folder = Path(finished, layer.name)
                 folder.mkdir()
-                save_layer(folder, quantized[layer.name])
+                save_layer(folder, quantized[layer.name].cpu())
             if not original:
                 with stream.block(block, quantized):
                     stream.advance(batches)

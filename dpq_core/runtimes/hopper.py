@@ -35,6 +35,9 @@ PROCESSORS = 132  # of an H100 or H200, where there is no device to ask
 _MULTIPLE = 16  # of the library's FP8 product: rows and columns of the weight
 _STATIC_BLOCK = 2048  # columns of a program that quantizes with a static scale
 _PROGRAM = 1 << 14  # elements of a program that quantizes several tokens
+# Elements of a thread that quantizes: with few tokens all threads there are, with many several
+# programs a processor, whose loads and stores take turns.
+_FEW_A_THREAD, _MANY_A_THREAD = 16, 64
 
 
 @dataclass(frozen=True)
@@ -220,15 +223,14 @@ def four_bits(
             y, inputs, words, scales, zeros, channel_scale, token_scale, bias, partial, arrived,
             tokens, out, rows, features, inputs.shape[1], steps, -(-steps // split),
             TOKENS=tile.tokens, BIAS=bias is not None, WHOLE=inputs.shape[1] % COLUMNS == 0,
-            SPLIT=split, num_warps=kernels.WARPS,
-            num_stages=tile.stages if fp8 else tile.stages16, **grid,
-            **({"launch_pdl": True} if fp8 and not kernels.INTERPRETED else {}),
+            SPLIT=split, num_warps=kernels.WARPS.value,
+            num_stages=tile.stages if fp8 else tile.stages16, **grid, **_early(kernels),
         )  # fmt: skip
         return y
     kind = torch.float8_e4m3fn if fp8 else torch.bfloat16
     weight = torch.empty(rows, steps * COLUMNS, dtype=kind, device=x.device)
     kernels.dequantize[steps, tiles](
-        weight, words, scales, zeros, rows, steps, num_warps=kernels.WARPS, **grid
+        weight, words, scales, zeros, rows, steps, num_warps=kernels.WARPS.value, **grid
     )
     if token_scale is None:
         trimmed = None if bias is None else bias[:out]
@@ -279,10 +281,12 @@ def _quantized(
     token_scale = torch.empty(tokens, dtype=torch.float32, device=x.device)
     static, row = input_scale is not None, 1 << (width - 1).bit_length()
     block = min(row, _STATIC_BLOCK) if static else row
-    each = 1 if tokens <= FEW_TOKENS else max(1, _PROGRAM // block)
+    few = tokens <= FEW_TOKENS
+    each = 1 if few else max(1, _PROGRAM // block)
+    warps = each * block // (32 * (_FEW_A_THREAD if few else _MANY_A_THREAD))
     kernels.quantize[-(-tokens // each), -(-width // block)](
         x8, token_scale, x, tokens, input_scale, features, width, maximum,
-        STATIC=static, TOKENS=each, BLOCK=block, num_warps=min(32, max(4, each * block // 512)),
+        STATIC=static, TOKENS=each, BLOCK=block, num_warps=min(32, max(4, warps)), **_early(kernels),
     )  # fmt: skip
     return x8, token_scale
 
@@ -306,6 +310,11 @@ def _product(
         use_fast_accum=False,
     )
     return y if y.shape[1] == out else y[:, :out].contiguous()
+
+
+def _early(kernels: ModuleType) -> dict[str, bool]:
+    """Launch option: begin while the kernel before still runs, which ours wait for themselves."""
+    return {} if kernels.INTERPRETED else {"launch_pdl": True}
 
 
 def _kernels() -> ModuleType:

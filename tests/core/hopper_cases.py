@@ -158,7 +158,7 @@ def decoded(weight, device):
     kernels.dequantize[columns // 256, len(packed.words)](
         values, packed.words, packed.scales, packed.zeros, rows, columns // 256,
         GROUPS=packed.groups, ZEROS=packed.zeros is not None, FP8=fp8, LIMIT=packed.limit,
-        num_warps=kernels.WARPS,
+        num_warps=kernels.WARPS.value,
     )  # fmt: skip
     return values
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from dpq_core.affine import ColumnGrid
 from dpq_core.column_loop import FactorizationError, quantize_columns
 from dpq_core.gradient_rounding import refine_codes
 from dpq_core.grid import choose_grid
@@ -320,17 +321,24 @@ def test_passes_stop_when_nothing_moves_and_at_the_most_allowed():
     assert torch.equal(again, settled)
 
 
-def test_passes_are_counted(monkeypatch):
-    passes = []
-    monkeypatch.setattr(
-        "dpq_core.gradient_rounding._one_pass", lambda *_: passes.append(1) or 10 - len(passes)
-    )
+@pytest.mark.parametrize(("most", "moved", "passes"), [(2, 3 + 2, 2), (99, 3 + 2 + 1, 4)])
+def test_rows_in_which_nothing_moved_take_no_further_pass(most, moved, passes, monkeypatch):
+    moves = [[2, 1, 0], [1, 1], [0, 1], [0]]  # of the rows that are left, pass by pass
+    taken = []
+
+    def one_pass(codes, weight, grid, *_):
+        assert torch.equal(weight[0], grid.channel_scale[0])  # both of the same rows
+        taken.append(weight[0].tolist())
+        codes += 1
+        return torch.tensor(moves[len(taken) - 1])
+
+    monkeypatch.setattr("dpq_core.gradient_rounding._one_pass", one_pass)
     monkeypatch.setattr("dpq_core.cpu.fits", lambda *_: False)
-    empty = torch.empty(0)
-    assert refine_codes(empty, empty, None, empty, 1, max_passes=3) == 9 + 8 + 7
-    passes.clear()
-    assert refine_codes(empty, empty, None, empty, 1, max_passes=99) == sum(range(10))
-    assert len(passes) == 10
+    codes, names = torch.zeros(1, 3), torch.tensor([[1.0, 2.0, 3.0]])
+    grid = ColumnGrid(names, names, names, torch.zeros(1, dtype=torch.int64), None)
+    assert refine_codes(codes, names, grid, torch.eye(1), 1, most) == moved
+    assert taken == [[1, 2, 3], [1, 2], [1, 2], [2]][:passes]
+    assert codes[0].tolist() == [sum(name in rows for rows in taken) for name in (1, 2, 3)]
 
 
 @pytest.mark.parametrize("method", ["gptq", "naive", "dpq"])

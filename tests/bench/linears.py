@@ -1,7 +1,7 @@
 """Linears of the runtimes beside BF16 and their peers: checked, then timed.
 
-    python tests/bench/kernels.py [--device cpu|cuda] [--repeats N] [--tokens N …] [--shape OUT IN]
-                                  [--without-peers] [--json]
+    python tests/bench/linears.py [--device cpu|cuda] [--repeats N] [--tokens N …]
+                                  [--shapes OUTxIN …] [--without-peers] [--json]
 
 Times are microseconds a call: medians, the methods in turn, each through more copies of its weight
 than the cache holds. On the GPU calls are replayed by CUDA graphs. "of the limit" is the time that
@@ -36,11 +36,11 @@ BASE = "BF16"
 def run(device: str, arguments: argparse.Namespace) -> dict[str, Any]:
     """Rows of one device, printed as they come; as a record for --json."""
     section: Any = kernels_cuda if device == "cuda" else kernels_cpu
-    shapes = [tuple(arguments.shape)] if arguments.shape else section.SHAPES
+    shapes = [_sides(each) for each in arguments.shapes] or section.SHAPES
     found = section.conditions()
     show(f"\n{', '.join(f'{key}: {pretty(value)}' for key, value in found.items())}\n")
     heading = ["out × in", "tokens", *(f"{name} µs" for name in NAMES[device])]
-    heading += ["W4A8 / BF16", *(["W4A8 of the limit"] if device == "cuda" else [])]
+    heading += ["BF16 / W4A8", *(["W8A8 / W4A8", "W4A8 of the limit"] if device == "cuda" else [])]
     show(f"| {' | '.join(heading)} |\n|{'---|' * len(heading)}")
     extra = [found] if device == "cuda" else []
     tokens = arguments.tokens or section.TOKENS
@@ -56,13 +56,18 @@ def run(device: str, arguments: argparse.Namespace) -> dict[str, Any]:
     return {"conditions": found, "rows": lines, "missing": missing}
 
 
+def _sides(shape: str) -> tuple[int, int]:
+    out, features = map(int, shape.split("x"))
+    return out, features
+
+
 def as_line(row: Row, device: str) -> str:
     times = [row.microseconds.get(name) for name in NAMES[device]]
     cells = [f"{row.out} × {row.features}", str(row.tokens)]
     cells += ["–" if time is None else f"{time:.1f}" for time in times]
     cells.append(f"{row.ratio('W4A8', BASE):.2f}" if "W4A8" in row.microseconds else "–")
     if device == "cuda":
-        cells.append(f"{row.share['W4A8']:.0%}")
+        cells += [f"{row.ratio('W4A8', 'W8A8'):.2f}", f"{row.share['W4A8']:.0%}"]
     return f"| {' | '.join(cells)} |"
 
 
@@ -83,7 +88,7 @@ def main() -> None:
     parser.add_argument("--device", choices=["cpu", "cuda"], help="default: both")
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--tokens", type=int, nargs="*")
-    parser.add_argument("--shape", type=int, nargs=2, metavar=("OUT", "IN"))
+    parser.add_argument("--shapes", nargs="*", default=[], metavar="OUTxIN")
     parser.add_argument(
         "--without-peers", action="store_true", help="gemlite searches for minutes at each shape"
     )
