@@ -5,7 +5,7 @@ the Hessian sees is what the layer will multiply: with `hessian_inputs: fp8` the
 as the scheme's activations will be. A static scale must be known before anything can be rounded by
 it, so that case takes a first pass for the magnitudes alone.
 
-Every sum is made by the tree of `dpq_core.leaves`. `BlockPasses` gives the sums of a leaf, where the
+Every sum is made by the tree of `dpq_core.leaves`. `BlockPasses` gives the sums of a leaf, where
 others wait for it: in main memory, so that a device holds one leaf's Hessians at a time, or on the
 device, where they need not travel.
 """
@@ -103,7 +103,7 @@ def block_passes(
     stream: StreamedModel,
     index: int,
     rounding: InputRounding | None,
-    sums_on: torch.device = torch.device("cpu"),
+    sums_on: torch.device | str = "cpu",
 ) -> Iterator["BlockPasses"]:
     """A block with its weights, while it lasts, to run batches through. The next one is read from
     the disk meanwhile."""
@@ -131,7 +131,7 @@ class BlockPasses:
     stream: StreamedModel
     inputs: dict[str, nn.Linear]
     rounding: InputRounding | None
-    sums_on: torch.device
+    sums_on: torch.device | str
 
     @property
     def two(self) -> bool:

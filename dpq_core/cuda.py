@@ -264,7 +264,7 @@ def step(
         candidate = tl.minimum(tl.maximum(code - against, 0.0), 15.0)
         before = _decoded(code, scale, zero, maximum, mask, lowest, ROUNDS)
         after = _decoded(candidate, scale, zero, maximum, mask, lowest, ROUNDS)
-        # One product: of two, contracted to a fused multiply-add, the difference of equals is not 0.
+        # One product: two, contracted to a fused multiply-add, give equals a difference.
         change = channel * (after - before)
         curvature = tl.load(hessian + j * columns + j)
         gain = -(2 * slope + change * curvature) * change

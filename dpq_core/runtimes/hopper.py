@@ -284,9 +284,10 @@ def _quantized(
     few = tokens <= FEW_TOKENS
     each = 1 if few else max(1, _PROGRAM // block)
     warps = each * block // (32 * (_FEW_A_THREAD if few else _MANY_A_THREAD))
+    warps = min(32, max(4, warps))
     kernels.quantize[-(-tokens // each), -(-width // block)](
         x8, token_scale, x, tokens, input_scale, features, width, maximum,
-        STATIC=static, TOKENS=each, BLOCK=block, num_warps=min(32, max(4, warps)), **_early(kernels),
+        STATIC=static, TOKENS=each, BLOCK=block, num_warps=warps, **_early(kernels),
     )  # fmt: skip
     return x8, token_scale
 

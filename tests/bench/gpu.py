@@ -4,11 +4,11 @@
                               [--model FOLDER --tokens FILE]
 
 Each part is a process with a time limit of its own; what it prints is kept in FOLDER/PART.log as it
-comes, and in the end FOLDER/log.md has the section for docs/log.md. A part that fails or runs out of
-time leaves the others alone; the exit code is 1 then.
+comes, and FOLDER/log.md grows into the section for docs/log.md. A part that fails or runs out of time
+leaves the others alone; the exit code is 1 then.
 
 Nothing is installed. A machine for GPU work has torch, Triton, transformers, numba, scipy, pytest,
-safetensors and accelerate; what else `dpq_core` needs travels as wheels: `tests/bench/gpu_folder.py`
+safetensors, accelerate; what else `dpq_core` needs travels as wheels: `tests/bench/gpu_folder.py`
 makes the folder and prints the call. `--device cpu --quick` is the dress rehearsal: the same parts,
 kernels in Triton's interpreter, small shapes.
 """
@@ -32,7 +32,7 @@ PATIENCE = 4  # of the rehearsal, on a slow machine
 
 @dataclass(frozen=True)
 class Part:
-    """A row: what it shows, its command on a GPU and in the rehearsal, and seconds that it may take.
+    """A row: what it shows, its command on a GPU and in the rehearsal, seconds that it may take.
     `{model}` and `{tokens}` are the arguments'; `{out}` is the folder of results."""
 
     name: str
@@ -58,7 +58,8 @@ PARTS = (
         "Linears",
         "tests/bench/linears.py --device cuda --repeats 5 --without-peers --tokens 1 16 64 2048"
         " --shapes 4096x14336 8192x8192 28672x8192",
-        "tests/bench/linears.py --device cpu --repeats 1 --without-peers --tokens 1 --shapes 2048x2048",
+        "tests/bench/linears.py --device cpu --repeats 1 --without-peers --tokens 1"
+        " --shapes 2048x2048",
         75,
     ),
     Part(

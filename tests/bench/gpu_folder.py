@@ -1,4 +1,4 @@
-"""What a bare GPU machine needs to run `make bench-gpu` from this checkout: a folder to carry along.
+"""What a bare GPU machine needs to run `make bench-gpu` from this checkout: a folder to carry.
 
     python tests/bench/gpu_folder.py [FOLDER] [--add FILE ...]
 
@@ -15,7 +15,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 # Of constraints.txt but for gemlite, a peer, which is not installed here.
-MISSING = ("pydantic", "pydantic-core", "annotated-types", "compressed-tensors")
+MISSING = (
+    "pydantic", "pydantic-core", "annotated-types", "typing-inspection", "compressed-tensors",
+)  # fmt: skip
 PEERS = ("gemlite",)
 PLATFORMS = ("manylinux_2_28_x86_64", "manylinux_2_17_x86_64", "manylinux2014_x86_64")
 LIMIT = 64 << 20
@@ -51,18 +53,15 @@ def main() -> None:
     wheels.mkdir(parents=True)
     versions = pinned()
     download(wheels, [f"{name}=={versions[name]}" for name in MISSING])
-    try:
-        download(wheels, list(PEERS))
-    except subprocess.CalledProcessError as error:
-        print(f"without {', '.join(PEERS)}: {error}")
+    build = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "-w", str(wheels)]
+    subprocess.run([*build, *PEERS], check=True)
     for file in arguments.add:
         shutil.copy2(file, arguments.folder)
     carried = sum(f.stat().st_size for f in arguments.folder.rglob("*") if f.is_file())
     total = carried + tree_bytes()
     over = "" if total < LIMIT else f", over {LIMIT >> 20} MiB: carry it in two calls"
-    print(
-        f"{arguments.folder}: {carried / 2**20:.1f} MiB, with the checkout {total / 2**20:.1f}{over}"
-    )
+    sizes = f"{carried / 2**20:.1f} MiB, with the checkout {total / 2**20:.1f}{over}"
+    print(f"{arguments.folder}: {sizes}")
     name = arguments.folder.resolve().relative_to(ROOT)
     print(
         f"there: pip install --quiet --no-index --no-deps --target /tmp/site {name}/wheels/*.whl"
