@@ -4,8 +4,8 @@
                               [--model FOLDER --tokens FILE]
 
 Each part is a process with a time limit of its own; what it prints is kept in FOLDER/PART.log as it
-comes, and FOLDER/log.md grows into the section for docs/log.md. A part that fails or runs out of time
-leaves the others alone; the exit code is 1 then.
+comes, and FOLDER/log.md grows into the section for docs/log.md. A part that fails or runs out of
+time leaves the others alone; the exit code is 1 then.
 
 Nothing is installed. A machine for GPU work has torch, Triton, transformers, numba, scipy, pytest,
 safetensors, accelerate; what else `dpq_core` needs travels as wheels: `tests/bench/gpu_folder.py`

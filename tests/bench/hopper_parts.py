@@ -2,9 +2,9 @@
 
     python tests/bench/hopper_parts.py
 
-Microseconds a call by CUDA graphs, as in `linears.py`, through weights that no cache holds: rounding
-of the inputs with several numbers of values a thread, `multiply` alone (inputs rounded before),
-decoding to FP8 for many tokens, the library's product. Then errors of `torch._scaled_mm` against
+Microseconds a call by CUDA graphs, as in `linears.py`, through weights that no cache holds: inputs
+rounded with several numbers of values a thread, `multiply` alone (inputs rounded before), decoding
+to FP8 for many tokens, the library's product. Then errors of `torch._scaled_mm` against
 float64, of the same E4M3 operands: the worst token's, in units of what rounding the exact result to
 BF16 gives.
 """
@@ -44,7 +44,10 @@ def rounding() -> None:
                 names = ("_FEW_A_THREAD", "_MANY_A_THREAD")
                 with patch.multiple(hopper, **dict.fromkeys(names, values)):
                     taken = microseconds(
-                        [lambda x=x: hopper._quantized(x, features, None, 448.0) for x in inputs]
+                        [
+                            lambda x=x, n=features: hopper._quantized(x, n, None, 448.0)
+                            for x in inputs
+                        ]
                     )
                 moved = 3 * tokens * features / taken / 1e3
                 print(
@@ -116,10 +119,8 @@ def exactness() -> None:
 
                 error = ((product().double() - exact).abs().amax(1) / least).max().item()
                 taken = microseconds([product])
-                print(
-                    f"| {out} × {features}, {tokens} | {name} | {fast} | {error:.2f} | {taken:.1f} |",
-                    flush=True,
-                )
+                what = f"{out} × {features}, {tokens} | {name} | {fast}"
+                print(f"| {what} | {error:.2f} | {taken:.1f} |", flush=True)
 
 
 def main() -> None:
