@@ -315,14 +315,11 @@ def load_quantized(
         CheckpointError: missing manifest, unknown version, missing or misshapen tensors.
     """
     checkpoint = QuantizedCheckpoint(Path(folder), trust_remote_code)
-    model = checkpoint.empty_model()
+    model, reader = checkpoint.empty_model(), checkpoint.reader
     for name in checkpoint.shapes:
         bias = f"{name}.bias"
-        module = linear(
-            checkpoint.layer(name),
-            checkpoint.reader.tensor(bias) if bias in checkpoint.reader else None,
-        )
-        model.set_submodule(name, module)
+        given = reader.tensor(bias).to(device) if bias in reader else None
+        model.set_submodule(name, linear(checkpoint.layer(name).to(device), given))
     return _complete(model, checkpoint.reader, device)
 
 

@@ -20,7 +20,7 @@ product is rounded to E4M3. That gives back this s4 and this s8 where the row's 
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -53,6 +53,11 @@ class Grid:
     zero_point: Tensor  # [out, G] uint8, 0…15
     group_size: int
     inner: NumberFormat | None
+
+    def to(self, device: torch.device | str) -> "Grid":
+        """The same grid on a device."""
+        names = ("channel_scale", "group_scale", "zero_point")
+        return replace(self, **{name: getattr(self, name).to(device) for name in names})
 
     def saturates(self) -> bool:
         """Whether some code of some group lies beyond the inner format's maximum."""

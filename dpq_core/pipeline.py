@@ -60,7 +60,7 @@ def quantize_checkpoint(
                 )
                 folder = Path(finished, layer.name)
                 folder.mkdir()
-                save_layer(folder, quantized[layer.name].cpu())
+                save_layer(folder, quantized[layer.name].to("cpu"))
             if not original:
                 with stream.block(block, quantized):
                     stream.advance(batches)

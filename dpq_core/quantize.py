@@ -76,24 +76,17 @@ class QuantizedLinear:
             return weight.codes.shape[1]
         return (weight.values if isinstance(weight, RoundedWeight) else weight).shape[1]
 
-    def cpu(self) -> "QuantizedLinear":
-        """The same layer in main memory."""
-        scale = None if self.input_scale is None else self.input_scale.cpu()
-        if isinstance(self.weight, Tensor):
-            return replace(self, weight=self.weight.cpu(), input_scale=scale)
-        if isinstance(self.weight, RoundedWeight):
-            rounded = RoundedWeight(self.weight.values.cpu(), self.weight.channel_scale.cpu())
-            return replace(self, weight=rounded, input_scale=scale)
-        grid = self.weight.grid
-        grid = replace(
-            grid,
-            channel_scale=grid.channel_scale.cpu(),
-            group_scale=grid.group_scale.cpu(),
-            zero_point=grid.zero_point.cpu(),
-        )
-        return replace(
-            self, weight=QuantizedWeight(self.weight.codes.cpu(), grid), input_scale=scale
-        )
+    def to(self, device: torch.device | str) -> "QuantizedLinear":
+        """The same layer on a device."""
+        scale = None if self.input_scale is None else self.input_scale.to(device)
+        weight = self.weight
+        if isinstance(weight, QuantizedWeight):
+            weight = QuantizedWeight(weight.codes.to(device), weight.grid.to(device))
+        elif isinstance(weight, RoundedWeight):
+            weight = RoundedWeight(weight.values.to(device), weight.channel_scale.to(device))
+        else:
+            weight = weight.to(device)
+        return replace(self, weight=weight, input_scale=scale)
 
     def decoded(self) -> Tensor:
         """Ŵ16 [out, in] fp32."""

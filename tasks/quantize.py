@@ -63,6 +63,6 @@ def quantize(
             )
         except ValueError as error:
             raise LayerError(f"{layer.name}: {error}") from error
-        save_layer(folder, quantized.cpu())
+        save_layer(folder, quantized.to("cpu"))
 
     return store.get_or_make("layers", key, make)[0]

@@ -223,14 +223,14 @@ def four_bits(
             y, inputs, words, scales, zeros, channel_scale, token_scale, bias, partial, arrived,
             tokens, out, rows, features, inputs.shape[1], steps, -(-steps // split),
             TOKENS=tile.tokens, BIAS=bias is not None, WHOLE=inputs.shape[1] % COLUMNS == 0,
-            SPLIT=split, num_warps=kernels.WARPS.value,
-            num_stages=tile.stages if fp8 else tile.stages16, **grid, **_early(kernels),
+            SPLIT=split, num_warps=kernels.WARPS,
+            num_stages=tile.stages if fp8 else tile.stages16, **grid, **_early(kernels, fp8),
         )  # fmt: skip
         return y
     kind = torch.float8_e4m3fn if fp8 else torch.bfloat16
     weight = torch.empty(rows, steps * COLUMNS, dtype=kind, device=x.device)
     kernels.dequantize[steps, tiles](
-        weight, words, scales, zeros, rows, steps, num_warps=kernels.WARPS.value, **grid
+        weight, words, scales, zeros, rows, steps, num_warps=kernels.WARPS, **grid
     )
     if token_scale is None:
         trimmed = None if bias is None else bias[:out]
@@ -287,7 +287,7 @@ def _quantized(
     warps = min(32, max(4, warps))
     kernels.quantize[-(-tokens // each), -(-width // block)](
         x8, token_scale, x, tokens, input_scale, features, width, maximum,
-        STATIC=static, TOKENS=each, BLOCK=block, num_warps=warps, **_early(kernels),
+        STATIC=static, TOKENS=each, BLOCK=block, num_warps=warps,
     )  # fmt: skip
     return x8, token_scale
 
@@ -313,9 +313,9 @@ def _product(
     return y if y.shape[1] == out else y[:, :out].contiguous()
 
 
-def _early(kernels: ModuleType) -> dict[str, bool]:
-    """Launch option: begin while the kernel before still runs, which ours wait for themselves."""
-    return {} if kernels.INTERPRETED else {"launch_pdl": True}
+def _early(kernels: ModuleType, after_ours: bool) -> dict[str, bool]:
+    """Launch option: begin while the kernel before runs, which `multiply` waits for itself."""
+    return {"launch_pdl": True} if after_ours and not kernels.INTERPRETED else {}
 
 
 def _kernels() -> ModuleType:

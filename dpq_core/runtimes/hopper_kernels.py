@@ -28,13 +28,12 @@ sums of the tensor cores keep about 14 bits: after 128 columns they are taken ou
 
 Few tokens leave most of the processors without rows, so programs share the columns of the same rows
 (split K). Each writes its sums; the last one to arrive adds them in order, so that the result does
-not depend on who was last, scales them and writes BF16.
+not depend on who was last, scales them and writes BF16. `multiply` is launched while `quantize`
+still runs (programmatic dependent launch) and waits for it before its first copy.
 
-Both kernels are launched while the one before them still runs (programmatic dependent launch) and
-wait for it before they read or write what it may still need. `multiply` asks for its first codes
-before that: weights depend on nobody, and are in the L2 cache when the inputs are there.
-
-Instructions are counted from the compiled kernels; times are in docs/log.md.
+Instructions are counted from the compiled kernels; times are in docs/log.md. There too what an H100
+showed to be slower: fetching the first codes into the L2 cache before that wait, and launching
+every kernel, not only `multiply`, before the one ahead of it has ended.
 """
 
 import triton
@@ -43,8 +42,7 @@ import triton.language as tl
 ROWS = tl.constexpr(128)
 COLUMNS = tl.constexpr(256)
 WORDS = tl.constexpr(32)  # int32 of a block's row
-WARPS = tl.constexpr(8)
-AHEAD = tl.constexpr(8)  # blocks of a program that are asked for early: of all, less than the L2
+WARPS = 8
 
 # Triton's interpreter has no PTX. There codes are decoded in FP32, which gives the same bits.
 INTERPRETED = bool(triton.knobs.runtime.interpret)
@@ -125,21 +123,6 @@ def _load_words(words: tl.tensor, tile: tl.tensor, step: tl.tensor, steps: tl.te
     raw = tl.load(words + (tile * steps + step).to(tl.int64) * size + tl.arange(0, size))
     split = tl.permute(tl.reshape(raw, (2, 2, 8, 8, 4, 4)), (2, 0, 3, 1, 5, 4))
     return tl.reshape(split, (ROWS, WORDS))
-
-
-@triton.jit
-def _ask_for(words: tl.tensor, block: tl.tensor, blocks: tl.tensor) -> None:
-    """Have `blocks` blocks of codes fetched into the L2 cache, 128 bytes a thread and turn."""
-    line: tl.constexpr = 32  # int32
-    lines: tl.constexpr = ROWS * WORDS // line  # of a block
-    threads: tl.constexpr = 32 * WARPS
-    thread = tl.arange(0, threads)
-    for start in range(0, blocks * lines, threads):
-        at = tl.minimum(start + thread, blocks * lines - 1)
-        address = (words + block.to(tl.int64) * (ROWS * WORDS) + at * line).to(tl.int64)
-        tl.inline_asm_elementwise(
-            "{ prefetch.global.L2 [$1]; mov.b32 $0, 0; }", "=r,l", [address], tl.int32, False, 1
-        )
 
 
 @triton.jit
@@ -245,13 +228,10 @@ def multiply(
     column = tl.arange(0, width)
     present = (token < tokens)[:, None]
     sums = tl.zeros((ROWS, TOKENS), tl.float32)
-    first = share * share_steps
-    last = tl.minimum(first + share_steps, steps)
     if PTX:
-        tl.extra.cuda.gdc_launch_dependents()
-        _ask_for(words, tile * steps + first, tl.minimum(last - first, AHEAD))
-        tl.extra.cuda.gdc_wait()
-    for step in range(first, last):
+        tl.extra.cuda.gdc_wait()  # for `quantize`, if it was launched with that in mind
+    first = share * share_steps
+    for step in range(first, tl.minimum(first + share_steps, steps)):
         codes = _load_words(words, tile, step, steps)
         for part in tl.static_range(parts):
             scale, zero = _load_grid(scales, zeros, tile, step, rows, part, count, GROUPS, ZEROS)
@@ -325,7 +305,6 @@ def quantize(
     """x8 = round(x / sx), as `W4A8Linear` divides and rounds. Grid: (tokens, columns)."""
     if PTX:
         tl.extra.cuda.gdc_launch_dependents()
-        tl.extra.cuda.gdc_wait()
     token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS).to(tl.int64)
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)[None, :]
     there = (token < tokens)[:, None]

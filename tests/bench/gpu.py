@@ -95,7 +95,7 @@ PARTS = (
     Part(
         "methods",
         "Methods on a real model",
-        "tests/bench/why.py {model} {tokens} --device cuda --train 300 --out {out}/methods.jsonl",
+        "tests/bench/why.py {model} {tokens} --device cuda --first 20 --out {out}/methods.jsonl",
         "tests/bench/why.py {model} {tokens} --device cpu --quick --out {out}/methods.jsonl",
         200,
         needs_model=True,
@@ -135,7 +135,8 @@ def run(part: Part, arguments: argparse.Namespace) -> tuple[int, float]:
             code = process.wait(part.seconds * (PATIENCE if arguments.quick else 1))
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
-            code = 124 if process.wait() else 0
+            process.wait()
+            code = 124
     return code, time.monotonic() - started
 
 
