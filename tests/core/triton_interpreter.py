@@ -11,7 +11,7 @@ import torch
 import triton.language as tl
 from triton.runtime import interpreter
 
-_own_convert = interpreter._convert_float
+_own_convert, _own_patch_tensor = interpreter._convert_float, interpreter._patch_lang_tensor
 _TORCH = {
     tl.bfloat16: torch.bfloat16,
     tl.float16: torch.float16,
@@ -38,7 +38,15 @@ def _dot(self, a, b, sums, input_precision, max_num_imprecise_acc):
     return interpreter.TensorHandle(np.matmul(*wide) + sums.data, sums.dtype.scalar)
 
 
+def _patch_tensor(tensor, scope):
+    """Scalars are arrays of one element, which Triton 3.6 hands to `int` as they are, and NumPy 2.5
+    refuses."""
+    _own_patch_tensor(tensor, scope)
+    scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.squeeze()))
+
+
 def correct():
     """Replace the interpreter's conversions and its product, in this process."""
     interpreter._convert_float = _convert
+    interpreter._patch_lang_tensor = _patch_tensor
     interpreter.InterpreterBuilder.create_dot = _dot
