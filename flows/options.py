@@ -4,8 +4,6 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from scipy.stats import spearmanr
-
 from dpq_core.allocation import (
     Allocation,
     AllocationError,
@@ -105,6 +103,8 @@ class Options:
     def proxy_rank_correlation(self) -> float | None:
         """Spearman's, between proxy and loss of the layers under the recipe's own scheme; None
         where there is nothing to rank."""
+        from scipy.stats import spearmanr  # seconds
+
         own = [row for row in self.rows() if row["choice"] == OWN]
         found = float(spearmanr([row["proxy"] for row in own], [row["loss"] for row in own])[0])
         return found if math.isfinite(found) else None
