@@ -69,7 +69,7 @@ def _run(name: str, recipe: ConvRecipe) -> Any:
 
     with ending_cleanly(), services(home()):
         from flows import convnet
-        from flows.terminal import progress
+        from flows.progress import progress
 
         run: Callable[[ConvRecipe], Any] = getattr(convnet, name)
         with progress():

@@ -41,7 +41,7 @@ def ls(store: StorePath = _DEFAULT, as_json: AsJson = False) -> None:
 def verify(store: StorePath = _DEFAULT, as_json: AsJson = False) -> None:
     """Read every byte of every artifact: 0 all as their manifests say, 2 something is wrong."""
     with errors(as_json):
-        from flows.terminal import progress
+        from flows.progress import progress
         from infra.store import Store
         from infra.store_care import stored
         from tasks.progress import stepper
