@@ -1,19 +1,21 @@
 """What a release will do and about how long it takes, said before it starts: from the recipe, the
-checkpoint's headers, and the rate of a product that is measured here and now.
+checkpoint's headers, and two rates that are measured here and now.
 
-    seconds of a stage = 2 · tokens · weights that a token is multiplied with · _OVERHEAD / rate
+    seconds of a stage = tokens · (2 · weights / product rate + _PASSES · outputs / element rate)
 
-and for layers the products of the column loop and of the Hessian's factors. Nothing is loaded or
-tokenised: texts count by their characters, four a token (one, for vocabularies of bytes), official
-suites by the mean length of their documents. What cannot be known yet (a model on the hub, a data
-set that is not read) is named and not counted. The rate is the best of several: of a machine that
-has nothing else to do. Right within a factor of two there (`docs/log.md`).
+weights: those that a token is multiplied with; outputs: of all linears, which norms, attention,
+activations and rounding go over several times. Layers take the products of the column loop and of
+the Hessian's factors. Nothing is loaded or tokenised: texts count by their characters, four a token
+(one, for vocabularies of bytes), official suites by the mean length of their documents. What cannot
+be known yet (a model on the hub, a data set that is not read) is named and not counted. Rates are
+the best of several, of a core, times the cores: of a machine that has nothing else to do. Right
+within a factor of two there (`docs/log.md`).
 """
 
 import math
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -31,7 +33,7 @@ from dpq_core.suites import python_docs
 from dpq_core.suites.mirrored import MIRRORED
 from flows.progress import shown_time
 
-_OVERHEAD = 1.5  # of a forward pass over its products: attention, norms, softmax, rounding
+_PASSES = 12  # over each output of a linear, in a forward pass
 _PER_TOKEN = 4  # characters; 1 where the vocabulary is one of bytes
 _BYTES = 1000  # a vocabulary below this is one of bytes
 _CORPUS = "python_docs"
@@ -52,8 +54,7 @@ _CHARACTERS = {
 _HUB = {("Salesforce/wikitext", "wikitext-2-raw-v1", "test"): 1_290_590}
 _TEXTS = (".txt", ".json", ".jsonl", ".gz")
 _TOKENS, _SIDE = 256, 1024  # of the product that is timed, at most
-_TYPES = (torch.bfloat16, torch.float32)
-_TIMING = 0.3  # s, for each of two types
+_TIMING = 0.2  # s, for each of three rates
 
 
 @dataclass(frozen=True)
@@ -73,12 +74,28 @@ class Stage:
 
 
 @dataclass(frozen=True)
-class _Shapes:
-    """Of a checkpoint. token: weights that a token is multiplied with; blocks: those of the blocks.
-    hessians: sum of the squared widths of all inputs. loops: products of quantizing all layers."""
+class _Rates:
+    """Of this machine, a second: operations of a forward pass's products and of FP32 ones, and
+    elements that are multiplied by a number."""
 
-    token: int
+    products: float
+    fp32: float
+    elements: float
+
+    def forward(self, weights: int, outputs: int) -> float:
+        """Seconds a token."""
+        return 2 * weights / self.products + _PASSES * outputs / self.elements
+
+
+@dataclass(frozen=True)
+class _Shapes:
+    """Of a checkpoint. blocks, head: weights that a token is multiplied with. outputs: of the
+    blocks' linears. hessians: sum of the squared widths of their inputs. loops: operations of
+    quantizing all layers."""
+
     blocks: int
+    head: int
+    outputs: int
     hessians: int
     loops: float
     layers: int
@@ -97,12 +114,16 @@ def forecast(recipe: Recipe, measured: bool = True) -> list[str]:
 
 
 def _lines(recipe: Recipe, shapes: _Shapes | None, measured: bool) -> Iterator[str]:
-    rate = _rate(shapes, resolve_device(recipe.execution.device))
-    size = f"{shapes.token / 1e6:,.1f} million weights" if shapes else "its size is not known yet"
-    yield f"{_short(recipe.model.id)}: {size}; products here: {rate / 1e9:,.1f} GFLOP/s"
-    stages = [*_quantization(recipe, shapes, rate)]
+    rates = _rates(shapes, resolve_device(recipe.execution.device))
+    size = (
+        f"{(shapes.blocks + shapes.head) / 1e6:,.1f} million weights"
+        if shapes
+        else "its size is not known yet"
+    )
+    yield f"{_short(recipe.model.id)}: {size}; products here: {rates.products / 1e9:,.0f} GFLOP/s"
+    stages = [*_quantization(recipe, shapes, rates)]
     if measured:
-        asked = _evaluation(recipe, shapes, rate)
+        asked = _evaluation(recipe, shapes, rates)
         stages = [asked, *stages, replace(asked, name="candidate", what="the same")]
     yield from (stage.line for stage in stages)
     if measured:
@@ -117,7 +138,7 @@ def _lines(recipe: Recipe, shapes: _Shapes | None, measured: bool) -> Iterator[s
         yield f"this machine is busy (load {load:.1f}, {_cores()} cores): it will take longer"
 
 
-def _evaluation(recipe: Recipe, shapes: _Shapes | None, rate: float) -> Stage:
+def _evaluation(recipe: Recipe, shapes: _Shapes | None, rates: _Rates) -> Stage:
     section = recipe.evaluation
     asked = {suite: _suite_characters(suite, section.limit) for suite in section.suites}
     if section.perplexity:
@@ -131,22 +152,22 @@ def _evaluation(recipe: Recipe, shapes: _Shapes | None, rate: float) -> Stage:
     what += f"; {_count(tokens)} tokens"
     if unknown := [name for name, characters in asked.items() if characters is None]:
         what += f", and those of {', '.join(unknown)}, which are not counted here"
-    return Stage("baseline", what, 2 * tokens * shapes.token * _OVERHEAD / rate)
+    outputs = shapes.outputs + shapes.vocabulary
+    return Stage("baseline", what, tokens * rates.forward(shapes.blocks + shapes.head, outputs))
 
 
-def _quantization(recipe: Recipe, shapes: _Shapes | None, rate: float) -> Iterator[Stage]:
+def _quantization(recipe: Recipe, shapes: _Shapes | None, rates: _Rates) -> Iterator[Stage]:
     section, scheme = recipe.calibration, recipe.scheme
     tokens = section.samples * section.sequence_length
     passes = 2 if scheme.activations == "static" and section.hessian_inputs == "fp8" else 1
     what = f"{section.samples} windows of {section.sequence_length} tokens"
     what += ", twice" if passes == 2 else ""
-    threads = recipe.execution.threads_per_worker
-    alone = rate * min(1, threads / _cores()) if torch.accelerator.is_available() is False else rate
     taken = layers = None
     if shapes:
-        products = passes * shapes.blocks * _OVERHEAD + shapes.hessians
-        taken = 2 * tokens * products / alone
-        layers = shapes.loops / min(rate, alone * recipe.execution.workers)
+        share = min(1.0, recipe.execution.threads_per_worker / _cores())  # of the machine
+        forward = passes * rates.forward(shapes.blocks, shapes.outputs)
+        taken = tokens * (forward + 2 * shapes.hessians / rates.products) / share
+        layers = shapes.loops / rates.fp32 / min(1.0, share * recipe.execution.workers)
     yield Stage("calibrate", what, taken)
     of = f"{shapes.layers} layers, " if shapes else ""
     yield Stage("quantize", f"{of}{scheme.method}, {scheme.bits} bits", layers)
@@ -238,25 +259,42 @@ def _shapes(folder: Path) -> _Shapes:
         for group in members_of(family.groups, sorted(paths))
     )
     loops = sum(2.0 * out * n**2 + 2.0 * n**3 for out, n in linears.values())
-    return _Shapes(blocks + rows * width, blocks, hessians, loops, len(linears), width, rows)
+    outputs = sum(out for out, _ in linears.values())
+    head = rows * width
+    return _Shapes(blocks, head, outputs, hessians, loops, len(linears), width, rows)
 
 
-def _rate(shapes: _Shapes | None, device: torch.device) -> float:
-    """Operations a second of a product with the model's width, at most 1024: of BF16, or of FP32
-    where that is faster, by all cores."""
+def _rates(shapes: _Shapes | None, device: torch.device) -> _Rates:
+    """Of products of the model's width (at most 1024), in BF16, or in FP32 where that is faster."""
     side = min(shapes.width, _SIDE) if shapes else _SIDE
-    return 4 * _TOKENS * side**2 / min(_seconds(side, dtype, device) for dtype in _TYPES)
+    cores, threads = (_cores() if device.type == "cpu" else 1), torch.get_num_threads()
+    torch.set_num_threads(1)  # two wait for each other where something else runs
+    try:
+        operations = 4 * _TOKENS * side**2
+        taken = {t: _seconds(side, t, device) for t in (torch.bfloat16, torch.float32)}
+        values = torch.ones(_TOKENS, side, dtype=torch.bfloat16, device=device)
+        elements = values.numel() / _least(lambda: values.mul(0.5), device)
+    finally:
+        torch.set_num_threads(threads)
+    fp32 = cores * operations / taken[torch.float32]
+    return _Rates(cores * operations / min(taken.values()), fp32, cores * elements)
 
 
 def _seconds(side: int, dtype: torch.dtype, device: torch.device) -> float:
-    """Least time of a product [tokens, side] · [side, 2 side]."""
+    """Of a product [tokens, side] · [side, 2 side]."""
     left = torch.ones(_TOKENS, side, dtype=dtype, device=device)
     right = torch.ones(side, 2 * side, dtype=dtype, device=device)
+    return _least(lambda: torch.mm(left, right), device)
+
+
+def _least(run: Callable[[], object], device: torch.device) -> float:
+    """Least time of several runs, after one that does not count."""
+    run()
     least, end = math.inf, time.monotonic() + _TIMING
     while time.monotonic() < end or least == math.inf:
         synchronize(device)
         started = time.perf_counter()
-        torch.mm(left, right)
+        run()
         synchronize(device)
         least = min(least, time.perf_counter() - started)
     return least
