@@ -24,6 +24,7 @@ from dpq_core.scores import PERPLEXITY
 from flows.attempt import Attempt
 from flows.quantize import Candidate
 from tasks.preflight import Inputs
+from tasks.progress import stepper
 from tasks.quantize import quantize as quantize_layer
 from tasks.sensitivity import Cost, Costs, moments, sensitivity
 
@@ -182,7 +183,10 @@ def _measure(
         measured.append(
             sensitivity.submit(recipe, inputs.model, inputs.calibration, block, variants)
         )
-    costs = {name: found for future in measured for name, found in future.result().items()}
+    step, costs = stepper("sensitivity", len(measured)), {}
+    for future in measured:
+        costs |= future.result()
+        step()
     if "bf16" in recipe.repair.candidates:  # nothing is rounded: nothing is lost
         costs = {name: found | {"bf16": Cost(0.0, 0.0)} for name, found in costs.items()}
     return costs, observed.result()
