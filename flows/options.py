@@ -183,7 +183,8 @@ def _measure(
         measured.append(
             sensitivity.submit(recipe, inputs.model, inputs.calibration, block, variants)
         )
-    step, costs = stepper("sensitivity", len(measured)), {}
+    step = stepper("sensitivity", len(measured))
+    costs: Costs = {}
     for future in measured:
         costs |= future.result()
         step()
