@@ -17,7 +17,6 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.optimize import Bounds, LinearConstraint, milp
 
 from dpq_core.errors import InputError
 
@@ -101,6 +100,8 @@ def loss_allowed(perplexity: float, increase: float, gain: float = 1.0) -> float
 
 
 def _solve(options: Options, minimise: str, bounded: str, most: float) -> Allocation:
+    from scipy.optimize import Bounds, LinearConstraint, milp  # a second
+
     if not options:
         return Allocation({}, 0, 0.0)
     places = [(group, place) for group, row in options.items() for place in range(len(row))]

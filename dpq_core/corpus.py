@@ -12,6 +12,7 @@ import hashlib
 import re
 import sysconfig
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from pydoc_data.topics import topics
 
@@ -33,8 +34,13 @@ def documents(split: str) -> list[str]:
     """
     if split not in SPLITS:
         raise ValueError(f"split {split!r} is unknown: choose one of {', '.join(SPLITS)}")
+    return list(_documents(split))
+
+
+@cache  # a few megabytes; parsing the standard library takes seconds
+def _documents(split: str) -> tuple[str, ...]:
     texts = [*_module_texts(split), *_topic_texts(split)]
-    return [text for text in texts if len(text) >= _MIN_CHARACTERS]
+    return tuple(text for text in texts if len(text) >= _MIN_CHARACTERS)
 
 
 def _split_of(name: str) -> str:

@@ -1,4 +1,6 @@
-"""The error that a user can mend."""
+"""The errors that a user can mend."""
+
+from importlib.util import find_spec
 
 
 class InputError(ValueError):
@@ -7,3 +9,21 @@ class InputError(ValueError):
     The message is one line: what it is, where, and the way out. Each kind of input has its own
     subclass.
     """
+
+
+class MissingExtraError(InputError):
+    """A feature whose packages are not installed."""
+
+
+def check_extra(feature: str, extra: str, *packages: str) -> None:
+    """Whether the packages of a feature that is an extra of `pyproject.toml` are installed.
+
+    Raises:
+        MissingExtraError: naming the package and the extra.
+    """
+    for package in packages:
+        if find_spec(package) is None:
+            raise MissingExtraError(
+                f"{feature}: the package {package} is not installed: it comes with"
+                f" pip install -c constraints.txt -e '.[{extra}]'"
+            )

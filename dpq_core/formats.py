@@ -1,4 +1,4 @@
-"""Number formats, one row each, and rounding to them.
+"""Rounding to the rows of `dpq_core.number_formats`.
 
 `round_to` returns FP32 values on the format's grid: nearest, ties to even, saturating at the
 format's limits. The two E4M3 rows share the grid of `torch.float8_e4m3fn` (OCP "E4M3": 4 exponent
@@ -6,38 +6,12 @@ bits, bias 7, 3 mantissa bits, subnormals down to 2**-9, no infinities); they di
 saturate: 448 is the format's own maximum (Hopper, Gaudi 3), 240 is Gaudi 2's.
 """
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
+from dpq_core.number_formats import FORMATS, NumberFormat
 
-@dataclass(frozen=True)
-class NumberFormat:
-    """A grid of numbers: the integers, or the E4M3 values, of [minimum, maximum]."""
-
-    name: str
-    bits: int
-    minimum: float
-    maximum: float
-    is_float: bool
-
-    @property
-    def steps(self) -> int:
-        """Distance from the lowest to the highest integer code."""
-        return int(self.maximum - self.minimum)
-
-
-FORMATS = {
-    f.name: f
-    for f in (
-        NumberFormat("uint4", 4, 0, 15, is_float=False),
-        NumberFormat("int4", 4, -8, 7, is_float=False),
-        NumberFormat("int8", 8, -127, 127, is_float=False),  # symmetric: -128 is not used
-        NumberFormat("e4m3", 8, -448, 448, is_float=True),
-        NumberFormat("e4m3_240", 8, -240, 240, is_float=True),
-    )
-}
+__all__ = ["FORMATS", "NumberFormat", "dequantize", "fake_quantize", "quantize", "round_to"]
 
 
 def round_to(values: Tensor, fmt: NumberFormat) -> Tensor:

@@ -23,7 +23,6 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.stats import binomtest
 
 from dpq_core.scores import ACCURACIES, Scores
 
@@ -160,6 +159,8 @@ def _unpaired(before: Scores | Failure, after: Scores | Failure) -> str | None:
 def _with_turned_answers(
     paired: Difference, pairs: Sequence[tuple[Scores, Scores]], confidence: float
 ) -> Difference:
+    from scipy.stats import binomtest  # seconds
+
     rng = np.random.default_rng(SEED)
     deltas = np.zeros(_RESAMPLES)
     right = wrong = 0

@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from dpq_core.formats import FORMATS, NumberFormat
+from dpq_core.number_formats import FORMATS, NumberFormat
 
 MethodName = Literal["none", "rtn", "gptq", "naive", "dpq"]
 OrderName = Literal["none", "gar", "activation"]

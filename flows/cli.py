@@ -7,6 +7,7 @@ errors go to stderr.
 
 import dataclasses
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, cast, get_args
@@ -43,6 +44,7 @@ def release(recipe: RecipePath, overrides: Overrides = None, as_json: AsJson = F
     """Quantize, measure, gate and register: 0 promoted, 2 rejected or inspected, 1 error."""
     with errors(as_json):
         parsed = load_recipe(recipe, overrides)
+        _say_what_comes(parsed)
         result = _run(parsed, lambda: _flow("release")(parsed))
         if as_json:
             print_json(result.as_dict())
@@ -81,6 +83,7 @@ def quantize(recipe: RecipePath, overrides: Overrides = None, as_json: AsJson = 
     """Stop after the verified checkpoint."""
     with errors(as_json):
         parsed = load_recipe(recipe, overrides)
+        _say_what_comes(parsed, measured=False)
         candidate = _run(parsed, lambda: _flow("quantize")(parsed))
         checkpoint, manifest = candidate.checkpoint, candidate.manifest
         layer_errors = [row["error"] for row in manifest["layers"]]
@@ -239,11 +242,20 @@ def _flow(name: str) -> Callable[..., Any]:
     return run
 
 
+def _say_what_comes(recipe: Recipe, measured: bool = True) -> None:
+    """On stderr, before anything starts."""
+    print(f"{recipe.registered_name}: looking at model, texts and processor …", file=sys.stderr)
+    from flows.forecast import forecast
+
+    for line in forecast(recipe, measured):
+        print(line, file=sys.stderr)
+
+
 def _run(recipe: Recipe, run: Callable[[], _Result]) -> _Result:
     from infra.services import services
 
     with ending_cleanly(), services(home()):
-        from flows.terminal import progress
+        from flows.progress import progress
 
         with progress():
             return run()

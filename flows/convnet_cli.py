@@ -8,6 +8,7 @@ import typer
 from typer.core import TyperGroup
 
 from dpq_core.convnet.recipe import ConvRecipe, load_conv_recipe
+from dpq_core.errors import check_extra
 from flows.ends import ending_cleanly
 from flows.errors import errors, print_json
 from infra.settings import home
@@ -63,11 +64,12 @@ def compare(recipe: RecipePath, overrides: Overrides = None, as_json: AsJson = F
 
 def _run(name: str, recipe: ConvRecipe) -> Any:
     """A flow on its services; imported late, as in `flows.cli`."""
+    check_extra("dpq convnet", "convnet", "torchao", "sklearn")
     from infra.services import services
 
     with ending_cleanly(), services(home()):
         from flows import convnet
-        from flows.terminal import progress
+        from flows.progress import progress
 
         run: Callable[[ConvRecipe], Any] = getattr(convnet, name)
         with progress():

@@ -6,16 +6,17 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import httpx
 import typer
 
 from dpq_core.errors import InputError
 from flows.ends import Ended
 from infra.disk import is_full, space_left
 from infra.settings import home
-from infra.store import StoreFullError
+
+if TYPE_CHECKING:
+    import httpx
 
 
 def print_json(content: dict[str, Any]) -> None:
@@ -52,6 +53,10 @@ def _one_line(error: Exception) -> str:
 def _explained(error: Exception) -> str:
     """What an error says, and of a full disk or a service that is gone where that is: libraries
     leave it out."""
+    import httpx  # both are imported late, for commands that end well
+
+    from infra.store import StoreFullError
+
     if isinstance(error, httpx.TransportError):
         return f"{_server_of(error)} does not answer ({_one_line(error)}): {_AGAIN}"
     if not is_full(error) or isinstance(error, StoreFullError):
@@ -65,7 +70,7 @@ def _explained(error: Exception) -> str:
 _AGAIN = "run again (a server of ours is started anew): what is finished is kept"
 
 
-def _server_of(error: httpx.TransportError) -> str:
+def _server_of(error: "httpx.TransportError") -> str:
     try:
         url = error.request.url
     except RuntimeError:  # of no request

@@ -15,7 +15,6 @@ from markupsafe import Markup
 
 from dpq_core.pairing import CONFIDENCE
 from flows.html import rendered
-from tasks.figures import ladder_figure, svg
 
 _ABSENT = "–"
 # What Markdown, or HTML inside it, would act on; underscores inside a word are safe.
@@ -99,6 +98,8 @@ def html(
 
     `limit` is the gate's, of the increase.
     """
+    from tasks.figures import ladder_figure, svg  # matplotlib: a second
+
     points = [
         (row.variant, row.bits_per_weight, row.increase)
         for row in rows

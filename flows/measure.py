@@ -11,7 +11,6 @@ from dpq_core.pairing import Failure
 from dpq_core.recipe import Recipe
 from infra.store import ArtifactRef, StoreError
 from tasks.evaluate import EvaluationData, Measured, Subject, measurements
-from tasks.progress import stepper
 
 
 def measure(recipe: Recipe, data: EvaluationData, subject: Subject) -> Measured:
@@ -24,14 +23,12 @@ def measure(recipe: Recipe, data: EvaluationData, subject: Subject) -> Measured:
     At most `evaluation.workers` run at a time: each loads the model.
     """
     tasks = measurements(recipe, data)
-    step = stepper(f"evaluate {subject.role}", len(tasks))
     waiting: deque[tuple[str, _Submit, PrefectFuture[ArtifactRef]]] = deque()
     measured: dict[str, ArtifactRef | Failure] = {}
 
     def finish_one() -> None:
         name, submit, future = waiting.popleft()
         measured[name] = _outcome(_ended(future, submit))
-        step()
 
     for name, (task, arguments) in tasks.items():
         if len(waiting) == recipe.evaluation.workers:

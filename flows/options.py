@@ -4,8 +4,6 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from scipy.stats import spearmanr
-
 from dpq_core.allocation import (
     Allocation,
     AllocationError,
@@ -26,6 +24,7 @@ from dpq_core.scores import PERPLEXITY
 from flows.attempt import Attempt
 from flows.quantize import Candidate
 from tasks.preflight import Inputs
+from tasks.progress import stepper
 from tasks.quantize import quantize as quantize_layer
 from tasks.sensitivity import Cost, Costs, moments, sensitivity
 
@@ -105,6 +104,8 @@ class Options:
     def proxy_rank_correlation(self) -> float | None:
         """Spearman's, between proxy and loss of the layers under the recipe's own scheme; None
         where there is nothing to rank."""
+        from scipy.stats import spearmanr  # seconds
+
         own = [row for row in self.rows() if row["choice"] == OWN]
         found = float(spearmanr([row["proxy"] for row in own], [row["loss"] for row in own])[0])
         return found if math.isfinite(found) else None
@@ -182,7 +183,11 @@ def _measure(
         measured.append(
             sensitivity.submit(recipe, inputs.model, inputs.calibration, block, variants)
         )
-    costs = {name: found for future in measured for name, found in future.result().items()}
+    step = stepper("sensitivity", len(measured))
+    costs: Costs = {}
+    for future in measured:
+        costs |= future.result()
+        step()
     if "bf16" in recipe.repair.candidates:  # nothing is rounded: nothing is lost
         costs = {name: found | {"bf16": Cost(0.0, 0.0)} for name, found in costs.items()}
     return costs, observed.result()

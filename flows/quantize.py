@@ -21,7 +21,7 @@ from tasks.assemble import assemble, verify
 from tasks.calibrate import Share, calibrate, calibrate_share, is_calibrated, parts
 from tasks.memory import MemoryUse
 from tasks.preflight import Inputs, preflight
-from tasks.progress import stepper
+from tasks.progress import parts_of_step, stepper
 from tasks.quantize import quantize as quantize_layer
 
 _Result = TypeVar("_Result")
@@ -117,7 +117,7 @@ def _share_calibration(
     if shards == 1 or is_calibrated(recipe, model, windows, block, upstream):
         return
     ranges = shares(inputs.leaves, shards)
-    step = stepper("calibrate: shares of a block", len(parts(recipe)) * shards)
+    step = parts_of_step("calibrate", block, len(parts(recipe)) * shards)
     for part in parts(recipe):
         each = [Share(block, part, *leaves, inputs.footprint.share) for leaves in ranges]
         made = [calibrate_share.submit(recipe, model, windows, upstream, share) for share in each]

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from prefect import task
 from prefect.artifacts import create_link_artifact
@@ -14,7 +14,6 @@ from prefect.logging import get_run_logger
 from dpq_core.reader import CheckpointReader
 from dpq_core.throughput import Times
 from flows.attempt import Attempt
-from flows.page import ReportData, page
 from infra.history import newest_versions
 from infra.services import mlflow_server
 from infra.settings import home
@@ -23,6 +22,9 @@ from tasks.environment import hardware, seeds, versions
 from tasks.export import Export
 from tasks.model import Model
 from tasks.register import Registration
+
+if TYPE_CHECKING:
+    from flows.page import ReportData
 
 FILE = "report.html"
 _MOST = 30  # versions
@@ -73,13 +75,17 @@ def report_or_error(run: TrackedRun, tracking_uri: str, outcome: Outcome) -> Rep
 @task(name="report", cache_policy=NO_CACHE)
 def make_report(run: TrackedRun, tracking_uri: str, outcome: Outcome) -> str:
     """Write `report.html` to the run; returns the address at which a browser shows it."""
+    from flows.page import page  # matplotlib: a second
+
     run.log_text(page(_gathered(run, tracking_uri, outcome)), FILE)
     address = run.link(FILE)
     run.set_tags({"report": address})
     return address
 
 
-def _gathered(run: TrackedRun, tracking_uri: str, outcome: Outcome) -> ReportData:
+def _gathered(run: TrackedRun, tracking_uri: str, outcome: Outcome) -> "ReportData":
+    from flows.page import ReportData
+
     attempt, registration = outcome.attempt, outcome.registration
     recipe, candidate = attempt.recipe, attempt.candidate
     return ReportData(

@@ -4,17 +4,17 @@ import getpass
 import socket
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 from urllib.parse import unquote, urlparse
 
 import typer
 
 from dpq_core.recipe import ExecutionSection
 from flows.errors import errors, print_json
-from infra.registry import Registry, RegistryError
 from infra.settings import home
-from infra.store import Store, artifact_around
-from infra.tracking import tracking_store
+
+if TYPE_CHECKING:
+    from infra.store import Store
 
 _DEFAULT = Path(ExecutionSection().store)
 
@@ -29,6 +29,10 @@ def rollback(
 ) -> None:
     """Make the champion before the present one champion again; repeated, the one before that."""
     with errors(as_json):
+        from infra.registry import Registry
+        from infra.store import Store
+        from infra.tracking import tracking_store
+
         opened, registry = Store(store), Registry(tracking_store(home())[0])
         who = f"by {getpass.getuser()} on {socket.gethostname()}: {why}"
         with registry.exclusive(name, opened):
@@ -39,8 +43,11 @@ def rollback(
             print(f"{name}: version {done.champion} is champion, {done.taken_back} was taken back")
 
 
-def _check(source: str, store: Store) -> None:
+def _check(source: str, store: "Store") -> None:
     """Read all files of a version before it becomes champion, where they are on this machine."""
+    from infra.registry import RegistryError
+    from infra.store import artifact_around
+
     if urlparse(source).scheme not in ("file", ""):
         return
     folder = artifact_around(Path(unquote(urlparse(source).path)))

@@ -16,14 +16,20 @@ from typing import Any, Self, TypeVar
 from prefect.task_runners import ProcessPoolTaskRunner, TaskRunner, ThreadPoolTaskRunner
 
 from dpq_core.device import share_machine
+from dpq_core.errors import check_extra
 from dpq_core.recipe import ExecutionSection
 
 _Result = TypeVar("_Result")
 
 
 def task_runner(execution: ExecutionSection) -> TaskRunner[Any]:
-    """The runner that a recipe asks for, with no more workers than it says."""
+    """The runner that a recipe asks for, with no more workers than it says.
+
+    Raises:
+        MissingExtraError: Dask is not installed.
+    """
     if execution.runner == "dask":
+        check_extra("execution.runner: dask", "dask", "prefect_dask")
         from flows.dask_runner import LayersOnDask  # a second
 
         return LayersOnDask.of(execution)

@@ -3,7 +3,7 @@
 import sys
 from collections import defaultdict
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -11,8 +11,9 @@ from dpq_core.recipe import ExecutionSection
 from flows.errors import errors, print_json
 from infra.disk import shown_bytes, space_left
 from infra.settings import home
-from infra.store import Store
-from infra.store_care import DAY, StoreCareError, Stored, collect, stored
+
+if TYPE_CHECKING:
+    from infra.store_care import Stored
 
 app = typer.Typer(no_args_is_help=True, help="The artifact store: what is there, whole, needed.")
 
@@ -25,6 +26,9 @@ _DEFAULT = Path(ExecutionSection().store)
 def ls(store: StorePath = _DEFAULT, as_json: AsJson = False) -> None:
     """Stages: how many artifacts, how many bytes, and how long nobody has used them."""
     with errors(as_json):
+        from infra.store import Store
+        from infra.store_care import stored
+
         rows = _by_stage(list(stored(Store(store))))
         if as_json:
             print_json({"store": str(store.resolve()), "stages": rows})
@@ -37,7 +41,9 @@ def ls(store: StorePath = _DEFAULT, as_json: AsJson = False) -> None:
 def verify(store: StorePath = _DEFAULT, as_json: AsJson = False) -> None:
     """Read every byte of every artifact: 0 all as their manifests say, 2 something is wrong."""
     with errors(as_json):
-        from flows.terminal import progress
+        from flows.progress import progress
+        from infra.store import Store
+        from infra.store_care import stored
         from tasks.progress import stepper
 
         opened = Store(store)
@@ -72,6 +78,8 @@ def gc(
 ) -> None:
     """Delete what no registered version, no run at work, and nobody of late refers to."""
     with errors(as_json):
+        from infra.store import Store
+        from infra.store_care import DAY, StoreCareError, collect
         from infra.tracking import tracking_store
 
         if not store.is_dir():
@@ -90,8 +98,10 @@ def gc(
             print(f"{verb} {shown_bytes(freed)}; {len(result.registered)} kept for the registry")
 
 
-def _by_stage(artifacts: list[Stored]) -> list[dict[str, str | int | float]]:
+def _by_stage(artifacts: "list[Stored]") -> list[dict[str, str | int | float]]:
     """A row a stage. idle: days since the last use, of the newest and of the oldest artifact."""
+    from infra.store_care import DAY
+
     stages: dict[str, list[Stored]] = defaultdict(list)
     for artifact in artifacts:
         stages[artifact.stage].append(artifact)

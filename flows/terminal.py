@@ -1,21 +1,10 @@
-"""What a person sees: progress on stderr while a flow runs, tables at its end."""
+"""What a person sees at the end of a flow: tables. Progress is in `flows.progress`."""
 
 import sys
-import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TaskID,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 from rich.table import Table
 
 from dpq_core.gates import Metric
@@ -24,8 +13,6 @@ from flows.evaluate import EvaluationReport
 from flows.ladder import Row, cells, columns
 from flows.release import Release
 from flows.report import gate_rows, model_notes, notes, score_rows
-from infra.leases import telling_of_waits
-from tasks.progress import reporting_to
 from tasks.speeds import conditions, shown
 
 if TYPE_CHECKING:
@@ -33,43 +20,6 @@ if TYPE_CHECKING:
 
 _COLOURS = {"promoted": "green", "rejected": "red", "inspected": "yellow", "withheld": "yellow"}
 _UNLIMITED = 200  # characters a line, where stdout is a file
-_LINE_EVERY = 60.0  # seconds, where lines take the place of bars
-
-
-@contextmanager
-def progress() -> Iterator[None]:
-    """Bars with the time left for the stages that run inside; where stderr is no terminal, a line
-    when a stage starts and about every minute after."""
-    console = Console(stderr=True)
-    bars = Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(elapsed_when_finished=True),
-        console=console,
-        disable=not console.is_terminal,
-    )
-    ids: dict[str, TaskID] = {}
-    lines: dict[str, float] = {}  # stage → when its last line was written
-
-    def report(stage: str, done: int, total: int) -> None:
-        if stage not in ids:
-            ids[stage] = bars.add_task(stage, total=total)
-        bars.update(ids[stage], completed=done, total=total)
-        now = time.monotonic()
-        if not console.is_terminal and now - lines.get(stage, -_LINE_EVERY) >= _LINE_EVERY:
-            lines[stage] = now
-            left = bars.tasks[ids[stage]].time_remaining
-            known = f": {done} of {total}, {left / 60:.0f} min left" if left else " …"
-            console.print(f"{stage}{known}", highlight=False)
-
-    with (
-        bars,
-        reporting_to(report),
-        telling_of_waits(lambda line: console.print(line, style="dim")),
-    ):
-        yield
 
 
 def show_release(release: Release) -> None:

@@ -12,15 +12,10 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, TypeVar
 
-import aiohttp
-import s3fs
 import tenacity
-from botocore.exceptions import BotoCoreError, NoCredentialsError
 
 _BLOCK_BYTES = 32 << 20  # of a download, what an interruption loses
 _PATIENCE_S = 120
-_FINAL = (FileNotFoundError, PermissionError, NoCredentialsError)
-_PASSING = (OSError, BotoCoreError, aiohttp.ClientError)
 _Result = TypeVar("_Result")
 
 
@@ -142,6 +137,8 @@ def _patiently(
     Raises:
         RemoteError: they did not pass, or cannot.
     """
+    from botocore.exceptions import NoCredentialsError
+
     retrying = tenacity.Retrying(
         stop=tenacity.stop_after_delay(_PATIENCE_S),
         wait=tenacity.wait_exponential_jitter(initial=0.2, max=10),
@@ -157,15 +154,24 @@ def _patiently(
             f"s3://{address}: no permission ({error}): give credentials as AWS_ACCESS_KEY_ID and"
             " AWS_SECRET_ACCESS_KEY, or AWS_PROFILE"
         ) from error
-    except _PASSING as error:
+    except Exception as error:
+        if not _may_pass(error):
+            raise
         raise RemoteError(f"s3://{address}: no answer for {_PATIENCE_S} s: {error}") from error
 
 
 def _may_pass(error: BaseException) -> bool:
-    return isinstance(error, _PASSING) and not isinstance(error, _FINAL)
+    import aiohttp
+    from botocore.exceptions import BotoCoreError, NoCredentialsError
+
+    final = (FileNotFoundError, PermissionError, NoCredentialsError)
+    passing = (OSError, BotoCoreError, aiohttp.ClientError)
+    return isinstance(error, passing) and not isinstance(error, final)
 
 
 def _filesystem() -> Any:
+    import s3fs  # a second, with botocore
+
     return s3fs.S3FileSystem()
 
 

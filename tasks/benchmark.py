@@ -16,7 +16,6 @@ from infra.tracking import TrackedRun
 from tasks.alone import alone_in_process
 from tasks.environment import hardware
 from tasks.progress import progress_of
-from tasks.report_figures import batches_figure
 from tasks.speeds import NOT_HERE, as_records, markdown, metrics
 
 THROUGHPUT = "throughput_tokens_per_second"  # metric of a run: W4A8, decoding one sequence
@@ -54,6 +53,8 @@ def log_benchmark(
     about = {"title": title, "asked": section.model_dump(mode="json")}
     run.log_dict({**about, "devices": [asdict(times) for times in devices]}, "benchmark.json")
     run.log_text(markdown(title, devices), "benchmark.md")
+    from tasks.report_figures import batches_figure  # matplotlib: a second
+
     for times in devices:
         if times.cells:
             run.log_figure(batches_figure(times, _WIDTH), f"benchmark-{times.device}.png")

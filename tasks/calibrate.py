@@ -36,7 +36,7 @@ from dpq_core.recipe import Recipe
 from infra.store import ArtifactRef, Store, StoreError
 from tasks.hidden import HiddenStates
 from tasks.model import Model
-from tasks.progress import stepper
+from tasks.progress import parts_of_step
 
 Part = Literal["magnitudes", "statistics"]  # what is summed, in the order of the passes
 _FILE = "statistics.safetensors"
@@ -167,7 +167,7 @@ class _Calibration:
         """The block's statistics; what was kept for them alone is deleted."""
         if self._recipe.execution.shards == 1:
             batches = len(parts(self._recipe)) * sum(map(len, self._hidden.leaves))
-            self._step = stepper("calibrate: batches of a block", batches)
+            self._step = parts_of_step("calibrate", self._block, batches)
         with self._passes(self.root) as passes:
             magnitudes = self._all_magnitudes(passes)
             statistics = completed(self._statistics(self.root, magnitudes, passes), magnitudes)

@@ -18,7 +18,6 @@ from dpq_core.scores import Scores
 from infra.store import Store
 from infra.tracking import TrackedRun
 from tasks.evaluate import Measured, load_evaluation
-from tasks.figures import layer_error_figure
 from tasks.model import Model
 
 
@@ -31,6 +30,8 @@ def log_release(
     metrics: Mapping[str, Difference],
 ) -> None:
     """Parameters, metrics, the per-layer table and plot."""
+    from tasks.figures import layer_error_figure  # matplotlib: a second
+
     run.log_params(recipe.model_dump(mode="json", exclude={"variants"}))
     run.set_tags({"model_digest": model.digest, "recipe_digest": recipe.digest})
     log_metrics(run, metrics)

@@ -70,8 +70,7 @@ def sensitivity(
             for name, choices in variants.items()
             for choice, artifact in choices.items()
         }
-        step = stepper(f"sensitivity of block {block}", stream.block_count - block + 1)
-        losses = block_losses(stream, block, batches, layers, step)
+        losses = block_losses(stream, block, batches, layers)
         content: dict[str, dict[str, dict[str, float]]] = {}
         for variant, loss in losses.items():
             report = load_report(store.open(variants[variant.name][variant.choice]))

@@ -14,7 +14,7 @@ from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterKey
 from prefect.client.schemas.sorting import ArtifactSort, FlowRunSort, LogSort
 
 from dpq_core.recipe import parse_recipe
-from flows import reporting
+from flows import page
 from flows.release import release
 from infra import remote
 from infra.tracking import mlflow_client, tracking_store
@@ -78,7 +78,7 @@ def test_a_report_that_fails_is_seen_and_the_verdict_stands(
     def broken(data):
         raise OSError("no room for a page")
 
-    monkeypatch.setattr(reporting, "page", broken)
+    monkeypatch.setattr(page, "page", broken)
     shown = dpq("release")
     assert shown.exit_code == 0, shown.stderr
     assert "promoted" in shown.stdout
