@@ -79,7 +79,7 @@ def brief(text_file, tmp_path_factory):
     """Setting of a recipe whose evaluation is over in a moment."""
     path = tmp_path_factory.mktemp("brief") / "brief.jsonl"
     text = json.loads(text_file.read_text().splitlines()[0])["text"]
-    path.write_text(json.dumps({"text": text[:1000]}))
+    path.write_text(json.dumps({"text": text[:400]}))
     return f"evaluation.perplexity.dataset.data_files={path}"
 
 
