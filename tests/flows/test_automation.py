@@ -353,13 +353,14 @@ def test_a_release_of_this_process_waits_for_a_person(recipe_file, call, registr
     named = ["--set", "registry.name=refused", "--set", ASKING]
     process = dpq_process("release", recipe_file, "--json", *named)
 
-    def waiting():
-        assert process.poll() is None, process.communicate()
-        with get_client(sync_client=True) as prefect:
-            paused = FlowRunFilterState(type=FlowRunFilterStateType(any_=[StateType.PAUSED]))
+    paused = FlowRunFilterState(type=FlowRunFilterStateType(any_=[StateType.PAUSED]))
+    with get_client(sync_client=True) as prefect:
+
+        def waiting():
+            assert process.poll() is None, process.communicate()
             return prefect.read_flow_runs(flow_run_filter=FlowRunFilter(state=paused))
 
-    (run,) = eventually(waiting)
+        (run,) = eventually(waiting)
     mlflow = mlflow_client(tracking_store(services_home)[0])
     everywhere = [each.experiment_id for each in mlflow.search_experiments()]
     (seen,) = mlflow.search_runs(everywhere, "tags.`mlflow.runName` = 'refused'")
