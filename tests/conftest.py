@@ -6,7 +6,11 @@ from pathlib import Path
 
 import pytest
 import s3fs
-import torch
+
+# OpenMP's threads wait for one another in a busy loop: beside other work two of them take 20 times
+# as long as one. Asleep they do not. Read when torch is imported, here and in child processes.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+import torch  # noqa: E402
 
 REPOSITORY = Path(__file__).parents[1]
 QUICKSTART = REPOSITORY / "recipes" / "quickstart" / "model"
@@ -14,8 +18,7 @@ QUICKSTART = REPOSITORY / "recipes" / "quickstart" / "model"
 # One thread: the same partition of every product whatever else the machine does.
 torch.set_num_threads(1)
 
-# pytest-xdist's workers, and what they start, have a core each: OpenMP's threads wait for one
-# another in a busy loop, so that two processes on the same two cores take many times as long.
+# pytest-xdist's workers, and what they start, have a core each.
 if worker := os.environ.get("PYTEST_XDIST_WORKER", "").removeprefix("gw"):
     cores = sorted(os.sched_getaffinity(0))
     os.sched_setaffinity(0, {cores[int(worker) % len(cores)]})
