@@ -10,7 +10,7 @@ import s3fs
 # OpenMP's threads wait for one another in a busy loop: beside other work two of them take 20 times
 # as long as one. Asleep they do not. Read when torch is imported, here and in child processes.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-import torch  # noqa: E402
+import torch
 
 REPOSITORY = Path(__file__).parents[1]
 QUICKSTART = REPOSITORY / "recipes" / "quickstart" / "model"
