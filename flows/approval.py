@@ -16,9 +16,11 @@ from dataclasses import replace
 from uuid import UUID
 
 import httpx
+from prefect.client.orchestration import get_client
 from prefect.context import FlowRunContext
 from prefect.flow_runs import pause_flow_run
 from prefect.input import RunInput
+from prefect.states import Running
 from pydantic import Field
 
 from dpq_core.gates import Verdict
@@ -50,6 +52,7 @@ def approved(verdict: Verdict, gates: GatesSection) -> tuple[Verdict, dict[str, 
     run, limit = context.flow_run.id, gates.approval_timeout
     step = stepper(f"wait for dpq approve|reject {run}", 1)
     form = Decision.with_initial_data(description=_table(verdict))
+    _revive(run)
     with _answering_after(limit, run):
         decision = pause_flow_run(form, timeout=limit + _MARGIN, poll_interval=_POLL)
     step()
@@ -59,6 +62,15 @@ def approved(verdict: Verdict, gates: GatesSection) -> tuple[Verdict, dict[str, 
         return verdict, tags
     reason = f"approval: rejected by {decision.by}: {decision.reason}"
     return replace(verdict, verdict="rejected", reasons=(reason,)), tags
+
+
+def _revive(run: UUID) -> None:
+    """Who was taken for dead (a machine that slept sends no heartbeats) could not be paused."""
+    with get_client(sync_client=True) as client:
+        state = client.read_flow_run(run).state
+        if state and state.is_crashed():
+            message = f"It lives. Before: {state.message}"
+            client.set_flow_run_state(run, Running(message=message), force=True)
 
 
 @contextmanager

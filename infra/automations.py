@@ -1,9 +1,10 @@
 """Automations that watch the runs: those that fall silent are crashed, and somebody is told.
 
-A killed flow run stays `Running` on its page. A deployed one sends a heartbeat event every thirty
-seconds (`prefect.yaml`); where neither the next nor an end comes, the run is marked. (Runs of
-`dpq release` send none: `infra.dead_runs` finds them by their process.) Prefect's documentation
-calls it "detect zombie flows".
+A killed flow run stays `Running` on its page. Runs send heartbeat events: deployed ones every thirty
+seconds (`prefect.yaml`), `dpq release` and other people's flows on the same server every 180 s,
+which is Prefect's default. Where neither the next nor an end comes for long, the run is marked.
+(Runs of `dpq release` are found sooner, by their process: `infra.dead_runs`.) Prefect's
+documentation calls it "detect zombie flows".
 """
 
 from collections.abc import Iterator
@@ -18,7 +19,8 @@ from prefect.events.schemas.automations import AutomationCore, EventTrigger, Pos
 from pydantic import SecretStr
 
 _HEARTBEAT = "prefect.flow-run.heartbeat"
-_SILENCE = timedelta(seconds=120)  # four heartbeats
+# Three of Prefect's own heartbeats: less would crash every living run that keeps the default.
+_SILENCE = timedelta(seconds=600)
 # Names of states; those of verdicts are given by `flows.deployed`.
 _VERDICTS = ("Promoted", "Rejected", "Inspected", "Withheld")
 _ENDS = ("Completed", "Failed", "Crashed", "Cancelling", "Cancelled", "TimedOut", *_VERDICTS)

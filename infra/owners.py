@@ -27,7 +27,7 @@ _BEAT = 10.0  # s between signs of life
 @dataclass(frozen=True)
 class Owner:
     """A process, named so that others can tell whether it lives: a pid means something in one
-    place alone, and there only together with the second (Unix time) in which it `started`.
+    place alone, and there only together with the second in which it `started` (`_started`).
 
     tag: what else tells apart; a process may hold many things.
     """
@@ -41,7 +41,7 @@ class Owner:
     @classmethod
     def new(cls) -> Self:
         """This process, with a tag that nobody else has."""
-        started = int(psutil.Process().create_time())
+        started = _started(psutil.Process())
         return cls(os.getpid(), started, _place(), socket.gethostname(), uuid.uuid4().hex[:16])
 
     @classmethod
@@ -67,10 +67,17 @@ class Owner:
             return None
         try:
             process = psutil.Process(self.pid)
-            another = abs(process.create_time() - self.started) > 2  # clocks are set now and then
+            another = abs(_started(process) - self.started) > 2  # a clock may be set by a little
             return bool(another or process.status() == psutil.STATUS_ZOMBIE)
         except psutil.NoSuchProcess:
             return True
+
+
+def _started(process: psutil.Process) -> int:
+    """When a process started, s: on Linux since the machine's, which no clock that is set moves;
+    elsewhere Unix time."""
+    began = process.create_time()
+    return int(began - psutil.boot_time() if psutil.LINUX else began)
 
 
 @cache

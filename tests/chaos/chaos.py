@@ -230,7 +230,7 @@ def write_recipe(path: Path, model: str, **sections: object) -> Path:
 
     text = path.parent / "text.jsonl"
     documents = corpus.documents("validation")[:4]
-    text.write_text("".join(json.dumps({"text": each[:4000]}) + "\n" for each in documents))
+    text.write_text("".join(json.dumps({"text": each[:1000]}) + "\n" for each in documents))
     dataset = {"path": "json", "data_files": str(text)}
     content = {
         "model": {"id": model},

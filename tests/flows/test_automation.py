@@ -13,6 +13,7 @@ from uuid import UUID, uuid4
 
 import httpx
 import pytest
+import yaml
 from conftest import PATIENCE, dpq_process, run_flow
 from prefect import flow
 from prefect.client.orchestration import get_client
@@ -27,16 +28,20 @@ from prefect.client.schemas.filters import (
 )
 from prefect.client.schemas.objects import StateType
 from prefect.client.schemas.schedules import IntervalSchedule
-from prefect.states import Running
+from prefect.context import FlowRunContext
+from prefect.settings.models.flows import FlowsSettings
+from prefect.states import Crashed, Running
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
-from dpq_core.recipe import RecipeError, load_recipe
+from dpq_core.gates import Verdict
+from dpq_core.recipe import GatesSection, RecipeError, load_recipe
+from flows.approval import approved
 from flows.cli import app
 from flows.deployed_recipe import COMMON, Overrides, admitted
 from flows.release import release
 from infra import client
-from infra.automations import crashed_runs, ensure
+from infra.automations import automations, crashed_runs, ensure
 from infra.deployments import QUEUE_OF
 from infra.registry import Registry
 from infra.tracking import mlflow_client, tracking_store
@@ -308,6 +313,29 @@ def test_a_run_whose_heartbeats_stop_is_crashed(deployed):
     assert state.message.startswith("No sign of life for 10 s")
 
 
+def test_no_living_run_falls_silent_for_long_enough_to_be_crashed():
+    deployed = yaml.safe_load((EXAMPLES.parent / "prefect.yaml").read_text())["definitions"]["cpu"]
+    ours = int(deployed["job_variables"]["env"]["PREFECT_FLOWS_HEARTBEAT_FREQUENCY"])
+    anyones = FlowsSettings.model_fields["heartbeat_frequency"].default
+    (watching,) = automations()
+    assert watching.trigger.within >= timedelta(seconds=3 * max(ours, anyones))
+
+
+def test_a_run_that_was_taken_for_dead_asks_for_approval_all_the_same(services_home):
+    gates = GatesSection(approval="required", approval_timeout=1)
+
+    @flow
+    def asking():
+        run = FlowRunContext.get().flow_run.id
+        with get_client(sync_client=True) as prefect:
+            prefect.set_flow_run_state(run, Crashed(message="no sign of life"), force=True)
+        return approved(Verdict("promoted", (), {}), gates)
+
+    verdict, tags = asking()
+    assert verdict.verdict == "rejected"
+    assert tags["approval_by"] == "nobody"
+
+
 def test_nobody_s_answer_is_a_rejection(dpq, registry):
     limit = "gates.approval_timeout=1"
     named = ["--set", "registry.name=unanswered", "--set", ASKING]
@@ -325,13 +353,14 @@ def test_a_release_of_this_process_waits_for_a_person(recipe_file, call, registr
     named = ["--set", "registry.name=refused", "--set", ASKING]
     process = dpq_process("release", recipe_file, "--json", *named)
 
-    def waiting():
-        assert process.poll() is None, process.communicate()
-        with get_client(sync_client=True) as prefect:
-            paused = FlowRunFilterState(type=FlowRunFilterStateType(any_=[StateType.PAUSED]))
+    paused = FlowRunFilterState(type=FlowRunFilterStateType(any_=[StateType.PAUSED]))
+    with get_client(sync_client=True) as prefect:
+
+        def waiting():
+            assert process.poll() is None, process.communicate()
             return prefect.read_flow_runs(flow_run_filter=FlowRunFilter(state=paused))
 
-    (run,) = eventually(waiting)
+        (run,) = eventually(waiting)
     mlflow = mlflow_client(tracking_store(services_home)[0])
     everywhere = [each.experiment_id for each in mlflow.search_experiments()]
     (seen,) = mlflow.search_runs(everywhere, "tags.`mlflow.runName` = 'refused'")

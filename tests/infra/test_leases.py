@@ -8,6 +8,7 @@ import threading
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from infra.leases import Leases, telling_of_waits
@@ -110,6 +111,22 @@ def test_a_killed_holder_is_followed_at_once(leases, holder):
     assert let_go(leases)
 
 
+def test_a_stopped_holder_of_this_machine_keeps_its_lease(leases, holder, monkeypatch):
+    monkeypatch.setattr("infra.leases.LIMIT", 0.1)
+    monkeypatch.setattr("infra.leases._SILENT", 0.5)
+    holder.send_signal(signal.SIGSTOP)
+    held_by = []
+
+    def tell(_line):
+        held_by.append(leases.holder("key").pid)
+        holder.stdin.close()
+        holder.send_signal(signal.SIGCONT)
+
+    with telling_of_waits(tell), leases.held("key"):
+        assert held_by == [holder.pid]
+        assert holder.wait(timeout=60) == 0
+
+
 def test_a_holder_of_another_machine_is_followed_when_it_gives_no_sign(leases, monkeypatch):
     monkeypatch.setattr("infra.leases.LIMIT", 0.6)
     theirs = leases.folder / "key" / "17.1700000000.elsewhere.0.gpu-9.example.org"
@@ -190,6 +207,14 @@ def test_a_name_is_read_back_and_a_reused_pid_is_nobody():
     assert Owner.parse(str(me).replace(f".{me.started}.", f".{me.started - 100}.")).gone is True
     assert Owner.parse("12.34.elsewhere.0.host").gone is None
     assert Owner.parse("readme.txt") is None
+
+
+@pytest.mark.skipif(not psutil.LINUX, reason="start times of processes are the clock's elsewhere")
+def test_a_clock_that_is_set_kills_nobody(monkeypatch):
+    me, booted = Owner.new(), psutil.boot_time()
+    monkeypatch.setattr("psutil._pslinux.boot_time", lambda: booted + 3600)
+    assert psutil.boot_time() == booted + 3600
+    assert me.gone is False
 
 
 def test_attendance_lists_the_living(tmp_path, monkeypatch):
