@@ -26,9 +26,9 @@ from torch.nn.functional import pad
 
 from dpq_core.cpu import bits_of, rounding
 from dpq_core.formats import NumberFormat
+from dpq_core.forward_rows import start_threads
 from dpq_core.grid import Grid
 from dpq_core.kernels import EXPONENT, STEPS, real, round_rows
-from dpq_core.linear import start_threads
 from dpq_core.quantize import QuantizedLinear, QuantizedWeight, RoundedWeight
 from dpq_core.runtimes import amx
 
