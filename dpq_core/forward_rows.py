@@ -100,7 +100,7 @@ def _tasks(rows: int, features: int, threads: int) -> tuple[int, int]:
 
 
 @numba.njit(error_model="numpy")
-def _scale_rows(
+def scale_rows(
     sums: NDArray[np.float32],  # [rows, out]
     channel_scale: NDArray[np.float32],  # [out]
     scale: NDArray[np.float32],  # [rows, 1]
@@ -157,7 +157,7 @@ def _by_units(
             round_rows(0, len(x8), x[share], scales, x8, maximum, mask, lowest)
         sums = np.empty((len(x8), out), np.float32)
         _multiply(x8, weight, sums)
-        _scale_rows(sums, channel_scale, scales, bias, y[share])
+        scale_rows(sums, channel_scale, scales, bias, y[share])
 
 
 @numba.njit(nogil=True, parallel=True, error_model="numpy")
@@ -210,7 +210,7 @@ def _some_as_fp32(
         x8 = np.empty_like(x8)
         round_rows(0, len(x8), x[share], scales, x8, maximum, mask, lowest)
     wide = np.empty(x8.shape, np.float32)
-    _widen(x8, wide)
+    widen(x8, wide)
     pieces = -(-features // _DEPTH)
     piece = np.empty((_PIECE, -(-features // pieces)), np.float32)
     sums, sizes = np.empty(len(x8) * _PIECE, np.float32), np.empty(5, np.int32)
@@ -219,14 +219,14 @@ def _some_as_fp32(
         found = sums[: len(x8) * (some.stop - first)].reshape(len(x8), some.stop - first)
         for start in range(0, features, piece.shape[1]):
             depth = slice(start, min(start + piece.shape[1], features))
-            _widen(weight[some, depth], piece)
-            _add_product(wide, depth, piece, found, sizes)
+            widen(weight[some, depth], piece)
+            add_product(wide, depth, piece, found, sizes)
         added = bias[some] if bias.size else bias
-        _scale_rows(found, channel_scale[some], scales, added, target[:, some])
+        scale_rows(found, channel_scale[some], scales, added, target[:, some])
 
 
 @numba.njit(error_model="numpy")
-def _widen(values: NDArray[np.int16], wide: NDArray[np.float32]) -> None:
+def widen(values: NDArray[np.int16], wide: NDArray[np.float32]) -> None:
     """BF16 to FP32, [n, m]."""
     for row in range(values.shape[0]):
         for column in range(values.shape[1]):
@@ -234,7 +234,7 @@ def _widen(values: NDArray[np.int16], wide: NDArray[np.float32]) -> None:
 
 
 @numba.njit(error_model="numpy")
-def _add_product(
+def add_product(
     x: NDArray[np.float32],  # [rows, in]
     depth: slice,  # of the columns of x
     piece: NDArray[np.float32],  # [n or more, _DEPTH or in], the weight's columns there

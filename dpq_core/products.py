@@ -17,6 +17,9 @@ leaves BF16 operands to the libraries. They read them when they are loaded, and 
 import functools
 import os
 import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 
 import torch
 
@@ -45,9 +48,27 @@ def features() -> tuple[str, ...]:
     return tuple(name for name in _NAMED if here.get(name))
 
 
-@functools.cache
 def bf16_units() -> bool:
     """Whether BF16 operands are multiplied as they are; otherwise as FP32."""
+    return _by_libraries.get() or _chosen()
+
+
+@contextmanager
+def by_libraries() -> Iterator[None]:
+    """Leave BF16 operands to torch, in this thread: for comparisons, to the last bit, with models
+    whose products are torch's own."""
+    token = _by_libraries.set(True)
+    try:
+        yield
+    finally:
+        _by_libraries.reset(token)
+
+
+_by_libraries: ContextVar[bool] = ContextVar("by_libraries", default=False)
+
+
+@functools.cache
+def _chosen() -> bool:
     told = limits().items()
     if told:
         return all(value.upper() in LIMITS[name] for name, value in told)

@@ -47,11 +47,11 @@ def told(monkeypatch):
         for name, value in variables.items():
             monkeypatch.setenv(name, value)
         monkeypatch.setattr(products, "features", lambda: features)
-        products.bf16_units.cache_clear()
+        products._chosen.cache_clear()
 
     yield tell
     monkeypatch.undo()
-    products.bf16_units.cache_clear()
+    products._chosen.cache_clear()
 
 
 @pytest.mark.parametrize(
