@@ -4,7 +4,6 @@ They take the place of a definition in plain torch wherever `fits` says so. Memo
 is written in place.
 """
 
-import ctypes
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
@@ -15,11 +14,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dpq_core import kernels
+from dpq_core import kernels, products
 from dpq_core.affine import ColumnGrid
+from dpq_core.blas import AS_IS, ROW_MAJOR, TRANSPOSED, bf16_product
 from dpq_core.formats import NumberFormat
 
 _COLUMNS = 32  # that `kernels.choose` takes at a time
+_SQUARE = 256  # rows of a Hessian whose products with what follows are made at a time
 
 
 def fits(*tensors: Tensor) -> bool:
@@ -86,37 +87,27 @@ def group_errors(
     return errors
 
 
-# The BF16 units of a CPU. Torch's operators multiply BF16 into BF16 only; the MKL that comes with
-# it sums and returns FP32: C-interface `cblas_gemm_bf16bf16f32`. Absent from a torch without MKL.
-bf16_product: Any = getattr(ctypes.CDLL(torch._C.__file__), "cblas_gemm_bf16bf16f32", None)
-if bf16_product is not None:
-    _int, _float, _address = ctypes.c_int, ctypes.c_float, ctypes.c_int64
-    bf16_product.restype = None
-    bf16_product.argtypes = [
-        *[_int] * 6,  # layout, transpositions of A and B, rows, columns, summands
-        *[_float, _address, _int, _address, _int],  # alpha, A and its stride, B and its stride
-        *[_float, _address, _int],  # beta, C and its stride
-    ]
-ROW_MAJOR, AS_IS, TRANSPOSED = 101, 111, 112  # cblas.h
-
-
-def multiplies_bf16(x: Tensor) -> bool:
-    """Whether `add_square` takes this tensor."""
-    return bf16_product is not None and x.is_cpu and x.dtype == torch.bfloat16
-
-
 def add_square(
     sums: Tensor,  # [n, n] fp32, contiguous, changed
-    x: Tensor,  # [rows, n] bf16
+    x: Tensor,  # [rows, n]
     factor: float,
 ) -> None:
-    """sums += factor · xᵀ x: products of BF16 numbers, exact in FP32, and FP32 sums."""
-    x, (rows, n) = x.detach().contiguous(), x.shape
-    bf16_product(
-        ROW_MAJOR, TRANSPOSED, AS_IS, n, n, rows,
-        factor, x.data_ptr(), n, x.data_ptr(), n,
-        1.0, sums.data_ptr(), n,
-    )  # fmt: skip
+    """sums += factor · xᵀ x, symmetric: FP32 sums of products that are exact in FP32 where x is of
+    BF16. As FP32 every product is made once, and its mirror image copied."""
+    x, (rows, n) = x.detach(), x.shape
+    if x.dtype == torch.bfloat16 and bf16_product is not None and products.bf16_units():
+        x = x.contiguous()
+        bf16_product(
+            ROW_MAJOR, TRANSPOSED, AS_IS, n, n, rows,
+            factor, x.data_ptr(), n, x.data_ptr(), n,
+            1.0, sums.data_ptr(), n,
+        )  # fmt: skip
+        return
+    x = x.float()
+    for start in range(0, n, _SQUARE):
+        part, stop = slice(start, start + _SQUARE), min(start + _SQUARE, n)
+        sums[part, start:].addmm_(x[:, part].T, x[:, start:], alpha=factor)
+        sums[stop:, part] = sums[part, stop:].T
 
 
 def quantize(

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from dpq_core.reader import CheckpointError, CheckpointReader, read_config, read_json
+from dpq_core.sixteen_bit import fit
 from dpq_core.streaming import empty_model
 
 SUPPORTED = ("compressed-tensors", "gptq")
@@ -111,7 +112,7 @@ def load_compressed_tensors(folder: Path) -> Any:
                 " checkpoint does not fit its quantization_config"
             )
     _check_loaded(folder, model, expected)
-    return model
+    return fit(model)
 
 
 def _with_group_formats(folder: Path) -> Any:

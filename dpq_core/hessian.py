@@ -39,12 +39,12 @@ class InputStatistics:
     def add_hessian(self, x: Tensor, scale: Tensor | None = None) -> None:
         """Count inputs `x` [..., in], any float type, in units of `scale` (a scalar), into the sum.
 
-        BF16 and 8-bit values have products that FP32 holds exactly: where `x` is of BF16, and the
-        processor multiplies that, it does so; sums are FP32 in any case.
+        BF16 and 8-bit values have products that FP32 holds exactly: how they are multiplied
+        (`dpq_core.products`) decides on the order of the sums, which are FP32 in any case.
         """
         rows = x.reshape(-1, x.shape[-1])
         factor = 2.0 if scale is None else 2 * float(scale) ** 2
-        if cpu.multiplies_bf16(rows):
+        if rows.is_cpu:
             cpu.add_square(self.hessian_sum, rows, factor)
         elif rows.is_cuda:
             self.hessian_sum.add_(_square_on_tensor_cores(rows), alpha=factor)

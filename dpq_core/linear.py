@@ -7,27 +7,19 @@ has exactly the arithmetic of the 8-bit units, on any device. This module is the
 fast runtimes are held against.
 
 `W4A8Linear` states the formula in plain torch, and that is what runs on accelerators and in FP32
-models. BF16 models on a CPU take one pass over their tokens instead: a few hundred at a time, which
-stay in the cache, are rounded, multiplied by the BF16 units (operands that BF16 represents, FP32
-sums) and scaled. The only difference is the order of the sums. It depends on neither the batch (of
-two tokens or more) nor the threads where that was tried; MKL does not promise it.
+models. BF16 models on a CPU take one pass over their tokens instead, `dpq_core.forward_rows`, whose
+only difference is the order of the sums.
 """
 
-import functools
 import math
 from collections.abc import Mapping
 
-import numba
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from dpq_core import cpu
-from dpq_core.cpu import AS_IS, ROW_MAJOR, TRANSPOSED, bf16_product
+from dpq_core import forward_rows, sixteen_bit
 from dpq_core.formats import round_to
 from dpq_core.grid import SYMMETRIC_ZERO_POINT, Grid
-from dpq_core.kernels import bits, round_rows
 from dpq_core.packing import pack_codes, pack_zero_points, unpack_codes, unpack_zero_points
 from dpq_core.quantize import LayerReport, QuantizedLinear, QuantizedWeight, RoundedWeight
 from dpq_core.scheme import Scheme
@@ -152,10 +144,11 @@ class W4A8Linear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] → [..., out] in x's type."""
         if self.inner is None:  # 16-bit arithmetic: an ordinary linear
-            return nn.functional.linear(x, self.weight8.to(x.dtype), self.bias)
+            return sixteen_bit.linear(x, self.weight8.to(x.dtype), self.bias)
         scale = self._input_scale(x)
-        if self._can_fuse(x):
-            return self._fused(x, scale)
+        if forward_rows.fits(x, self.weight8):
+            to = x, self.weight8, self.bias, self.channel_scale
+            return forward_rows.forward(*to, scale, self.inner)
         x8 = x.float() if scale is None else round_to(x.float() / scale, self.inner)
         y = self._sums(x8) * self.channel_scale
         if scale is not None:
@@ -183,36 +176,6 @@ class W4A8Linear(nn.Module):
             return self.input_scale
         return token_scale(x, self.inner.maximum)
 
-    def _can_fuse(self, x: Tensor) -> bool:
-        both_bf16 = x.dtype == self.weight8.dtype == torch.bfloat16
-        return bf16_product is not None and x.is_cpu and both_bf16 and not x.requires_grad
-
-    def _fused(
-        self,
-        x: Tensor,  # [..., in] bf16
-        scale: Tensor | None,  # fp32, scalar or [..., 1]
-    ) -> Tensor:
-        """`forward` by `_forward_rows`. A single token is multiplied in another order than many."""
-        assert self.inner is not None
-        rows = x.reshape(-1, self.in_features)
-        y = x.new_empty(len(rows), self.out_features)
-        scales = torch.ones(1, 1, dtype=torch.float32) if scale is None else scale.reshape(-1, 1)
-        bias = x.new_empty(0) if self.bias is None else self.bias.detach()
-        threads = start_threads(torch.get_num_threads())
-        numba.set_num_threads(threads)
-        _forward_rows(
-            cpu.bits_of(rows),
-            scales.expand(len(rows), 1).contiguous().numpy(),
-            scale is not None,
-            *cpu.rounding(self.inner),
-            cpu.bits_of(self.weight8),
-            self.channel_scale.numpy(),
-            bias.float().numpy(),
-            cpu.bits_of(y),
-            _parts(len(rows), self.in_features, threads),
-        )
-        return y.view(*x.shape[:-1], self.out_features)
-
     def extra_repr(self) -> str:
         inner = self.inner.name if self.inner else "16 bit"
         return f"{self.in_features}, {self.out_features}, {inner}, {self.activations} activations"
@@ -226,76 +189,3 @@ def token_scale(x: Tensor, maximum: float) -> Tensor:
     amax = x.abs().amax(-1, keepdim=True).float()
     limit = torch.full_like(amax, maximum)  # by a plain number CUDA multiplies by its reciprocal
     return torch.where(amax > 0, amax / limit, torch.ones_like(amax))
-
-
-@functools.cache
-def start_threads(threads: int) -> int:
-    """Numba's threads, of the OpenMP runtime that torch uses; how many of `threads` it can take.
-
-    Starting them changes the number that torch takes, which is put back.
-    """
-    numba.config.THREADING_LAYER = "omp"
-    possible = min(threads, numba.config.NUMBA_NUM_THREADS)
-    numba.set_num_threads(possible)
-    torch.set_num_threads(threads)
-    return int(possible)
-
-
-def _parts(rows: int, features: int, threads: int) -> int:
-    """Shares of the rows: at least one a thread, small enough for the cache, 64 rows and more.
-
-    Each share packs the weight anew: wide layers, whose weight fills the cache anyway, are better
-    off with large shares.
-    """
-    limit = 256 if features <= 512 else 1024
-    return max(1, min(max(-(-rows // limit), threads), rows // 64))
-
-
-@numba.njit(error_model="numpy")
-def _scale_rows(
-    sums: NDArray[np.float32],  # [rows, out]
-    channel_scale: NDArray[np.float32],  # [out]
-    scale: NDArray[np.float32],  # [rows, 1]
-    bias: NDArray[np.float32],  # [out], or empty
-    y: NDArray[np.int16],  # [rows, out] bf16, written
-) -> None:
-    """y = sums · channel_scale · scale + bias, rounded to BF16."""
-    for row in range(sums.shape[0]):
-        for column in range(sums.shape[1]):
-            value = sums[row, column] * channel_scale[column] * scale[row, 0]
-            if bias.size:
-                value += bias[column]
-            pattern = bits(value)
-            even = np.int32(pattern + 0x7FFF + (pattern >> 16 & 1)) >> 16
-            y[row, column] = even if value == value else 0x7FC0
-
-
-@numba.njit(nogil=True, parallel=True, error_model="numpy")
-def _forward_rows(
-    x: NDArray[np.int16],  # [rows, in] bf16
-    scale: NDArray[np.float32],  # [rows, 1]
-    rounds: bool,  # whether x is rounded
-    maximum: np.float32,
-    mask: np.int32,
-    lowest: np.int32,
-    weight: NDArray[np.int16],  # [out, in] bf16
-    channel_scale: NDArray[np.float32],  # [out]
-    bias: NDArray[np.float32],  # [out], or empty
-    y: NDArray[np.int16],  # [rows, out] bf16, written
-    parts: int,
-) -> None:
-    """`W4A8Linear.forward` of many tokens, in `parts` shares. NumPy holds BF16 as int16."""
-    (rows, features), out = x.shape, len(weight)
-    for part in numba.prange(parts):
-        share = slice(part * rows // parts, (part + 1) * rows // parts)
-        x8, scales = x[share], scale[share]
-        if rounds:
-            x8 = np.empty_like(x8)
-            round_rows(0, len(x8), x[share], scales, x8, maximum, mask, lowest)
-        sums = np.empty((len(x8), out), np.float32)
-        bf16_product(
-            ROW_MAJOR, AS_IS, TRANSPOSED, len(x8), out, features,
-            1.0, x8.ctypes.data, features, weight.ctypes.data, features,
-            0.0, sums.ctypes.data, out,
-        )  # fmt: skip
-        _scale_rows(sums, channel_scale, scales, bias, y[share])

@@ -34,6 +34,7 @@ from dpq_core.reader import (
     model_type_of,
     read_config,
 )
+from dpq_core.sixteen_bit import fit
 
 
 class _Skip(nn.Module):
@@ -351,7 +352,7 @@ def empty_model(folder: Path, trust_remote_code: bool = False) -> Any:
         model = auto.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
         if family and family.experts:
             separate_experts(model.get_submodule(family.blocks), family.experts)
-    return model.eval()
+    return fit(model).eval()
 
 
 def load_config(folder: Path, trust_remote_code: bool = False) -> Any:

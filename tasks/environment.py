@@ -8,7 +8,7 @@ from pathlib import Path
 import psutil
 import torch
 
-from dpq_core import pairing, proxy
+from dpq_core import pairing, products, proxy
 from dpq_core.device import resolve_device
 from dpq_core.digests import code_digest
 from dpq_core.recipe import Recipe
@@ -57,6 +57,7 @@ def hardware(device_name: str) -> dict[str, str]:
         "system": platform.platform(),
         "processor": _processor(),
         "cores": str(os.cpu_count()),
+        "products": products.described(),
         "memory": f"{psutil.virtual_memory().total / 2**30:.0f} GiB",
         "device": device.type,
     }

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dpq_core import products
 from dpq_core.checkpoint import QuantizedCheckpoint, load_quantized
 from dpq_core.exports.format import Format, Target
 from dpq_core.linear import expected_shapes
@@ -59,7 +60,7 @@ def probe_logits(model: Any) -> Tensor:
     shape = (_PROBE[0], min(_PROBE[1], limit))
     vocabulary = model.get_input_embeddings().num_embeddings
     tokens = torch.randint(vocabulary, shape, generator=torch.Generator().manual_seed(0))
-    with torch.inference_mode():
+    with torch.inference_mode(), products.by_libraries():  # as the format's own reader
         logits: Tensor = model(input_ids=tokens).logits.float()
     return logits
 

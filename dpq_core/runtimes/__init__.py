@@ -1,4 +1,5 @@
-"""What computes a quantized linear when speed counts: one row a runtime, chosen by device.
+"""What computes a quantized linear when speed counts: one row a runtime, chosen by device, and on a
+CPU by what the processor has: the first that can run.
 
 Every runtime is a module made of a layer and its bias, as `W4A8Linear` is, which stays the
 definition: a runtime is right when its error against float64 is at most twice the definition's.
@@ -45,7 +46,8 @@ class Runtime:
 RUNTIMES = {
     r.name: r
     for r in (
-        Runtime("cpu", "cpu", "dpq_core.runtimes.cpu"),
+        Runtime("cpu", "cpu", "dpq_core.runtimes.cpu"),  # AMX
+        Runtime("avx2", "cpu", "dpq_core.runtimes.avx2"),
         Runtime("hopper", "cuda", "dpq_core.runtimes.hopper"),
         Runtime("gaudi", "hpu", "dpq_core.runtimes.gaudi", "not tested on hardware"),
     )
@@ -91,12 +93,12 @@ def runtime_for(device: torch.device) -> Chosen:
     """
     rows = [row for row in RUNTIMES.values() if row.device == device.type]
     if not rows:
-        raise RuntimeUnavailableError(f"no W4A8 runtime for {device}: choose {_devices()}")
-    reason = import_module(rows[0].module).unavailable()
-    if reason:
-        raise RuntimeUnavailableError(f"the {rows[0].name} runtime cannot run here: {reason}")
-    return Chosen(rows[0])
-
-
-def _devices() -> str:
-    return ", ".join(row.device for row in RUNTIMES.values())
+        devices = dict.fromkeys(row.device for row in RUNTIMES.values())
+        raise RuntimeUnavailableError(f"no W4A8 runtime for {device}: choose {', '.join(devices)}")
+    reasons = []
+    for row in rows:
+        reason = import_module(row.module).unavailable()
+        if not reason:
+            return Chosen(row)
+        reasons.append(f"the {row.name} runtime cannot run here: {reason}")
+    raise RuntimeUnavailableError("; ".join(reasons))

@@ -21,13 +21,31 @@ reference (AMX, AVX512_BF16); LLVM's intrinsics of the same names.
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
+
+from dpq_core.runtimes.llvm import (
+    F32,
+    I8,
+    I16,
+    I32,
+    I64,
+    Builder,
+    Rounding,
+    at,
+    call,
+    fill,
+    load,
+    pick,
+    prefetch,
+    splat,
+    store,
+)
 
 PANEL, UNIT, TILE = 16, 128, 1024  # rows; columns; bytes
 CONFIG_BYTES = 64
@@ -47,10 +65,8 @@ class _BFloat(ir.Type):
         return hash(_BFloat)
 
 
-_BIT, _I8, _I16, _I32, _I64 = (ir.IntType(bits) for bits in (1, 8, 16, 32, 64))
-_F32 = ir.FloatType()
-_WORDS, _BYTES = ir.VectorType(_I16, 32), ir.VectorType(_I8, 16)
-_REALS, _INTEGERS = ir.VectorType(_F32, 16), ir.VectorType(_I32, 16)
+_WORDS, _BYTES = ir.VectorType(I16, 32), ir.VectorType(I8, 16)
+_REALS, _INTEGERS = ir.VectorType(F32, 16), ir.VectorType(I32, 16)
 _BFLOATS = ir.VectorType(_BFloat(), 16)
 
 _UPPER = -0x10000  # of the two words in 32 bits
@@ -58,63 +74,10 @@ _LEFT, _RIGHT, _SUMS = (0, 1), (2, 3), (4, 5, 6, 7)  # tile registers
 MOST_TILES = len(_SUMS)  # of tokens at a time
 _AHEAD = 8192  # bytes of codes that are on their way from memory: a fifth less time from there
 
-Builder = Any
-
 
 def tile_config() -> bytes:
     """Of all eight registers: 16 rows of 64 bytes each."""
     return bytes([1, 0, *[0] * 14, *[64, 0] * 8, *[0] * 16, *[16] * 8, *[0] * 8])
-
-
-def _fill(vector: ir.VectorType, value: float) -> ir.Constant:
-    return ir.Constant(vector, [value] * vector.count)
-
-
-def _splat(b: Builder, value: Any, vector: ir.VectorType) -> Any:
-    undefined = ir.Constant(vector, ir.Undefined)
-    first = b.insert_element(undefined, value, _I32(0))
-    return b.shuffle_vector(first, undefined, _fill(ir.VectorType(_I32, vector.count), 0))
-
-
-def _pick(b: Builder, low: Any, high: Any, lanes: Sequence[int]) -> Any:
-    return b.shuffle_vector(low, high, ir.Constant(ir.VectorType(_I32, len(lanes)), list(lanes)))
-
-
-def _call(b: Builder, name: str, returned: ir.Type, *arguments: Any) -> Any:
-    kind = ir.FunctionType(returned, [argument.type for argument in arguments])
-    return b.call(cgutils.get_or_insert_function(b.module, kind, f"llvm.{name}"), arguments)
-
-
-def _at(b: Builder, address: Any, offset: Any, kind: ir.Type) -> Any:
-    """Pointer to `kind`, `offset` bytes (a number or a value) from an address."""
-    offset = _I64(offset) if isinstance(offset, int) else offset
-    return b.inttoptr(b.add(address, offset), kind.as_pointer())
-
-
-def _load(b: Builder, address: Any, offset: Any, kind: ir.Type) -> Any:
-    loaded = b.load(_at(b, address, offset, kind))
-    loaded.align = 1
-    return loaded
-
-
-def _store(b: Builder, value: Any, address: Any, offset: Any) -> None:
-    b.store(value, _at(b, address, offset, value.type)).align = 1
-
-
-class _Rounding:
-    """To the grid of an 8-bit format (or BF16), by what `dpq_core.runtimes.cpu.rounding` gives:
-    adding and subtracting 1.5 · 2**n steps leaves FP32 no bits below a step."""
-
-    def __init__(self, b: Builder, mask: Any, lowest: Any, steps: Any) -> None:
-        self.mask, self.lowest, self.steps = (
-            _splat(b, value, _INTEGERS) for value in (mask, lowest, steps)
-        )
-
-    def nearest(self, b: Builder, values: Any) -> Any:
-        step = b.and_(b.bitcast(values, _INTEGERS), self.mask)
-        step = _call(b, "smax.v16i32", _INTEGERS, step, self.lowest)
-        step = b.bitcast(b.add(step, self.steps), _REALS)
-        return b.fsub(b.fadd(values, step), step)
 
 
 def _transposed(b: Builder, rows: list[Any]) -> list[Any]:
@@ -125,8 +88,8 @@ def _transposed(b: Builder, rows: list[Any]) -> list[Any]:
         second = [lane + distance if lane in lower else lane + 16 for lane in range(16)]
         for row in lower:
             low, high = rows[row], rows[row + distance]
-            rows[row] = _pick(b, low, high, first)
-            rows[row + distance] = _pick(b, low, high, second)
+            rows[row] = pick(b, low, high, first)
+            rows[row + distance] = pick(b, low, high, second)
     return rows
 
 
@@ -136,8 +99,8 @@ def open_tiles(_: Any, config: Any, before: Any) -> Any:
 
     def generate(context: Any, b: Builder, signature: Any, arguments: Any) -> Any:
         config, before = arguments
-        _call(b, "x86.sttilecfg", ir.VoidType(), _at(b, before, 0, _I8))
-        _call(b, "x86.ldtilecfg", ir.VoidType(), _at(b, config, 0, _I8))
+        call(b, "x86.sttilecfg", ir.VoidType(), at(b, before, 0, I8))
+        call(b, "x86.ldtilecfg", ir.VoidType(), at(b, config, 0, I8))
         return context.get_dummy_value()
 
     return types.void(types.int64, types.int64), generate
@@ -148,7 +111,7 @@ def close_tiles(_: Any, before: Any) -> Any:
     """Back to what `open_tiles` found: other libraries of this thread rely on theirs."""
 
     def generate(context: Any, b: Builder, signature: Any, arguments: Any) -> Any:
-        _call(b, "x86.ldtilecfg", ir.VoidType(), _at(b, arguments[0], 0, _I8))
+        call(b, "x86.ldtilecfg", ir.VoidType(), at(b, arguments[0], 0, I8))
         return context.get_dummy_value()
 
     return types.void(types.int64), generate
@@ -164,16 +127,16 @@ def pack(_: Any, x: Any, stride: Any, last: Any, columns: Any, tile: Any) -> Any
 
     def generate(context: Any, b: Builder, signature: Any, arguments: Any) -> Any:
         x, stride, last, columns, tile = arguments
-        lanes = ir.Constant(ir.VectorType(_I32, 32), list(range(32)))
-        there = b.icmp_signed("<", lanes, _splat(b, b.trunc(columns, _I32), lanes.type))
+        lanes = ir.Constant(ir.VectorType(I32, 32), list(range(32)))
+        there = b.icmp_signed("<", lanes, splat(b, b.trunc(columns, I32), lanes.type))
         rows = []
         for number in range(PANEL):
-            source = _at(b, x, b.mul(_token(b, _I64(0), number, last), stride), _WORDS)
-            arguments = source, _I32(1), there, _fill(_WORDS, 0)
-            words = _call(b, "masked.load.v32i16.p0", _WORDS, *arguments)
+            source = at(b, x, b.mul(_token(b, I64(0), number, last), stride), _WORDS)
+            arguments = source, I32(1), there, fill(_WORDS, 0)
+            words = call(b, "masked.load.v32i16.p0", _WORDS, *arguments)
             rows.append(b.bitcast(words, _INTEGERS))
         for number, row in enumerate(_transposed(b, rows)):
-            _store(b, row, tile, 64 * number)
+            store(b, row, tile, 64 * number)
         return context.get_dummy_value()
 
     return types.void(*[types.int64] * 5), generate
@@ -182,35 +145,35 @@ def pack(_: Any, x: Any, stride: Any, last: Any, columns: Any, tile: Any) -> Any
 def _token(b: Builder, first: Any, number: int, last: Any) -> Any:
     """The token after `first`, or the last: what stands in for it has its values, and is written
     to its place."""
-    token = b.add(first, _I64(number))
+    token = b.add(first, I64(number))
     return b.select(b.icmp_signed("<", token, last), token, last)
 
 
 def _paired(b: Builder, even: Any, odd: Any) -> Any:
     """Two registers of FP32 whose lower halves are zero, as pairs of BF16."""
-    low = b.lshr(b.bitcast(even, _INTEGERS), _fill(_INTEGERS, 16))
-    return b.or_(low, b.and_(b.bitcast(odd, _INTEGERS), _fill(_INTEGERS, _UPPER)))
+    low = b.lshr(b.bitcast(even, _INTEGERS), fill(_INTEGERS, 16))
+    return b.or_(low, b.and_(b.bitcast(odd, _INTEGERS), fill(_INTEGERS, _UPPER)))
 
 
-def _looked_up(b: Builder, weights: Any, groups: Any, tables: int, rounding: _Rounding) -> Any:
+def _looked_up(b: Builder, weights: Any, groups: Any, tables: int, rounding: Rounding) -> Any:
     """128 four-bit codes as four registers of 32 BF16. A word's nibbles are columns 32 apart.
     groups: of each, s4 and -s4 * z in FP32."""
     codes = ir.Constant(_REALS, [float(code) for code in range(16)])
     made = []
     for table in range(tables):
         scale, zero = (
-            _splat(b, _load(b, groups, 8 * PANEL * table + place, _F32), _REALS) for place in (0, 4)
+            splat(b, load(b, groups, 8 * PANEL * table + place, F32), _REALS) for place in (0, 4)
         )
-        values = _call(b, "fma.v16f32", _REALS, scale, codes, zero)  # exact: 13 bits at most
+        values = call(b, "fma.v16f32", _REALS, scale, codes, zero)  # exact: 13 bits at most
         values = rounding.nearest(b, values)
         upper = [2 * (lane % 16) + 1 for lane in range(32)]  # the values in BF16, twice
         words = b.bitcast(values, _WORDS)
-        made.append(_pick(b, words, words, upper))
-    words = _load(b, weights, 0, _WORDS)
+        made.append(pick(b, words, words, upper))
+    words = load(b, weights, 0, _WORDS)
     for part in range(4):  # vpermw takes five bits of each word: the table is there twice
-        shifted = b.lshr(words, _fill(_WORDS, 4 * part)) if part else words
+        shifted = b.lshr(words, fill(_WORDS, 4 * part)) if part else words
         name = "x86.avx512.permvar.hi.512"
-        yield _call(b, name, _WORDS, made[part * tables // 4], shifted)
+        yield call(b, name, _WORDS, made[part * tables // 4], shifted)
 
 
 def _widened(b: Builder, weights: Any, is_float: bool) -> Any:
@@ -219,11 +182,11 @@ def _widened(b: Builder, weights: Any, is_float: bool) -> Any:
     for part in range(4):
         halves = []
         for half in range(2):
-            numbers = b.sext(_load(b, weights, 32 * part + 16 * half, _BYTES), _INTEGERS)
+            numbers = b.sext(load(b, weights, 32 * part + 16 * half, _BYTES), _INTEGERS)
             if is_float:  # as dpq_core.formats decodes: moved to FP32's places, biases made up for
-                places = b.shl(numbers, _fill(_INTEGERS, 20))
-                places = b.and_(places, _fill(_INTEGERS, -(1 << 31) | 0x7F << 20))
-                reals = b.fmul(b.bitcast(places, _REALS), _fill(_REALS, 2.0**120))
+                places = b.shl(numbers, fill(_INTEGERS, 20))
+                places = b.and_(places, fill(_INTEGERS, -(1 << 31) | 0x7F << 20))
+                reals = b.fmul(b.bitcast(places, _REALS), fill(_REALS, 2.0**120))
             else:
                 reals = b.sitofp(numbers, _REALS)
             halves.append(reals)
@@ -245,26 +208,26 @@ def multiplying(kind: str, tables: int) -> Any:
 
     def generate(context: Any, b: Builder, signature: Any, arguments: Any) -> Any:
         tiles, panel, groups, units, x, tile_stride, scratch, *more = arguments
-        rounding, more = _Rounding(b, *more[:3]), more[3:]
+        rounding, more = Rounding(b, PANEL, *more[:3]), more[3:]
 
         def decode(index: Any, buffer: Any, quarter: int) -> None:
             """Four rows of a unit of the panel, into four tiles."""
             row_bytes = 64 if kind == "codes" else 128
-            source = b.add(panel, b.mul(index, _I64(PANEL * row_bytes)))
-            group = b.add(groups, b.mul(index, _I64(8 * PANEL * tables)))
+            source = b.add(panel, b.mul(index, I64(PANEL * row_bytes)))
+            group = b.add(groups, b.mul(index, I64(8 * PANEL * tables)))
             for row in range(4 * quarter, 4 * quarter + 4):
-                at, of_row = b.add(source, _I64(row_bytes * row)), b.add(group, _I64(8 * row))
+                row_at, of_row = b.add(source, I64(row_bytes * row)), b.add(group, I64(8 * row))
                 for line in range(0, row_bytes, 64):
-                    _prefetch(b, at, _AHEAD + line)
+                    prefetch(b, row_at, _AHEAD + line)
                 if kind == "codes":
-                    parts = _looked_up(b, at, of_row, tables, rounding)
+                    parts = _looked_up(b, row_at, of_row, tables, rounding)
                 else:
-                    parts = _widened(b, at, kind == "e4m3")
+                    parts = _widened(b, row_at, kind == "e4m3")
                 for part, decoded in enumerate(parts):
-                    _store(b, decoded, buffer, TILE * part + 64 * row)
+                    store(b, decoded, buffer, TILE * part + 64 * row)
 
         for count in range(1, MOST_TILES + 1):
-            with b.if_then(b.icmp_signed("==", tiles, _I64(count))):
+            with b.if_then(b.icmp_signed("==", tiles, I64(count))):
                 _multiply(b, count, units, x, tile_stride, scratch, decode)
                 _add_up(b, count, scratch)
         with cgutils.for_range(b, tiles) as loop:
@@ -296,29 +259,29 @@ def _multiply(
     """
     for tile in range(tiles):
         for register in _registers(tile, tiles):
-            _call(b, "x86.tilezero", ir.VoidType(), _I8(register))
+            call(b, "x86.tilezero", ir.VoidType(), I8(register))
     for quarter in range(4):
-        decode(_I64(0), scratch, quarter)
+        decode(I64(0), scratch, quarter)
     with cgutils.for_range(b, units) as loop:
         index = loop.index
-        following = b.add(index, _I64(1))
+        following = b.add(index, I64(1))
         following = b.select(b.icmp_signed("<", following, units), following, index)
-        there, here = (_buffer(b, scratch, number) for number in (b.add(index, _I64(1)), index))
+        there, here = (_buffer(b, scratch, number) for number in (b.add(index, I64(1)), index))
         for part in range(4):
             decode(following, there, part)
-            left = _I8(_LEFT[part % 2])
+            left = I8(_LEFT[part % 2])
             _tile_load(b, left, here, TILE * part)
             for tile in range(tiles):
                 registers = _registers(tile, tiles)
-                right, sums = _I8(_RIGHT[tile % 2]), _I8(registers[part % len(registers)])
-                before = b.add(b.mul(tile_stride, _I64(tile)), _I64(TILE * part))
-                _tile_load(b, right, x, b.add(before, b.mul(index, _I64(4 * TILE))))
-                _call(b, "x86.tdpbf16ps", ir.VoidType(), sums, left, right)
+                right, sums = I8(_RIGHT[tile % 2]), I8(registers[part % len(registers)])
+                before = b.add(b.mul(tile_stride, I64(tile)), I64(TILE * part))
+                _tile_load(b, right, x, b.add(before, b.mul(index, I64(4 * TILE))))
+                call(b, "x86.tdpbf16ps", ir.VoidType(), sums, left, right)
 
 
 def _buffer(b: Builder, scratch: Any, index: Any) -> Any:
     """Where a unit is decoded to: one of two places in turn."""
-    return b.add(scratch, b.mul(b.and_(index, _I64(1)), _I64(4 * TILE)))
+    return b.add(scratch, b.mul(b.and_(index, I64(1)), I64(4 * TILE)))
 
 
 def _registers(tile: int, tiles: int) -> tuple[int, ...]:
@@ -333,22 +296,15 @@ def _add_up(b: Builder, tiles: int, scratch: Any) -> None:
         registers = _registers(tile, tiles)
         places = [tile + tiles * share for share in range(len(registers))]
         for place, register in zip(places, registers, strict=True):
-            pointer = _at(b, scratch, TILE * place, _I8)
-            _call(b, "x86.tilestored64", ir.VoidType(), _I8(register), pointer, _I64(64))
+            pointer = at(b, scratch, TILE * place, I8)
+            call(b, "x86.tilestored64", ir.VoidType(), I8(register), pointer, I64(64))
         for row in range(PANEL if len(registers) > 1 else 0):
-            parts = [_load(b, scratch, TILE * place + 64 * row, _REALS) for place in places]
-            _store(b, functools.reduce(b.fadd, parts), scratch, TILE * tile + 64 * row)
-
-
-def _prefetch(b: Builder, address: Any, offset: int) -> None:
-    """Have a line of the cache read before it is needed; beyond the end nothing happens."""
-    reading, all_caches, data = _I32(0), _I32(3), _I32(1)
-    pointer = _at(b, address, offset, _I8)
-    _call(b, "prefetch.p0", ir.VoidType(), pointer, reading, all_caches, data)
+            parts = [load(b, scratch, TILE * place + 64 * row, _REALS) for place in places]
+            store(b, functools.reduce(b.fadd, parts), scratch, TILE * tile + 64 * row)
 
 
 def _tile_load(b: Builder, register: Any, address: Any, offset: Any) -> None:
-    _call(b, "x86.tileloadd64", ir.VoidType(), register, _at(b, address, offset, _I8), _I64(64))
+    call(b, "x86.tileloadd64", ir.VoidType(), register, at(b, address, offset, I8), I64(64))
 
 
 def _write(
@@ -356,18 +312,18 @@ def _write(
     first: Any, last: Any, y: Any, stride: Any,
 ) -> None:  # fmt: skip
     """y of a panel and the tokens of a tile, from its sums in scratch."""
-    place = b.add(scratch, b.mul(tile, _I64(TILE)))
-    sums = [_load(b, place, 64 * row, _REALS) for row in range(PANEL)]
-    first = b.add(first, b.mul(tile, _I64(PANEL)))
-    of_row = _load(b, channel_scale, 0, _REALS)
-    added = _load(b, bias, 0, _REALS)
+    place = b.add(scratch, b.mul(tile, I64(TILE)))
+    sums = [load(b, place, 64 * row, _REALS) for row in range(PANEL)]
+    first = b.add(first, b.mul(tile, I64(PANEL)))
+    of_row = load(b, channel_scale, 0, _REALS)
+    added = load(b, bias, 0, _REALS)
     lanes = ir.Constant(_INTEGERS, list(range(PANEL)))
-    there = b.icmp_signed("<", lanes, _splat(b, b.trunc(rows, _I32), _INTEGERS))
+    there = b.icmp_signed("<", lanes, splat(b, b.trunc(rows, I32), _INTEGERS))
     for number, values in enumerate(_transposed(b, sums)):
         token = _token(b, first, number, last)
-        scale = _splat(b, _load(b, scales, b.shl(token, _I64(2)), _F32), _REALS)
+        scale = splat(b, load(b, scales, b.shl(token, I64(2)), F32), _REALS)
         scaled = b.fadd(b.fmul(b.fmul(values, of_row), scale), added)
         rounded = b.fptrunc(scaled, _BFLOATS)
-        target = _at(b, y, b.mul(token, stride), _BFLOATS)
+        target = at(b, y, b.mul(token, stride), _BFLOATS)
         name = "masked.store.v16bf16.p0"
-        _call(b, name, ir.VoidType(), rounded, target, _I32(1), there)
+        call(b, name, ir.VoidType(), rounded, target, I32(1), there)

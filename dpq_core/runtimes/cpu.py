@@ -24,13 +24,14 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from dpq_core.cpu import bits_of, rounding
-from dpq_core.formats import NumberFormat
-from dpq_core.grid import Grid
-from dpq_core.kernels import EXPONENT, STEPS, real, round_rows
-from dpq_core.linear import start_threads
+from dpq_core.cpu import bits_of
+from dpq_core.forward_rows import start_threads
+from dpq_core.kernels import real, round_rows
 from dpq_core.quantize import QuantizedLinear, QuantizedWeight, RoundedWeight
 from dpq_core.runtimes import amx
+from dpq_core.runtimes.weights import choose_scales, group_pairs, numbers_of, refusal
+
+__all__ = ["CpuLinear", "make", "refusal", "unavailable"]
 
 
 def unavailable() -> str:
@@ -38,19 +39,6 @@ def unavailable() -> str:
     if not torch.cpu._is_amx_tile_supported():
         return "its processor has no tile registers (AMX, from Intel's Sapphire Rapids on)"
     return "" if torch.cpu._init_amx() else "the operating system does not grant AMX"
-
-
-def refusal(layer: QuantizedLinear) -> str:
-    """Why there is no kernel for a layer."""
-    if isinstance(layer.weight, Tensor):
-        return "kept in 16 bits"
-    if isinstance(layer.weight, QuantizedWeight):
-        grid = layer.weight.grid
-        if grid.group_size not in (32, 64) and grid.group_size % amx.UNIT:
-            return f"groups of {grid.group_size}: kernels take 32, 64 and multiples of {amx.UNIT}"
-        if grid.inner and grid.reach() > grid.inner.maximum:
-            return f"codes that stand for more than {grid.inner.maximum:g}"
-    return ""
 
 
 def make(layer: QuantizedLinear, bias: Tensor | None) -> nn.Module:
@@ -75,14 +63,16 @@ class CpuLinear(nn.Module):
             rows, features = layer.weight.codes.shape
             grid = layer.weight.grid
             tables = max(1, amx.UNIT // grid.group_size)
-            weights, groups = _panels(_words(layer.weight.codes)), _panel_groups(grid, features)
-            kind, steps = ("codes", tables), _steps(grid.inner)
+            weights = _panels(_words(layer.weight.codes))
+            pairs = _panels(group_pairs(grid, features).flatten(2)).unflatten(3, (tables, 2))
+            groups = pairs.transpose(2, 3).contiguous()
+            kind = ("codes", tables)
             channel_scale = grid.channel_scale
         else:
             rows, features = layer.weight.values.shape
             weights, groups = _panels(_bytes(layer.weight)), torch.zeros(0)
             is_float = layer.weight.values.dtype == torch.float8_e4m3fn
-            kind, steps = ("e4m3" if is_float else "int8", 1), _steps(None)
+            kind = ("e4m3" if is_float else "int8", 1)
             channel_scale = layer.weight.channel_scale
         self.out_features, self.in_features = rows, features
         missing = -rows % amx.PANEL
@@ -93,10 +83,7 @@ class CpuLinear(nn.Module):
         self.register_buffer("bias", pad(added, (0, missing)))
         self.register_buffer("input_scale", layer.input_scale)
         self._kind, self._kernel = kind[0], _kernel(*kind)
-        inner = layer.scheme.inner_format
-        self._rounds = inner is not None and layer.scheme.activations != "none"
-        limits = rounding(inner) if inner and self._rounds else (np.float32(0),) * 3
-        self._numbers = np.array([np.int32(n.view(np.int32)) for n in (*limits, *steps)])
+        self._rounds, self._numbers = numbers_of(layer)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] bf16 → [..., out] bf16.
@@ -153,27 +140,6 @@ def _panels(rows: Tensor) -> Tensor:
     padded: Tensor = pad(rows, (0, 0, 0, 0, 0, -len(rows) % amx.PANEL))
     panels: Tensor = padded.unflatten(0, (-1, amx.PANEL)).transpose(1, 2).contiguous()
     return panels
-
-
-def _panel_groups(grid: Grid, features: int) -> Tensor:
-    """s4 and -s4 * z of every unit's groups, as the kernel reads them; zero beyond the weight."""
-    units = -(-features // amx.UNIT)
-    scale = grid.group_scale.float()
-    both = torch.stack([scale, -scale * grid.zero_point], 2)  # [out, G, 2]
-    if grid.group_size > amx.UNIT:
-        both = both.repeat_interleave(grid.group_size // amx.UNIT, 1)[:, :units]
-    tables = max(1, amx.UNIT // grid.group_size)
-    both = pad(both, (0, 0, 0, units * tables - both.shape[1])).unflatten(1, (units, tables))
-    panels: Tensor = _panels(both.flatten(2)).unflatten(3, (tables, 2))
-    return panels.transpose(2, 3).contiguous()
-
-
-def _steps(fmt: NumberFormat | None) -> tuple[np.int32, ...]:
-    """What rounds decoded values to a format's grid, see `cpu.rounding`; None is BF16."""
-    if fmt is None:
-        return EXPONENT, np.int32(0), np.int32(16 << 23 | 1 << 22)  # seven bits of mantissa
-    _, mask, lowest = rounding(fmt)
-    return mask, lowest, STEPS
 
 
 _SCRATCH = amx.SCRATCH + amx.CONFIG_BYTES  # bytes of a thread
@@ -275,25 +241,10 @@ def _pack_tokens(
     features = x.shape[1]
     if rounds:
         maximum = real(numbers[0])
-        _choose_scales(x, static, maximum, scales)
+        choose_scales(x, static, maximum, scales)
         x8 = np.empty_like(x)
         round_rows(0, len(x), x, scales, x8, maximum, numbers[1], numbers[2])
         x = x8
     for column in range(0, -(-features // amx.UNIT) * amx.UNIT, 32):
         source, target = x.ctypes.data + 2 * column, packed + column // 32 * amx.TILE
         amx.pack(source, 2 * features, len(x) - 1, features - column, target)
-
-
-@numba.njit(nogil=True, error_model="numpy")
-def _choose_scales(
-    x: NDArray[np.int16], static: float, maximum: np.float32, scales: NDArray[np.float32]
-) -> None:
-    """sx of each token: the static one, or `linear.token_scale`."""
-    for token in range(len(x)):
-        scales[token, 0] = static
-        if not static:
-            bits = np.int16(0)
-            for column in range(x.shape[1]):
-                bits = max(bits, np.int16(x[token, column] & 0x7FFF))
-            amax = real(np.int32(bits) << 16)
-            scales[token, 0] = amax / maximum if bits else np.float32(1)

@@ -35,6 +35,7 @@ from dpq_core.quantize import LayerReport, QuantizedWeight, quantize_layer
 from dpq_core.reader import CheckpointError, CheckpointReader
 from dpq_core.recipe import CalibrationSection, TextDataset
 from dpq_core.scheme import Scheme
+from dpq_core.sixteen_bit import fit
 from dpq_core.streaming import StreamedModel
 
 VOCABULARY = 97
@@ -117,7 +118,7 @@ def logits_of(model, windows):
 
 
 def original(folder):
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
+    return fit(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval())
 
 
 def by_hand(base, folder, scheme, blocks=2, choices=None):

@@ -25,6 +25,7 @@ from dpq_core.quantize import QuantizedWeight
 from dpq_core.reader import CheckpointError, CheckpointReader
 from dpq_core.recipe import CalibrationSection, ExportName, TextDataset
 from dpq_core.scheme import Scheme
+from dpq_core.sixteen_bit import fit
 
 VOCABULARY = 97
 QUERY, UP, DOWN = (
@@ -163,7 +164,7 @@ def test_transformers_loads_mixed_layers_each_with_its_own_arithmetic(exported, 
     assert groups["int-quantized"]["targets"] == [QUERY]
     assert len(groups["pack-quantized"]["targets"]) == 14 - 3
     assert config["ignore"] == ["lm_head", UP]
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    model = fit(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16))
     found = logits(model.eval())
     expected = logits(load_quantized(native(STATIC, MIXED)))
     assert 0 < (found - expected).norm() < 0.25 * expected.norm()

@@ -12,6 +12,7 @@ from model_families import tokenizer as byte_tokenizer
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from dpq_core import products
 from dpq_core.calibration import calibrate_block
 from dpq_core.checkpoint import (
     QuantizedCheckpoint,
@@ -40,6 +41,13 @@ def calibration(**changes):
         **{"dataset": TextDataset(path="none"), "batch_size": 2, "min_tokens_per_input": 0}
         | changes
     )
+
+
+@pytest.fixture(autouse=True)
+def by_libraries():
+    """The models are compared, to the last bit, with transformers' own."""
+    with products.by_libraries():
+        yield
 
 
 @pytest.fixture(scope="module")

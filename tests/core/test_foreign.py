@@ -18,6 +18,7 @@ from compressed_tensors.quantization import (
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
+from dpq_core import products
 from dpq_core.checkpoint import check_checkpoint, load_model
 from dpq_core.foreign import _dequantize, _Layout, _unpack
 from dpq_core.reader import CheckpointError, CheckpointReader
@@ -32,6 +33,13 @@ CONFIG = LlamaConfig(
     tie_word_embeddings=False,
 )
 TOKENS = torch.randint(259, (2, 16), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture(autouse=True)
+def by_libraries():
+    """The models are compared, to the last bit, with transformers' own."""
+    with products.by_libraries():
+        yield
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dpq_core import cpu
+from dpq_core import blas, cpu
 from dpq_core.formats import FORMATS, fake_quantize
 from dpq_core.hessian import MAGNITUDES, InputStatistics, count_magnitudes, static_input_scale
 from dpq_core.quantize import quantize_layer, static_scale_of
@@ -75,7 +75,7 @@ def test_hessian_is_the_mean_of_2_x_xt():
     torch.testing.assert_close(hessian.double(), exact, rtol=1e-5, atol=1e-6 * scale)
 
 
-@pytest.mark.skipif(cpu.bf16_product is None, reason="this torch comes without MKL")
+@pytest.mark.skipif(blas.bf16_product is None, reason="this torch comes without MKL")
 @pytest.mark.parametrize("tokens", [1, 96, 3000])
 @pytest.mark.parametrize("name", [None, *EIGHT_BIT])
 def test_bf16_units_sum_as_exactly_as_fp32(name, tokens):

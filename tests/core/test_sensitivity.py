@@ -14,6 +14,7 @@ from dpq_core.quantize import quantize_layer
 from dpq_core.recipe import CalibrationSection, TextDataset
 from dpq_core.scheme import Scheme
 from dpq_core.sensitivity import Variant, block_losses
+from dpq_core.sixteen_bit import fit
 from dpq_core.streaming import StreamedModel
 
 SCHEME = Scheme(group_size=32, rounding="nearest", order="none")
@@ -80,7 +81,7 @@ def test_losses_are_those_of_whole_models(folder, windows, block):
 def test_moments_are_those_of_a_whole_model(folder, windows):
     stream = StreamedModel(folder)
     found = output_moments(stream, stream.begin(batches_of(windows, 2)))
-    model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
+    model = fit(LlamaForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval())
     outputs = {}
     for name in found:
         keep = lambda module, inputs, output, name=name: outputs.update({name: output})  # noqa: E731
@@ -115,7 +116,7 @@ def test_the_proxy_is_the_divergence_where_its_assumption_holds():
 
 @torch.inference_mode()
 def by_hand(folder, windows, variant, layer):
-    model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
+    model = fit(LlamaForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval())
     expected = model(input_ids=windows).logits.double().log_softmax(-1)
     model.set_submodule(variant.name, W4A8Linear(layer, None))
     found = model(input_ids=windows).logits.double().log_softmax(-1)

@@ -1,0 +1,257 @@
+"""Many tokens through a linear on a CPU, in one pass: round, multiply, scale, round to BF16.
+
+    y = bf16(channel_scale * scale * (x8 · weightᵀ) + bias)     x8 = round(x / scale), sums in FP32
+
+A few hundred tokens at a time, which stay in the cache, are rounded (where they are to be), then
+multiplied by BF16 units or as FP32 (`dpq_core.products`), then scaled. As FP32, the operands are
+widened piece by piece: `_PIECE` rows of the weight and `_DEPTH` of its columns.
+
+The order of the sums depends on neither the batch (of two tokens or more) nor the threads where
+that was tried; MKL does not promise it.
+"""
+
+import functools
+
+import numba
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from dpq_core import cpu, products
+from dpq_core.blas import AS_IS, ROW_MAJOR, TRANSPOSED, bf16_product, sgemm
+from dpq_core.formats import NumberFormat
+from dpq_core.kernels import bits, real, round_rows
+
+_PIECE, _DEPTH = 256, 1024  # a megabyte of FP32
+_FEWEST = 64  # tokens of a share
+
+
+def fits(x: Tensor, weight: Tensor) -> bool:
+    """Whether `forward` takes them."""
+    here = bf16_product if products.bf16_units() else sgemm
+    both_bf16 = x.dtype == weight.dtype == torch.bfloat16
+    return here is not None and x.is_cpu and both_bf16 and not x.requires_grad
+
+
+def forward(
+    x: Tensor,  # [..., in] bf16
+    weight: Tensor,  # [out, in] bf16
+    bias: Tensor | None,  # [out]
+    channel_scale: Tensor | None = None,  # [out] fp32; None is 1
+    scale: Tensor | None = None,  # fp32, scalar or [..., 1]; None: x is not rounded
+    inner: NumberFormat | None = None,  # that x is rounded to
+) -> Tensor:
+    """[..., out] bf16. A single token is multiplied in another order than many."""
+    (out, features), rows = weight.shape, x.reshape(-1, weight.shape[1])
+    y = x.new_empty(len(rows), out)
+    one = torch.ones(1, 1, dtype=torch.float32)
+    scales = one if scale is None else scale.reshape(-1, 1)
+    channels = one.expand(out, 1).flatten() if channel_scale is None else channel_scale
+    added = one[:0, 0] if bias is None else bias.detach().float()
+    _, *rounding = cpu.rounding_of(inner)
+    threads = start_threads(torch.get_num_threads())
+    numba.set_num_threads(threads)
+    units = products.bf16_units()
+    (_by_units if units else _as_fp32)(
+        cpu.bits_of(rows),
+        scales.expand(len(rows), 1).contiguous().numpy(),
+        scale is not None,
+        *rounding,
+        cpu.bits_of(weight),
+        channels.numpy(),
+        added.numpy(),
+        cpu.bits_of(y),
+        *(_shares(len(rows), features, threads) if units else _tasks(len(rows), features, threads)),
+    )
+    return y.view(*x.shape[:-1], out)
+
+
+@functools.cache
+def start_threads(threads: int) -> int:
+    """Numba's threads, of the OpenMP runtime that torch uses; how many of `threads` it can take.
+
+    Starting them changes the number that torch takes, which is put back.
+    """
+    numba.config.THREADING_LAYER = "omp"
+    possible = min(threads, numba.config.NUMBA_NUM_THREADS)
+    numba.set_num_threads(possible)
+    torch.set_num_threads(threads)
+    return int(possible)
+
+
+def _shares(rows: int, features: int, threads: int) -> tuple[int]:
+    """Shares of the rows: at least one a thread, small enough for the cache, 64 rows and more.
+
+    Each share packs the weight anew: wide layers, whose weight fills the cache anyway, are better
+    off with large shares.
+    """
+    limit = 256 if features <= 512 else 1024
+    return (max(1, min(max(-(-rows // limit), threads), rows // _FEWEST)),)
+
+
+def _tasks(rows: int, features: int, threads: int) -> tuple[int, int]:
+    """Shares of the tokens, and of the weight's rows: those of the weight where tokens are few."""
+    limit = max(_FEWEST, min(512, (1 << 20) // features))
+    shares = -(-rows // limit)
+    if rows >= threads * _FEWEST:
+        return -(-shares // threads) * threads, 1
+    return shares, threads
+
+
+@numba.njit(error_model="numpy")
+def scale_rows(
+    sums: NDArray[np.float32],  # [rows, out]
+    channel_scale: NDArray[np.float32],  # [out]
+    scale: NDArray[np.float32],  # [rows, 1]
+    bias: NDArray[np.float32],  # [out], or empty
+    y: NDArray[np.int16],  # [rows, out] bf16, written
+) -> None:
+    """y = sums · channel_scale · scale + bias, rounded to BF16."""
+    for row in range(sums.shape[0]):
+        for column in range(sums.shape[1]):
+            value = sums[row, column] * channel_scale[column] * scale[row, 0]
+            if bias.size:
+                value += bias[column]
+            pattern = bits(value)
+            even = np.int32(pattern + 0x7FFF + (pattern >> 16 & 1)) >> 16
+            y[row, column] = even if value == value else 0x7FC0
+
+
+@numba.njit(error_model="numpy")
+def _multiply(
+    x: NDArray[np.int16],  # [rows, in] bf16
+    weight: NDArray[np.int16],  # [out, in] bf16
+    sums: NDArray[np.float32],  # [rows, out], written
+) -> None:
+    """sums = x · weightᵀ. As the arguments of a function the arrays outlive their addresses."""
+    (rows, features), out = x.shape, len(weight)
+    bf16_product(
+        ROW_MAJOR, AS_IS, TRANSPOSED, rows, out, features,
+        1.0, x.ctypes.data, features, weight.ctypes.data, features,
+        0.0, sums.ctypes.data, out,
+    )  # fmt: skip
+
+
+@numba.njit(nogil=True, parallel=True, error_model="numpy")
+def _by_units(
+    x: NDArray[np.int16],  # [rows, in] bf16
+    scale: NDArray[np.float32],  # [rows, 1]
+    rounds: bool,  # whether x is rounded
+    maximum: np.float32,
+    mask: np.int32,
+    lowest: np.int32,
+    weight: NDArray[np.int16],  # [out, in] bf16
+    channel_scale: NDArray[np.float32],  # [out]
+    bias: NDArray[np.float32],  # [out], or empty
+    y: NDArray[np.int16],  # [rows, out] bf16, written
+    shares: int,
+) -> None:
+    """`forward` by BF16 units. NumPy holds BF16 as int16."""
+    rows, out = len(x), len(weight)
+    for number in numba.prange(shares):
+        share = slice(number * rows // shares, (number + 1) * rows // shares)
+        x8, scales = x[share], scale[share]
+        if rounds:
+            x8 = np.empty_like(x8)
+            round_rows(0, len(x8), x[share], scales, x8, maximum, mask, lowest)
+        sums = np.empty((len(x8), out), np.float32)
+        _multiply(x8, weight, sums)
+        scale_rows(sums, channel_scale, scales, bias, y[share])
+
+
+@numba.njit(nogil=True, parallel=True, error_model="numpy")
+def _as_fp32(
+    x: NDArray[np.int16],
+    scale: NDArray[np.float32],
+    rounds: bool,
+    maximum: np.float32,
+    mask: np.int32,
+    lowest: np.int32,
+    weight: NDArray[np.int16],
+    channel_scale: NDArray[np.float32],
+    bias: NDArray[np.float32],
+    y: NDArray[np.int16],
+    shares: int,
+    parts: int,  # of the weight's rows
+) -> None:
+    """`forward` as FP32: arguments of `_by_units`, and one more."""
+    rows, out = len(x), len(weight)
+    for task in numba.prange(shares * parts):
+        number, part = task // parts, task % parts
+        _some_as_fp32(
+            number * rows // shares, (number + 1) * rows // shares,
+            part * out // parts, (part + 1) * out // parts,
+            x, scale, rounds, maximum, mask, lowest, weight, channel_scale, bias, y,
+        )  # fmt: skip
+
+
+@numba.njit(nogil=True, error_model="numpy")
+def _some_as_fp32(
+    token: int,
+    last_token: int,
+    row: int,
+    last_row: int,
+    x: NDArray[np.int16],
+    scale: NDArray[np.float32],
+    rounds: bool,
+    maximum: np.float32,
+    mask: np.int32,
+    lowest: np.int32,
+    weight: NDArray[np.int16],
+    channel_scale: NDArray[np.float32],
+    bias: NDArray[np.float32],
+    y: NDArray[np.int16],
+) -> None:
+    """`_as_fp32` of some tokens and some rows of the weight."""
+    share, features = slice(token, last_token), x.shape[1]
+    x8, scales, target = x[share], scale[share], y[share]
+    if rounds:
+        x8 = np.empty_like(x8)
+        round_rows(0, len(x8), x[share], scales, x8, maximum, mask, lowest)
+    wide = np.empty(x8.shape, np.float32)
+    widen(x8, wide)
+    pieces = -(-features // _DEPTH)
+    piece = np.empty((_PIECE, -(-features // pieces)), np.float32)
+    sums, sizes = np.empty(len(x8) * _PIECE, np.float32), np.empty(5, np.int32)
+    for first in range(row, last_row, _PIECE):
+        some = slice(first, min(first + _PIECE, last_row))
+        found = sums[: len(x8) * (some.stop - first)].reshape(len(x8), some.stop - first)
+        for start in range(0, features, piece.shape[1]):
+            depth = slice(start, min(start + piece.shape[1], features))
+            widen(weight[some, depth], piece)
+            add_product(wide, depth, piece, found, sizes)
+        added = bias[some] if bias.size else bias
+        scale_rows(found, channel_scale[some], scales, added, target[:, some])
+
+
+@numba.njit(error_model="numpy")
+def widen(values: NDArray[np.int16], wide: NDArray[np.float32]) -> None:
+    """BF16 to FP32, [n, m]."""
+    for row in range(values.shape[0]):
+        for column in range(values.shape[1]):
+            wide[row, column] = real(np.int32(values[row, column]) << 16)
+
+
+@numba.njit(error_model="numpy")
+def add_product(
+    x: NDArray[np.float32],  # [rows, in]
+    depth: slice,  # of the columns of x
+    piece: NDArray[np.float32],  # [n or more, _DEPTH or in], the weight's columns there
+    sums: NDArray[np.float32],  # [rows, n], written at the first columns, added to at others
+    sizes: NDArray[np.int32],  # [5], scratch
+) -> None:
+    """sums += x · pieceᵀ."""
+    sizes[0], sizes[1], sizes[2] = sums.shape[1], len(x), depth.stop - depth.start
+    sizes[3], sizes[4] = piece.shape[1], x.shape[1]
+    at, beta = sizes.ctypes.data, _ZERO_ONE.ctypes.data + 4 * (depth.start > 0)
+    form, one = _FORM.ctypes.data, _ZERO_ONE.ctypes.data + 4
+    sgemm(
+        form, form + 1, at, at + 4, at + 8,
+        one, piece.ctypes.data, at + 12, x.ctypes.data + 4 * depth.start, at + 16,
+        beta, sums.ctypes.data, at,
+    )  # fmt: skip
+
+
+_FORM = np.frombuffer(b"TN", np.uint8)  # of the weight, which is transposed, and of the tokens
+_ZERO_ONE = np.array([0, 1], np.float32)

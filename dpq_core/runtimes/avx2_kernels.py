@@ -1,0 +1,229 @@
+"""Micro-kernel of the CPU runtime for AVX2: decode a row of weights in registers, multiply it.
+
+A row is a run of units of 128 columns. A unit of four-bit codes is 64 bytes, one line of the cache:
+
+    decode    the 16 values that a group's codes stand for, in BF16, are two tables of 16 bytes; a
+              byte shuffle (vpshufb) looks 32 codes up in each, unpacking joins their bytes
+    multiply  BF16 is the upper half of FP32: a shift and a mask give 8 weights each, multiplied by
+              the inputs (FP32, as they are rounded) of up to 8 tokens, and added (FMA)
+    add up    the lanes of each token's sums, which are added to what earlier columns gave
+
+BF16 holds each 8-bit value, so that the products are exact and sums FP32's: the arithmetic of
+`W4A8Linear`, in another order. Looking 32 codes up takes 10 operations, making a table 25 for 128
+codes; with one token that, and not memory, is what takes the time.
+
+Sources: Intel's Intrinsics Guide (AVX2, FMA); LLVM's intrinsics of the same names.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+from dpq_core.runtimes.llvm import (
+    F32,
+    I8,
+    I16,
+    I32,
+    I64,
+    Builder,
+    Rounding,
+    call,
+    fill,
+    load,
+    pick,
+    splat,
+    store,
+)
+from dpq_core.runtimes.weights import UNIT
+
+LANES = 8  # numbers of a register
+WIDTHS = (1, 2, 4, 8)  # tokens at a time that there are kernels for
+_PART = 32  # columns that are looked up at once
+
+_REALS, _INTEGERS = ir.VectorType(F32, LANES), ir.VectorType(I32, LANES)
+_WORDS, _BYTES, _EIGHT = ir.VectorType(I16, 16), ir.VectorType(I8, 32), ir.VectorType(I8, LANES)
+
+# Unpacking joins bytes within halves of a register, 16 at a time; then the even words are one
+# register of FP32, the odd ones the next. So byte b of 32 codes is this column of its part.
+_OF_UNPACKED = [*range(0, 8), *range(16, 24)], [*range(8, 16), *range(24, 32)]
+COLUMN_OF_BYTE = [0] * _PART
+for _half, _order in enumerate(_OF_UNPACKED):
+    for _place, _byte in enumerate(_order):
+        COLUMN_OF_BYTE[_byte] = 16 * _half + 8 * (_place % 2) + _place // 2
+
+
+def multiplying(kind: str, tables: int, width: int) -> Any:
+    """Kernel that adds products of rows of the weight and some tokens to their sums.
+
+    Arguments: how many rows; their weights and groups at the first unit, and the bytes from a row
+    to the next of each; units; the tokens' inputs (FP32) at the first unit, and the bytes from a
+    token to the next; sums [rows, 8] (FP32); a rounding's three.
+
+    Args:
+        kind: of weights: `codes`, `e4m3` or `int8`.
+        tables: groups a unit, for codes.
+        width: tokens, one of `WIDTHS`.
+    """
+    each = min(4, LANES // width)  # sums of a token: a product waits for the one before in its sum
+
+    def generate(context: Any, b: Builder, signature: Any, arguments: Any) -> Any:
+        rows, weights, weight_stride, groups, group_stride, units, x, x_stride, sums, *more = (
+            arguments
+        )
+        rounding = Rounding(b, LANES, *more)
+        tokens = [b.add(x, b.mul(x_stride, I64(token))) for token in range(width)]
+        with cgutils.for_range(b, rows) as loop:
+            row = b.add(weights, b.mul(weight_stride, loop.index))
+            of_row = b.add(groups, b.mul(group_stride, loop.index))
+            totals = [[_zero(b) for _ in range(each)] for _ in tokens]
+            with cgutils.for_range(b, units) as unit:
+                column = b.mul(unit.index, I64(4 * UNIT))
+                decoded = _decoded(b, kind, tables, row, of_row, unit.index, rounding)
+                for number, values in enumerate(decoded):
+                    for token, total in zip(tokens, totals, strict=True):
+                        inputs = load(b, b.add(token, column), 4 * LANES * number, _REALS)
+                        sum_ = total[number % each]
+                        b.store(_fma(b, values, inputs, b.load(sum_)), sum_)
+            place = b.add(sums, b.mul(loop.index, I64(4 * LANES)))
+            added = _added_up(b, [_total(b, total) for total in totals])
+            store(b, b.fadd(load(b, place, 0, _REALS), added), place, 0)
+        return context.get_dummy_value()
+
+    signature = types.void(*[types.int64] * 9, *[types.int32] * 3)
+
+    @intrinsic
+    def multiply(
+        _: Any, rows: Any, weights: Any, weight_stride: Any, groups: Any, group_stride: Any,
+        units: Any, x: Any, x_stride: Any, sums: Any, mask: Any, lowest: Any, steps: Any,
+    ) -> Any:  # fmt: skip
+        return signature, generate
+
+    return multiply
+
+
+def decoding(kind: str, tables: int) -> Any:
+    """Kernel that writes rows of the weight as FP32, in their own order.
+
+    Arguments: the first six of `multiplying`; where to, and the bytes from a row to the next there;
+    a rounding's three.
+    """
+
+    def generate(context: Any, b: Builder, signature: Any, arguments: Any) -> Any:
+        rows, weights, weight_stride, groups, group_stride, units, target, stride, *more = arguments
+        rounding = Rounding(b, LANES, *more)
+        with cgutils.for_range(b, rows) as loop:
+            row = b.add(weights, b.mul(weight_stride, loop.index))
+            of_row = b.add(groups, b.mul(group_stride, loop.index))
+            to_row = b.add(target, b.mul(stride, loop.index))
+            with cgutils.for_range(b, units) as unit:
+                decoded = _decoded(b, kind, tables, row, of_row, unit.index, rounding)
+                place = b.add(to_row, b.mul(unit.index, I64(4 * UNIT)))
+                for number, values in enumerate(decoded):
+                    store(b, values, place, 4 * LANES * number)
+        return context.get_dummy_value()
+
+    signature = types.void(*[types.int64] * 8, *[types.int32] * 3)
+
+    @intrinsic
+    def decode(
+        _: Any, rows: Any, weights: Any, weight_stride: Any, groups: Any, group_stride: Any,
+        units: Any, target: Any, stride: Any, mask: Any, lowest: Any, steps: Any,
+    ) -> Any:  # fmt: skip
+        return signature, generate
+
+    return decode
+
+
+def _decoded(
+    b: Builder, kind: str, tables: int, row: Any, of_row: Any, unit: Any, rounding: Rounding
+) -> Iterator[Any]:
+    """A unit of a row as 16 registers of FP32."""
+    unit_bytes, group_bytes = sizes(kind, tables)
+    weights = b.add(row, b.mul(unit, I64(unit_bytes)))
+    if kind == "codes":
+        group = b.add(of_row, b.mul(unit, I64(group_bytes)))
+        return _looked_up(b, weights, group, tables, rounding)
+    return _widened(b, weights, kind == "e4m3")
+
+
+def sizes(kind: str, tables: int) -> tuple[int, int]:
+    """Bytes of a unit's weights, and of its groups."""
+    return (UNIT // 2, 8 * tables) if kind == "codes" else (UNIT, 0)
+
+
+def _zero(b: Builder) -> Any:
+    variable = cgutils.alloca_once(b, _REALS)
+    b.store(fill(_REALS, 0), variable)
+    return variable
+
+
+def _fma(b: Builder, left: Any, right: Any, added: Any) -> Any:
+    return call(b, "fma.v8f32", _REALS, left, right, added)
+
+
+def _tables(b: Builder, group: Any, rounding: Rounding) -> tuple[Any, Any]:
+    """Lower and upper bytes of the 16 values in BF16 that codes of a group stand for, each twice.
+    group: s4 and -s4 * z in FP32."""
+    scale, zero = (splat(b, load(b, group, place, F32), _REALS) for place in (0, 4))
+    halves = []
+    for first in (0, LANES):
+        codes = ir.Constant(_REALS, [float(first + lane) for lane in range(LANES)])
+        values = _fma(b, scale, codes, zero)  # exact: 13 bits at most
+        halves.append(b.bitcast(rounding.nearest(b, values), _BYTES))
+    lower, upper = ([4 * (code % 16) + byte for code in range(32)] for byte in (2, 3))
+    low, high = halves
+    return pick(b, low, high, lower), pick(b, low, high, upper)
+
+
+def _looked_up(
+    b: Builder, weights: Any, groups: Any, tables: int, rounding: Rounding
+) -> Iterator[Any]:
+    """128 four-bit codes as 16 registers of FP32. A byte's nibbles are columns 32 apart."""
+    made = [_tables(b, b.add(groups, I64(8 * table)), rounding) for table in range(tables)]
+    for part in range(UNIT // _PART):
+        codes = load(b, weights, _PART * (part // 2), _BYTES)
+        if part % 2:
+            shifted = b.lshr(b.bitcast(codes, _WORDS), fill(_WORDS, 4))
+            codes = b.bitcast(shifted, _BYTES)
+        codes = b.and_(codes, fill(_BYTES, 15))
+        low, high = (
+            call(b, "x86.avx2.pshuf.b", _BYTES, table, codes) for table in made[part * tables // 4]
+        )
+        for order in _OF_UNPACKED:
+            words = pick(b, low, high, [lane for byte in order for lane in (byte, byte + 32)])
+            pairs = b.bitcast(words, _INTEGERS)
+            yield b.bitcast(b.shl(pairs, fill(_INTEGERS, 16)), _REALS)
+            yield b.bitcast(b.and_(pairs, fill(_INTEGERS, -0x10000)), _REALS)
+
+
+def _widened(b: Builder, weights: Any, is_float: bool) -> Iterator[Any]:
+    """128 E4M3 or INT8 numbers as 16 registers of FP32."""
+    for first in range(0, UNIT, LANES):
+        numbers = b.sext(load(b, weights, first, _EIGHT), _INTEGERS)
+        if is_float:  # as dpq_core.formats decodes: moved to FP32's places, biases made up for
+            places = b.shl(numbers, fill(_INTEGERS, 20))
+            places = b.and_(places, fill(_INTEGERS, -(1 << 31) | 0x7F << 20))
+            yield b.fmul(b.bitcast(places, _REALS), fill(_REALS, 2.0**120))
+        else:
+            yield b.sitofp(numbers, _REALS)
+
+
+def _total(b: Builder, sums: list[Any]) -> Any:
+    first, *others = [b.load(each) for each in sums]
+    for other in others:
+        first = b.fadd(first, other)
+    return first
+
+
+def _added_up(b: Builder, totals: list[Any]) -> Any:
+    """The lanes of up to 8 registers added up: a lane each, zero beyond."""
+    rows = totals + [fill(_REALS, 0)] * (LANES - len(totals))
+    even, odd = range(0, 2 * LANES, 2), range(1, 2 * LANES, 2)
+    while len(rows) > 1:
+        pairs = zip(rows[::2], rows[1::2], strict=True)
+        rows = [b.fadd(pick(b, low, high, even), pick(b, low, high, odd)) for low, high in pairs]
+    return rows[0]
