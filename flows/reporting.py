@@ -104,7 +104,7 @@ def _gathered(run: TrackedRun, tracking_uri: str, outcome: Outcome) -> ReportDat
         environment={
             "Random seeds": seeds(recipe),
             "Versions": versions(),
-            "Hardware": hardware(recipe.execution.device),
+            "Hardware": {**hardware("cpu"), "device": candidate.inputs.worker.title},
         },
     )
 
