@@ -28,15 +28,16 @@ class Footprint:
 
     layer: of a worker, at its largest layer. share: of a worker, where tasks share calibration;
     else 0. block: of the worker that calibrates, or adds up what others did. disk: what stays in
-    the store at least: statistics, layers and the checkpoint's. device: of a worker's device at the
-    most, where that has memory of its own; else 0. blocks_per_task: that calibration passes before
-    hidden states go to the store.
+    the store at least: layers, the checkpoint's, and statistics. device: of a worker's device at
+    the most, where that has memory of its own; else 0. blocks_per_task: that calibration passes
+    before hidden states go to the store.
     """
 
     layer: int
     share: int
     block: int
     disk: int
+    statistics: int
     device: int
     blocks_per_task: int = 1
 
@@ -75,7 +76,7 @@ def footprint(
     blocks = range(plan.blocks)
     passes = max(_passes(plan, block, calibration, batch_size, sums) for block in blocks)
     statistics = [_statistics(plan, block) for block in blocks]
-    alone = passes + max(statistics)  # of the block before: being written, or kept for its layers
+    alone = passes + blocks_per_task * max(statistics)  # kept for the layers, and being written
     if blocks_per_task > 1:
         alone += _hidden(plan, calibration)
     added = root.sums_alive([node for each in nodes for node in each]) * max(statistics)
@@ -85,6 +86,7 @@ def footprint(
         share=passes if shards > 1 else 0,
         block=added if shards > 1 else alone,
         disk=sum(statistics) + 2 * stored,  # layers lie in the store and in the checkpoint
+        statistics=sum(statistics),
         device=_device(plan, calibration, batch_size) if on_device else 0,
         blocks_per_task=blocks_per_task,
     )

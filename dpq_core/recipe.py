@@ -217,6 +217,11 @@ class ExecutionSection(_Section):
     )
     threads_per_worker: int = Field(1, ge=1, description="of torch, for calibration and layers")
     store: str = Field(".dpq/store", description="folder of content-addressed artifacts")
+    scratch: str | None = Field(
+        None,
+        description="folder for statistics and hidden states instead of the store: a fast disk that"
+        " all workers have, those of one machine",
+    )
     device: str = Field("auto", description="auto, cpu, cuda, cuda:0, hpu")
     devices: Literal["auto"] | Annotated[int, Field(ge=1)] | list[str] = Field(
         "auto",

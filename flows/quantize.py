@@ -99,7 +99,7 @@ def quantize_layers(recipe: Recipe, inputs: Inputs) -> QuantizedLayers:
     try:
         return _FanOut(recipe, inputs).run()
     finally:
-        kept.keep({})
+        kept.forget()
 
 
 class _FanOut:

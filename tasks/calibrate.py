@@ -7,7 +7,7 @@ killed run leaves of the last two is waste that nobody looks for: `dpq store gc`
 
 A task passes a run of blocks (`execution.blocks_per_task`): hidden states stay in its memory from
 one to the next, a block's statistics are hashed and written while the next block computes, and
-those of the last block stay in memory for layers that this process quantizes.
+all stay in memory for layers that this process quantizes (`tasks/kept.py`).
 """
 
 from collections.abc import Callable, Iterator
@@ -185,7 +185,8 @@ def _hidden(
     behind: WriteBehind,
     every: int,
 ) -> HiddenStates:
-    store, worker = Store(recipe.execution.store), this_worker(recipe.execution)
+    execution = recipe.execution
+    store, worker = Store(execution.scratch or execution.store), this_worker(execution)
     return HiddenStates(recipe, model, windows, layers, store, worker, behind, every)
 
 
@@ -240,7 +241,8 @@ class _Calibration:
             name: self.store.get_or_make("statistics", key, _saver(statistics[name].tensors()))[0]
             for name, key in self.wanted.items()
         }
-        kept.keep({artifact: statistics[name] for name, artifact in made.items()})
+        of_artifacts = {artifact: statistics[name] for name, artifact in made.items()}
+        kept.keep(of_artifacts, blocks=self._hidden.every)
         return made
 
     def finish(self, passes: Passes) -> None:

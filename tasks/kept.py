@@ -1,7 +1,8 @@
-"""The statistics of the block that this process calibrated last, for layers that it quantizes next:
+"""Statistics of the blocks that this process calibrated last, for layers that it quantizes next:
 they are neither read from the store nor hashed once more.
 
-No more than one block's are kept, and an input's are gone once its layers have taken them.
+As many blocks' are kept as a calibration task passes, and an input's are gone once its layers have
+taken them.
 """
 
 from collections.abc import Mapping
@@ -10,18 +11,25 @@ from threading import Lock
 from dpq_core.hessian import InputStatistics
 from infra.store import ArtifactRef
 
-_kept: dict[str, InputStatistics] = {}
+_kept: list[dict[str, InputStatistics]] = []  # by block, the oldest first
 _changing = Lock()
 
 
-def keep(statistics: Mapping[ArtifactRef, InputStatistics]) -> None:
-    """These, in place of all others; none: forget them."""
+def keep(statistics: Mapping[ArtifactRef, InputStatistics], blocks: int) -> None:
+    """A block's, besides those of the blocks before it: so many in all."""
     with _changing:
-        _kept.clear()
-        _kept.update({artifact.sha256: each for artifact, each in statistics.items()})
+        _kept.append({artifact.sha256: each for artifact, each in statistics.items()})
+        del _kept[:-blocks]
 
 
 def take(artifact: ArtifactRef) -> InputStatistics | None:
     """What an artifact holds, if it is here; it is not here any more then."""
     with _changing:
-        return _kept.pop(artifact.sha256, None)
+        found = (block.pop(artifact.sha256, None) for block in _kept)
+        return next((statistics for statistics in found if statistics), None)
+
+
+def forget() -> None:
+    """All of it."""
+    with _changing:
+        _kept.clear()

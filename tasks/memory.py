@@ -94,13 +94,12 @@ def check_room(recipe: Recipe, needed: Footprint, store: Store, worker: Worker) 
         RoomError: naming what is needed, what there is, and the way out.
     """
     execution = recipe.execution
-    free = _free(store.root)
-    if needed.disk > free and needed.disk > free + sum(each.size for each in stored(store)):
-        raise RoomError(
-            f"execution.store: {store.root}: calibration statistics, layers and the checkpoint take"
-            f" {shown_bytes(needed.disk)}, and {shown_bytes(free)} are free: name another folder,"
-            " or make room (`dpq store gc`)"
-        )
+    if execution.scratch:
+        _check_disk("scratch", Store(execution.scratch), "statistics", needed.statistics)
+        _check_disk("store", store, "layers and the checkpoint", needed.disk - needed.statistics)
+    else:
+        what = "calibration statistics, layers and the checkpoint"
+        _check_disk("store", store, what, needed.disk)
     if worker.memory is not None and needed.device > worker.memory:
         raise RoomError(
             f"execution.device: {worker.name}: a layer, or a block's calibration, takes up to"
@@ -117,6 +116,15 @@ def check_room(recipe: Recipe, needed: Footprint, store: Store, worker: Worker) 
             f" {shown_bytes(max(needed.block, needed.share))}, {shown_bytes(wanted)} in all,"
             f" and {shown_bytes(available)} are available: lower execution.workers,"
             " calibration.batch_size or calibration.samples"
+        )
+
+
+def _check_disk(field: str, store: Store, what: str, needed: int) -> None:
+    free = _free(store.root)
+    if needed > free and needed > free + sum(each.size for each in stored(store)):
+        raise RoomError(
+            f"execution.{field}: {store.root}: {what} take {shown_bytes(needed)}, and"
+            f" {shown_bytes(free)} are free: name another folder, or make room (`dpq store gc`)"
         )
 
 

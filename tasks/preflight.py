@@ -52,6 +52,8 @@ def preflight(recipe: Recipe) -> Inputs:
     worker = about_worker.submit(recipe).result()
     store = Store(recipe.execution.store)
     store.clean()
+    if recipe.execution.scratch:
+        Store(recipe.execution.scratch).clean()
     model = inspect(recipe.model, store)
     stream = stream_of(recipe, model)
     plan = plan_layers(stream, recipe.scheme, recipe.layers)

@@ -72,7 +72,7 @@ def test_blocks_that_a_task_passes_together_keep_their_hidden_states(plan):
     section = calibration(samples=128)
     hidden = 128 * section.sequence_length * plan.layers[0].features * 2
     one, many = (footprint(plan, section, blocks_per_task=n) for n in (1, 4))
-    assert many.block - one.block == hidden
+    assert many.block - one.block == hidden + 3 * largest_statistics(plan)
     assert footprint(plan, section).blocks_per_task == 1  # they are small
     large = calibration(samples=2**30 // (section.sequence_length * plan.layers[0].features * 2))
     assert footprint(plan, large).blocks_per_task == 8
