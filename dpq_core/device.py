@@ -8,6 +8,7 @@ from typing import TypeVar
 
 import torch
 
+from dpq_core.device_kinds import index_of, kind_of
 from dpq_core.errors import InputError
 
 _Result = TypeVar("_Result")
@@ -17,23 +18,32 @@ class DeviceError(InputError):
     """A device that this machine does not have, or whose memory is too small."""
 
 
-def resolve_device(name: str) -> torch.device:
-    """`auto` is the first accelerator there is, else the CPU.
+def device_named(name: str) -> str:
+    """A device that is here: `auto` is the kind of accelerator that there is, else the CPU.
 
     Raises:
         DeviceError: not a device's name, or not present here.
     """
     if name == "auto":
         accelerator = torch.accelerator.current_accelerator(check_available=True)
-        return accelerator or torch.device("cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError, ImportError) as error:
+        return accelerator.type if accelerator else "cpu"
+    number = name.partition(":")[2] or "0"
+    if not number.isdecimal() or int(number) >= kind_of(name).count():
         raise DeviceError(
             f"execution.device: {name} is not available on this machine: choose auto or cpu"
-        ) from error
-    return device
+        )
+    return name
+
+
+def resolve_device(name: str) -> torch.device:
+    """The device of a name as torch knows it; of `auto` and of a kind, the first.
+
+    Raises:
+        DeviceError: not a device's name, or not present here.
+    """
+    found = device_named(name)
+    kind = kind_of(found).torch_type
+    return torch.device(kind) if kind == "cpu" else torch.device(kind, index_of(found))
 
 
 def share_machine(threads: int) -> None:

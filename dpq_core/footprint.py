@@ -27,23 +27,47 @@ class Footprint:
     """What quantizing takes above a process that has imported everything.
 
     layer: of a worker, at its largest layer. share: of a worker, where tasks share calibration;
-    else 0. block: of the process that calibrates, or adds up what workers did. disk: what stays in
-    the store at least: statistics, layers and the checkpoint's.
+    else 0. block: of the worker that calibrates, or adds up what others did. disk: what stays in
+    the store at least: layers, the checkpoint's, and statistics. device: of a worker's device at
+    the most, where that has memory of its own; else 0. blocks_per_task: that calibration passes
+    before hidden states go to the store.
     """
 
     layer: int
     share: int
     block: int
     disk: int
+    statistics: int
+    device: int
+    blocks_per_task: int = 1
 
     @property
     def worker(self) -> int:
         """Most of any task that a worker gets."""
-        return max(self.layer, self.share)
+        return max(self.layer, self.share, self.block)
+
+    def together(self, workers: int) -> int:
+        """Most of so many workers: one at a time calibrates alone, or adds up."""
+        usual = max(self.layer, self.share)
+        return max(self.block, usual) + (workers - 1) * usual
 
 
-def footprint(plan: Plan, calibration: CalibrationSection, shards: int = 1) -> Footprint:
-    """The prediction for a model's plan, with so many tasks that share calibration."""
+def footprint(
+    plan: Plan,
+    calibration: CalibrationSection,
+    shards: int = 1,
+    blocks_per_task: int | None = None,
+    on_device: bool = False,
+) -> Footprint:
+    """The prediction for a model's plan.
+
+    Args:
+        shards: tasks that share calibration.
+        blocks_per_task: that a calibration task passes; None: by size.
+        on_device: workers compute on devices with memory of their own.
+    """
+    if blocks_per_task is None:
+        blocks_per_task = _blocks_by_size(plan, calibration, shards)
     batch_size = 1 if calibration.image_column else calibration.batch_size
     leaves = leaf_count(calibration.samples, batch_size)
     root = Node(0, leaves)
@@ -52,27 +76,70 @@ def footprint(plan: Plan, calibration: CalibrationSection, shards: int = 1) -> F
     blocks = range(plan.blocks)
     passes = max(_passes(plan, block, calibration, batch_size, sums) for block in blocks)
     statistics = [_statistics(plan, block) for block in blocks]
+    alone = passes + blocks_per_task * max(statistics)  # kept for the layers, and being written
+    if blocks_per_task > 1:
+        alone += _hidden(plan, calibration)
     added = root.sums_alive([node for each in nodes for node in each]) * max(statistics)
     stored = sum(stored_bytes(each.rows, each.features, each.scheme) for each in plan.layers)
     return Footprint(
-        layer=max(map(layer_bytes, plan.layers)),
+        layer=max(map(_on_host if on_device else layer_bytes, plan.layers)),
         share=passes if shards > 1 else 0,
-        block=added if shards > 1 else passes,
+        block=added if shards > 1 else alone,
         disk=sum(statistics) + 2 * stored,  # layers lie in the store and in the checkpoint
+        statistics=sum(statistics),
+        device=_device(plan, calibration, batch_size) if on_device else 0,
+        blocks_per_task=blocks_per_task,
     )
+
+
+def _blocks_by_size(plan: Plan, calibration: CalibrationSection, shards: int) -> int:
+    """Few bytes go to the store at every block: then little is to be repeated after a crash."""
+    if shards > 1 or calibration.propagation == "quantized":
+        return 1
+    return _MANY_BLOCKS if _hidden(plan, calibration) >= _MUCH else 1
+
+
+_MUCH, _MANY_BLOCKS = 1 << 30, 8
+
+
+def _hidden(plan: Plan, calibration: CalibrationSection) -> int:
+    """Of all samples before a block."""
+    tokens = calibration.samples * calibration.sequence_length
+    return tokens * plan.layers[0].features * _BFLOAT16
+
+
+def _device(plan: Plan, calibration: CalibrationSection, batch_size: int) -> int:
+    """Of a GPU, at its largest layer, or running a batch through a block: its weights, a leaf's
+    sums, activations."""
+    length, most = calibration.sequence_length, max(map(layer_bytes, plan.layers))
+    for block in range(plan.blocks):
+        layers = plan.of_block(block)
+        weights = sum(each.weights for each in layers) * _BFLOAT16
+        activations = batch_size * length * max(map(_widest, layers)) * _PER_INPUT
+        most = max(most, weights + _statistics(plan, block) + activations)
+    return most + _WORKSPACE
+
+
+_WORKSPACE = 64 << 20  # of cuBLAS and cuSOLVER beside tensors: 32 MiB each on Hopper
+
+
+def _on_host(layer: PlannedLayer) -> int:
+    """Of a layer that a device quantizes: its statistics, its weight, what is stored of it."""
+    return _FLOAT32 * layer.features**2 + 2 * _BFLOAT16 * layer.weights
 
 
 def _passes(
     plan: Plan, block: int, calibration: CalibrationSection, batch_size: int, sums: int
 ) -> int:
     """Of running leaves through a block: its weights, so many statistics, a leaf's hidden states
-    before and after, and what a batch's activations take."""
+    before and after, those of the one before it that are being written, and what a batch's
+    activations take."""
     layers, length = plan.of_block(block), calibration.sequence_length
     leaf = min(calibration.samples, batch_size * leaf_size(batch_size)) * length
     return (
         sum(each.weights for each in layers) * _BFLOAT16
         + sums * _statistics(plan, block)
-        + 2 * leaf * plan.layers[0].features * _BFLOAT16  # of the first layer of a block
+        + 3 * leaf * plan.layers[0].features * _BFLOAT16  # of the first layer of a block
         + batch_size * length * max(map(_widest, layers)) * _PER_INPUT
     )
 

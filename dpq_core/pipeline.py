@@ -4,20 +4,21 @@
 """
 
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from dpq_core.calibration import InputRounding, calibrate_block
+from dpq_core.calibration import BlockStatistics, InputRounding, calibrate_block
 from dpq_core.checkpoint import load_layer, save_layer, write_checkpoint
 from dpq_core.inputs import ModelInputs, batches_of
-from dpq_core.plan import plan_layers
+from dpq_core.plan import PlannedLayer, plan_layers, readers_of_one_input
 from dpq_core.quantize import QuantizedLinear, quantize_or_keep
 from dpq_core.recipe import CalibrationSection
 from dpq_core.scheme import Scheme
+from dpq_core.shared_input import SharedInput
 from dpq_core.streaming import StreamedModel
 
 
@@ -50,17 +51,11 @@ def quantize_checkpoint(
     with tempfile.TemporaryDirectory() as finished:
         for block in range(plan.blocks):
             statistics = calibrate_block(stream, block, batches, rounding, advance=original)
-            members = plan.of_block(block)
-            quantized: dict[str, QuantizedLinear] = {}
-            for layer in members:
-                weight = stream.reader.tensor(f"{layer.name}.weight").to(stream.device)
-                inputs = statistics[layer.statistics]
-                quantized[layer.name] = quantize_or_keep(
-                    weight, inputs, layer.scheme, calibration.min_tokens_per_input
-                )
-                folder = Path(finished, layer.name)
+            quantized = dict(_quantized(stream, plan.of_block(block), statistics, calibration))
+            for name, layer in quantized.items():
+                folder = Path(finished, name)
                 folder.mkdir()
-                save_layer(folder, quantized[layer.name].to("cpu"))
+                save_layer(folder, layer.to("cpu"))
             if not original:
                 with stream.block(block, quantized):
                     stream.advance(batches)
@@ -72,3 +67,20 @@ def quantize_checkpoint(
         return write_checkpoint(
             destination, stream.reader, stream.dtype, plan, scheme, finished_layer, about
         )
+
+
+def _quantized(
+    stream: StreamedModel,
+    layers: Sequence[PlannedLayer],
+    statistics: BlockStatistics,
+    calibration: CalibrationSection,
+) -> Iterator[tuple[str, QuantizedLinear]]:
+    """A block's layers, those that read one input together; uses up the statistics."""
+    for readers in readers_of_one_input(layers):
+        inputs = SharedInput(statistics.pop(readers[0].statistics))
+        for layer in readers:
+            weight = stream.reader.tensor(f"{layer.name}.weight").to(stream.device)
+            yield (
+                layer.name,
+                quantize_or_keep(weight, inputs, layer.scheme, calibration.min_tokens_per_input),
+            )

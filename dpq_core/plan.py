@@ -1,7 +1,8 @@
 """Which linears of a model are quantized, and from which statistics."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from itertools import groupby
 
 from torch import nn
 
@@ -43,6 +44,11 @@ class Plan:
 
     def of_block(self, block: int) -> list[PlannedLayer]:
         return [layer for layer in self.layers if layer.block == block]
+
+
+def readers_of_one_input(layers: Iterable[PlannedLayer]) -> list[tuple[PlannedLayer, ...]]:
+    """Layers of a plan, in its order, those together that share their statistics."""
+    return [tuple(each) for _, each in groupby(layers, key=lambda layer: layer.statistics)]
 
 
 def kept_lines(skipped: Mapping[str, str]) -> list[str]:

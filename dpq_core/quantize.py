@@ -1,9 +1,11 @@
 """Quantize one linear layer: the whole of DPQ and of what it is compared with.
 
 `quantize_layer` takes a weight, the statistics of its inputs and a scheme. It walks no model and
-touches no file. Steps as in DESIGN: grid from the original weight, column loop in the order π,
-gradient-aware rounding, order undone. Group scales belong to the stored column order (static
-groups), so that every order is free at inference.
+touches no file. Layers that read one input share what comes of it (`dpq_core.shared_input`).
+
+Steps as in DESIGN: grid from the original weight, column loop in the order π, gradient-aware
+rounding, order undone. Group scales belong to the stored column order (static groups), so that
+every order is free at inference.
 """
 
 from dataclasses import dataclass, replace
@@ -13,12 +15,13 @@ from torch import Tensor
 
 from dpq_core.affine import ColumnGrid
 from dpq_core.choices import chosen_scheme
-from dpq_core.column_loop import inverse_factor, quantize_columns
+from dpq_core.column_loop import quantize_columns
 from dpq_core.formats import round_to
 from dpq_core.gradient_rounding import refine_codes, residual
 from dpq_core.grid import Grid, choose_channel_scale, choose_grid, power_of_two_above
 from dpq_core.hessian import InputStatistics, static_input_scale
 from dpq_core.scheme import METHODS, OrderName, Scheme
+from dpq_core.shared_input import SharedInput
 
 
 @dataclass(frozen=True)
@@ -99,12 +102,12 @@ class QuantizedLinear:
 
 def quantize_or_keep(
     weight: Tensor,  # [out, in], any float type
-    statistics: InputStatistics,
+    inputs: SharedInput,
     scheme: Scheme,
     min_tokens_per_input: float,
 ) -> QuantizedLinear:
-    """`quantize_layer`, but a layer (a rarely chosen expert) that saw no calibration token, or
-    fewer than `min_tokens_per_input` for each of its inputs, stays in 16 bits; its report says so.
+    """Quantize a layer; but one (a rarely chosen expert) that saw no calibration token, or fewer
+    than `min_tokens_per_input` for each of its inputs, stays in 16 bits; its report says so.
 
     A Hessian of fewer tokens than inputs is singular: compensation fits these tokens, and on others
     does worse than no compensation (`docs/log.md`).
@@ -112,14 +115,14 @@ def quantize_or_keep(
     Raises:
         ValueError, FactorizationError: as `quantize_layer`.
     """
-    tokens, features, kept = statistics.tokens, len(statistics.hessian_sum), ""
+    tokens, features, kept = inputs.tokens, inputs.features, ""
     if tokens == 0 or tokens < min_tokens_per_input * features:
         kept = (
             f"saw {tokens} calibration tokens for {features} inputs, and "
             f"calibration.min_tokens_per_input is {min_tokens_per_input:g}"
         )
         scheme = chosen_scheme(scheme, "bf16")
-    layer = quantize_layer(weight, statistics, scheme)
+    layer = _quantized(weight, inputs, scheme)
     return replace(layer, report=replace(layer.report, tokens=tokens, kept=kept))
 
 
@@ -134,30 +137,33 @@ def quantize_layer(
         ValueError: weight or statistics are not finite, or their shapes do not fit.
         FactorizationError: the Hessian cannot be factorised; nothing falls back to rounding.
     """
-    features = len(statistics.hessian_sum)
-    if weight.ndim != 2 or weight.shape[1] != features:
-        raise ValueError(f"weight {list(weight.shape)} does not fit inputs of {features} features")
+    return _quantized(weight, SharedInput(statistics), scheme)
+
+
+def _quantized(weight: Tensor, inputs: SharedInput, scheme: Scheme) -> QuantizedLinear:
+    if weight.ndim != 2 or weight.shape[1] != inputs.features:
+        raise ValueError(
+            f"weight {list(weight.shape)} does not fit inputs of {inputs.features} features"
+        )
     if not torch.isfinite(weight).all():
         raise ValueError("the weight has NaN or infinite values")
-    input_scale = _input_scale(statistics, scheme)
+    input_scale = _input_scale(inputs.magnitudes, scheme)
     if scheme.method == "none":
         kept = weight.to(torch.bfloat16)
         return QuantizedLinear(scheme, kept, input_scale, LayerReport(0.0, scheme.damp_frac, 0))
-    hessian = statistics.hessian()
-    del statistics  # a caller that gave it away has its memory back
     weight = weight.detach().float()
     if scheme.bits == 8:
         rounded = round_weight(weight, scheme)
-        error = _relative(rounded.decode().sub_(weight).T, weight.T, hessian)
+        error = _relative(rounded.decode().sub_(weight).T, weight.T, inputs.hessian())
         return QuantizedLinear(
             scheme, rounded, input_scale, LayerReport(error, scheme.damp_frac, 0)
         )
-    grid = choose_grid(weight, scheme, hessian.diagonal())
-    order = column_order(hessian.diagonal(), scheme.order, scheme.group_size)
-    hessian = hessian.index_select(0, order)
-    hessian = hessian.index_select(1, order)
+    diagonal = inputs.diagonal()
+    grid = choose_grid(weight, scheme, diagonal)
+    order = column_order(diagonal, scheme.order, scheme.group_size)
     weight = weight.index_select(1, order).T.contiguous()
-    codes, damp_frac, moved = _choose_codes(weight, hessian, grid.at(order), scheme)
+    codes, damp_frac, moved = _choose_codes(weight, inputs, order, grid.at(order), scheme)
+    hessian = inputs.hessian(order)
     scale = objective(weight, hessian)
     error = objective(residual(codes, weight, grid.at(order)), hessian) / max(scale, _TINY)
     stored = codes.to(torch.uint8).index_select(0, order.argsort()).T.contiguous()
@@ -218,7 +224,8 @@ def column_order(diagonal: Tensor, order: OrderName, group_size: int) -> Tensor:
 
 def _choose_codes(
     weight: Tensor,  # [in, out] fp32, in the order π
-    hessian: Tensor,  # [in, in] fp32, in the order π
+    inputs: SharedInput,
+    order: Tensor,  # π [in] int64
     grid: ColumnGrid,  # in the order π
     scheme: Scheme,
 ) -> tuple[Tensor, float, int]:
@@ -227,21 +234,19 @@ def _choose_codes(
     method = METHODS[scheme.method]
     factor, damp_frac = None, scheme.damp_frac
     if method.compensate:
-        factor, damp_frac = inverse_factor(hessian, scheme.damp_frac)
+        factor, damp_frac = inputs.factor(order, scheme.damp_frac)
     if not method.round_inside:
         grid = replace(grid, inner=None)  # what `naive` believes in its loop
     codes = quantize_columns(weight.clone(), grid, factor, scheme.block_columns)
-    del factor
     if scheme.rounding == "nearest":
         return codes, damp_frac, 0
     blocks, passes = scheme.block_columns, scheme.max_passes
+    hessian = inputs.hessian(order)
     return codes, damp_frac, refine_codes(codes, weight, grid, hessian, blocks, passes)
 
 
-def _input_scale(statistics: InputStatistics, scheme: Scheme) -> Tensor | None:
-    if scheme.activations != "static":
-        return None
-    return static_scale_of(statistics.magnitudes, scheme)
+def _input_scale(magnitudes: Tensor, scheme: Scheme) -> Tensor | None:
+    return static_scale_of(magnitudes, scheme) if scheme.activations == "static" else None
 
 
 def static_scale_of(magnitudes: Tensor, scheme: Scheme) -> Tensor:

@@ -6,7 +6,7 @@ from typing import Any
 from prefect import flow
 from prefect.artifacts import create_table_artifact
 
-from dpq_core.device import resolve_device, share_machine
+from dpq_core.device import share_machine
 from dpq_core.gates import Metric, compare, judge
 from dpq_core.pairing import CONFIDENCE, Evaluation, Failure
 from dpq_core.recipe import Recipe, RecipeError
@@ -19,6 +19,7 @@ from infra.tracking import tracked_run, tracking_store
 from tasks.evaluate import EvaluationData, Subject, load_evaluation, prepare
 from tasks.log import log_evaluation, log_metrics, log_scores
 from tasks.model import inspect_any, load_tokenizer
+from tasks.worker import about_worker
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ def evaluate(recipe: Recipe, checkpoint: str, against: str | None = None) -> Eva
     if recipe.evaluation.perplexity is None and not recipe.evaluation.suites:
         raise RecipeError("evaluation measures nothing: name a perplexity data set, or suites")
     share_machine(recipe.execution.threads_per_worker)
-    resolve_device(recipe.execution.device)
+    about_worker.submit(recipe).result()  # it has the device, or says so before anything else
     roles = {"baseline": against, "candidate": checkpoint}
     tracking_uri, artifact_root = tracking_store(home())
     tags = {"recipe_digest": recipe.digest, "checkpoint": checkpoint, "against": against or ""}

@@ -32,6 +32,7 @@ from dpq_core.roofline import synchronize
 from dpq_core.suites import python_docs
 from dpq_core.suites.mirrored import MIRRORED
 from flows.progress import shown_time
+from tasks.worker import workers_here
 
 _PASSES = 12  # over each output of a linear, in a forward pass
 _PER_TOKEN = 4  # characters; 1 where the vocabulary is one of bytes
@@ -167,7 +168,7 @@ def _quantization(recipe: Recipe, shapes: _Shapes | None, rates: _Rates) -> Iter
         share = min(1.0, recipe.execution.threads_per_worker / _cores())  # of the machine
         forward = passes * rates.forward(shapes.blocks, shapes.outputs)
         taken = tokens * (forward + 2 * shapes.hessians / rates.products) / share
-        layers = shapes.loops / rates.fp32 / min(1.0, share * recipe.execution.workers)
+        layers = shapes.loops / rates.fp32 / min(1.0, share * workers_here(recipe.execution))
     yield Stage("calibrate", what, taken)
     of = f"{shapes.layers} layers, " if shapes else ""
     yield Stage("quantize", f"{of}{scheme.method}, {scheme.bits} bits", layers)

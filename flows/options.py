@@ -25,8 +25,9 @@ from flows.attempt import Attempt
 from flows.quantize import Candidate
 from tasks.preflight import Inputs
 from tasks.progress import stepper
-from tasks.quantize import quantize as quantize_layer
+from tasks.quantize import quantize as quantize_readers
 from tasks.sensitivity import Cost, Costs, moments, sensitivity
+from tasks.work import readers_of
 
 OWN = "w4a8"  # the choice that changes nothing of the recipe's scheme
 _AIM = 0.9  # of a limit: what the prediction is wrong by
@@ -164,43 +165,49 @@ def _measure(
     """Every choice that goes with a layer, quantized and measured, block by block."""
     observed = moments.submit(recipe, inputs.model, inputs.calibration)
     made = {
-        layer.name: {
-            choice: quantize_layer.submit(
-                recipe, inputs.model, replaced, first.statistics[layer.statistics]
+        (block, choice): [
+            quantize_readers.submit(
+                recipe, inputs.model, readers, first.statistics[readers.statistics]
             )
-            for choice, replaced in _alternatives(recipe, layer).items()
-        }
-        for layer in layers
+            for readers in readers_of(alternatives)
+        ]
+        for block in range(inputs.plan.blocks)
+        for choice, alternatives in _alternatives(recipe, layers, block).items()
     }
     measured = []
     for block in range(inputs.plan.blocks):
         variants = {
-            layer.name: {OWN: first.layers[layer.name]}
-            | {choice: future.result() for choice, future in made[layer.name].items()}
-            for layer in layers
-            if layer.block == block
+            layer.name: {OWN: first.layers[layer.name]} for layer in layers if layer.block == block
         }
+        for (of_block, choice), futures in made.items():
+            for future in futures if of_block == block else ():
+                for name, artifact in future.result().made.items():
+                    variants[name][choice] = artifact
         measured.append(
             sensitivity.submit(recipe, inputs.model, inputs.calibration, block, variants)
         )
     step = stepper("sensitivity", len(measured))
     costs: Costs = {}
-    for future in measured:
-        costs |= future.result()
+    for each in measured:
+        costs |= each.result()
         step()
     if "bf16" in recipe.repair.candidates:  # nothing is rounded: nothing is lost
         costs = {name: found | {"bf16": Cost(0.0, 0.0)} for name, found in costs.items()}
     return costs, observed.result()
 
 
-def _alternatives(recipe: Recipe, layer: PlannedLayer) -> dict[str, PlannedLayer]:
-    """The layer under each candidate that goes with its width and differs from its own scheme."""
-    found = {}
+def _alternatives(
+    recipe: Recipe, layers: list[PlannedLayer], block: int
+) -> dict[str, list[PlannedLayer]]:
+    """A block's layers under each candidate that goes with their width and differs from their own
+    scheme."""
+    found: dict[str, list[PlannedLayer]] = {}
     for choice in recipe.repair.candidates:
         scheme = chosen_scheme(recipe.scheme, choice)
-        fits = scheme.bits == 8 or layer.features >= scheme.group_size
-        if choice != "bf16" and fits and scheme != layer.scheme:
-            found[choice] = replace(layer, scheme=scheme)
+        for layer in (each for each in layers if each.block == block):
+            fits = scheme.bits == 8 or layer.features >= scheme.group_size
+            if choice != "bf16" and fits and scheme != layer.scheme:
+                found.setdefault(choice, []).append(replace(layer, scheme=scheme))
     return found
 
 

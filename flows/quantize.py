@@ -1,9 +1,9 @@
 """From checked inputs to a verified checkpoint: calibrate, fan the layers out, assemble, verify."""
 
 import json
-from collections import deque
 from concurrent.futures import BrokenExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import zip_longest
 from typing import Any, TypeVar
 
 from prefect import flow
@@ -17,12 +17,14 @@ from dpq_core.recipe import Recipe
 from flows.attended import attended
 from infra.memory import watched
 from infra.store import ArtifactRef
+from tasks import kept
 from tasks.assemble import assemble, verify
-from tasks.calibrate import Share, calibrate, calibrate_share, is_calibrated, parts
+from tasks.calibrate import Passes, Share, calibrate, calibrate_share, is_calibrated, parts
 from tasks.memory import MemoryUse
 from tasks.preflight import Inputs, preflight
 from tasks.progress import parts_of_step, stepper
-from tasks.quantize import quantize as quantize_layer
+from tasks.quantize import quantize as quantize_readers
+from tasks.work import Made, Readers, readers_of
 
 _Result = TypeVar("_Result")
 
@@ -68,69 +70,127 @@ def quantize(recipe: Recipe) -> Candidate:
 def make_candidate(recipe: Recipe, inputs: Inputs) -> Candidate:
     """The tasks of quantization; to be called inside a flow with `task_runner(…)`."""
     with watched() as peaks:
-        layers, statistics = quantize_layers(recipe, inputs)
-    memory = MemoryUse.of(recipe, inputs.footprint, peaks)
+        made = quantize_layers(recipe, inputs)
+    layers, statistics = made.layers, made.statistics
+    memory = MemoryUse.of(recipe, inputs.footprint, peaks, made.device_peak)
     get_run_logger().info(memory.line)
     checkpoint = assemble(recipe, inputs.model, inputs.calibration, layers)
-    integrity = verify(recipe, inputs.model, inputs.calibration, layers, checkpoint)
+    integrity = verify.submit(recipe, inputs.model, inputs.calibration, layers, checkpoint).result()
     manifest = json.loads((checkpoint.folder / MANIFEST).read_text("utf-8"))
     return Candidate(inputs, layers, statistics, checkpoint, manifest, integrity, memory)
 
 
-def quantize_layers(
-    recipe: Recipe, inputs: Inputs
-) -> tuple[dict[str, ArtifactRef], dict[str, ArtifactRef]]:
-    """All layers' artifacts, and all statistics. A block's layers are submitted as soon as it is
-    calibrated, the larger first; with `propagation: quantized` the next block waits for them."""
-    plan, model = inputs.plan, inputs.model
-    futures: dict[str, PrefectFuture[ArtifactRef]] = {}
-    waiting: deque[PrefectFuture[ArtifactRef]] = deque()
-    statistics: dict[str, ArtifactRef] = {}
-    waits = recipe.calibration.propagation == "quantized"
-    step_block = stepper("calibrate", plan.blocks)
-    for block in range(plan.blocks):
-        done = [layer for layer in plan.layers if waits and layer.block < block]
-        upstream = {layer.name: _result(layer.name, futures[layer.name]) for layer in done}
-        _share_calibration(recipe, inputs, block, upstream)
-        statistics |= calibrate(recipe, model, inputs.calibration, block, upstream)
-        step_block()
-        for layer in sorted(plan.of_block(block), key=lambda layer: -layer.weights):
-            if len(waiting) == _AHEAD:
-                waiting.popleft().wait()
-            futures[layer.name] = quantize_layer.submit(
-                recipe, model, layer, statistics[layer.statistics]
-            )
-            waiting.append(futures[layer.name])
-    step_layer = stepper("quantize", len(futures))
-    layers: dict[str, ArtifactRef] = {}
-    for layer in plan.layers:
-        layers[layer.name] = _result(layer.name, futures[layer.name])
-        step_layer()
-    return layers, statistics
+@dataclass
+class QuantizedLayers:
+    """All layers' artifacts by name, all statistics by input; the most bytes that any worker had of
+    its device, None where nobody knows."""
+
+    layers: dict[str, ArtifactRef] = field(default_factory=dict)
+    statistics: dict[str, ArtifactRef] = field(default_factory=dict)
+    device_peak: int | None = None
+
+    def saw(self, device_peak: int | None) -> None:
+        self.device_peak = max(self.device_peak or 0, device_peak or 0) or None
 
 
-def _share_calibration(
-    recipe: Recipe, inputs: Inputs, block: int, upstream: dict[str, ArtifactRef]
-) -> None:
-    """What `calibrate` adds up of a block, by tasks that run side by side."""
-    model, windows, shards = inputs.model, inputs.calibration, recipe.execution.shards
-    if shards == 1 or is_calibrated(recipe, model, windows, block, upstream):
-        return
-    ranges = shares(inputs.leaves, shards)
-    step = parts_of_step("calibrate", block, len(parts(recipe)) * shards)
-    for part in parts(recipe):
-        each = [Share(block, part, *leaves, inputs.footprint.share) for leaves in ranges]
-        made = [calibrate_share.submit(recipe, model, windows, upstream, share) for share in each]
-        for share, future in zip(each, made, strict=True):
-            _result(f"block {block}, leaves {share.first} to {share.last - 1}", future)
-            step()
+def quantize_layers(recipe: Recipe, inputs: Inputs) -> QuantizedLayers:
+    """Calibrate blocks and quantize their layers: a block's as soon as it is calibrated, the larger
+    first; with `propagation: quantized` the next block waits for them."""
+    try:
+        return _FanOut(recipe, inputs).run()
+    finally:
+        kept.forget()
 
 
-_AHEAD = 512  # layers submitted and not waited for, beyond which calibration waits for the oldest
+class _FanOut:
+    def __init__(self, recipe: Recipe, inputs: Inputs) -> None:
+        self._recipe, self._inputs, self._plan = recipe, inputs, inputs.plan
+        self._made = QuantizedLayers()
+        self._waiting: dict[Readers, PrefectFuture[Made[dict[str, ArtifactRef]]]] = {}
+        self._step_block = stepper("calibrate", self._plan.blocks)
+        self._step_layer = stepper("quantize", len(self._plan.layers))
+
+    def run(self) -> QuantizedLayers:
+        waits = self._recipe.calibration.propagation == "quantized"
+        ahead = not waits and self._recipe.execution.shards == 1
+        runs = blocks_by_task(self._inputs)
+        calibrated = self._calibrate(runs[0])
+        for passes, following in zip_longest(runs, runs[1:]):
+            got = _result(passes.title, calibrated)
+            self._made.saw(got.device_peak)
+            self._made.statistics |= got.made
+            if following and ahead:  # before this one's layers, which nothing waits for
+                calibrated = self._calibrate(following)
+            self._submit_layers(passes)
+            if waits:
+                self._collect(leave=0)
+            if following and not ahead:
+                calibrated = self._calibrate(following)
+        self._collect(leave=0)
+        self._made.layers = {each.name: self._made.layers[each.name] for each in self._plan.layers}
+        return self._made
+
+    def _calibrate(self, passes: Passes) -> PrefectFuture[Made[dict[str, ArtifactRef]]]:
+        recipe, model, windows = self._recipe, self._inputs.model, self._inputs.calibration
+        upstream: dict[str, ArtifactRef] = {}
+        if recipe.calibration.propagation == "quantized":
+            done = [layer.name for layer in self._plan.layers if layer.block < passes.first]
+            upstream = {name: self._made.layers[name] for name in done}
+        if recipe.execution.shards > 1:
+            self._share(passes.first, upstream)
+        return calibrate.submit(recipe, model, windows, upstream, passes)
+
+    def _share(self, block: int, upstream: dict[str, ArtifactRef]) -> None:
+        """What `calibrate` adds up of a block, by tasks that run side by side."""
+        about = self._recipe, self._inputs.model, self._inputs.calibration, upstream
+        if is_calibrated.submit(*about, block).result():
+            return
+        shards = self._recipe.execution.shards
+        ranges = shares(self._inputs.leaves, shards)
+        step = parts_of_step("calibrate", block, len(parts(self._recipe)) * shards)
+        for part in parts(self._recipe):
+            each = [Share(block, part, *leaves, self._inputs.footprint.share) for leaves in ranges]
+            made = [calibrate_share.submit(*about, share) for share in each]
+            for share, future in zip(each, made, strict=True):
+                name = f"block {block}, leaves {share.first} to {share.last - 1}"
+                self._made.saw(_result(name, future))
+                step()
+
+    def _submit_layers(self, passes: Passes) -> None:
+        for block in range(passes.first, passes.last):
+            self._step_block()
+            for readers in readers_of(self._plan.of_block(block)):
+                self._collect(leave=_AHEAD)
+                statistics = self._made.statistics[readers.statistics]
+                self._waiting[readers] = quantize_readers.submit(
+                    self._recipe, self._inputs.model, readers, statistics
+                )
+
+    def _collect(self, leave: int) -> None:
+        """What came of the tasks that wait longest, until so many are left."""
+        while len(self._waiting) > leave:
+            readers = next(iter(self._waiting))
+            got = _result(readers.title, self._waiting.pop(readers))
+            self._made.saw(got.device_peak)
+            self._made.layers |= got.made
+            for _ in readers.layers:
+                self._step_layer()
+
+
+_AHEAD = 256  # tasks submitted and not waited for, beyond which calibration waits for the oldest
+
+
+def blocks_by_task(inputs: Inputs) -> list[Passes]:
+    """The runs of blocks that a calibration task passes."""
+    blocks, every = inputs.plan.blocks, inputs.footprint.blocks_per_task
+    return [
+        Passes(first, min(first + every, blocks), every, inputs.footprint.block)
+        for first in range(0, blocks, every)
+    ]
 
 
 def _result(name: str, future: PrefectFuture[_Result]) -> _Result:
-    """What came of a layer, or of a share of a block's calibration.
+    """What came of layers, or of blocks' calibration, or of a share of it.
 
     Raises:
         WorkerLostError: its worker did not live to make it.

@@ -110,7 +110,7 @@ def _gathered(run: TrackedRun, tracking_uri: str, outcome: Outcome) -> "ReportDa
         environment={
             "Random seeds": seeds(recipe),
             "Versions": versions(),
-            "Hardware": hardware(recipe.execution.device),
+            "Hardware": {**hardware("cpu"), "device": candidate.inputs.worker.title},
         },
     )
 

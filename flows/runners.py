@@ -11,6 +11,7 @@ import signal
 import threading
 from collections.abc import Callable
 from functools import partial
+from multiprocessing.queues import SimpleQueue
 from typing import Any, Self, TypeVar
 
 from prefect.task_runners import ProcessPoolTaskRunner, TaskRunner, ThreadPoolTaskRunner
@@ -18,6 +19,8 @@ from prefect.task_runners import ProcessPoolTaskRunner, TaskRunner, ThreadPoolTa
 from dpq_core.device import share_machine
 from dpq_core.errors import check_extra
 from dpq_core.recipe import ExecutionSection
+from infra.tls import share_tls_context
+from tasks.worker import OwnDevices, become_worker, of_a_worker
 
 _Result = TypeVar("_Result")
 
@@ -28,34 +31,69 @@ def task_runner(execution: ExecutionSection) -> TaskRunner[Any]:
     Raises:
         MissingExtraError: Dask is not installed.
     """
+    share_tls_context()
     if execution.runner == "dask":
         check_extra("execution.runner: dask", "dask", "prefect_dask")
         from flows.dask_runner import LayersOnDask  # a second
 
         return LayersOnDask.of(execution)
-    if execution.runner == "processes":
-        return _Processes(
-            max_workers=execution.workers,
-            initializer=_start_worker,
-            initargs=(execution.threads_per_worker,),
-        )
-    return _Threads(max_workers=execution.workers)
+    return _Processes(execution) if execution.runner == "processes" else _Threads(execution)
 
 
 class _Threads(ThreadPoolTaskRunner[Any]):
+    """Prefect's, whose threads have a device each."""
+
+    def __init__(self, execution: ExecutionSection) -> None:
+        super().__init__(max_workers=1)  # until it is known how many devices there are
+        self._execution = execution
+
+    def duplicate(self) -> Self:
+        return type(self)(self._execution)
+
+    def __enter__(self) -> Self:
+        self._devices = OwnDevices(self._execution)
+        self._left = iter(self._devices.names)
+        self._max_workers = len(self._devices.names)
+        return super().__enter__()
+
+    def _register_worker_thread(self) -> None:
+        """Called once in each thread."""
+        super()._register_worker_thread()
+        become_worker(next(self._left), of_process=False)
+
     def __exit__(self, exc_type: Any, exc_value: Any, traceback: Any) -> None:
         if _told_to_stop(exc_type) and self._executor is not None:
             self._executor.shutdown(wait=False, cancel_futures=True)
             self._executor = None
         super().__exit__(exc_type, exc_value, traceback)
+        self._devices.release()
 
 
 class _Processes(ProcessPoolTaskRunner):
-    """Prefect's, whose pool's own thread would die of what is no `Exception`, and with it every
-    future would wait for ever: a task whose server goes away is ended by `asyncio.CancelledError`.
+    """Prefect's, whose processes have a device each.
+
+    Its pool's own thread would die of what is no `Exception`, and with it every future would wait
+    for ever: a task whose server goes away is ended by `asyncio.CancelledError`.
     """
 
+    def __init__(self, execution: ExecutionSection) -> None:
+        super().__init__(max_workers=1)
+        self._execution = execution
+
+    def duplicate(self) -> Self:
+        return type(self)(self._execution)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return of_a_worker()
+
     def __enter__(self) -> Self:
+        self._devices = OwnDevices(self._execution)
+        self._max_workers = len(self._devices.names)
+        left = multiprocessing.get_context("spawn").SimpleQueue()
+        for name in self._devices.names:
+            left.put(name)
+        self._initializer = _start_worker
+        self._initargs = (self._execution.threads_per_worker, left)
         super().__enter__()
         assert self._executor is not None
         self._executor.submit = partial(self._executor.submit, _interrupted)  # type: ignore[method-assign, arg-type]
@@ -66,6 +104,7 @@ class _Processes(ProcessPoolTaskRunner):
             for process in multiprocessing.active_children():
                 process.kill()
         super().__exit__(exc_type, exc_value, traceback)
+        self._devices.release()
 
 
 def _told_to_stop(exc_type: type[BaseException] | None) -> bool:
@@ -91,10 +130,12 @@ def _interrupted(call: Callable[[], _Result]) -> _Result:
         ) from error
 
 
-def _start_worker(threads: int) -> None:
+def _start_worker(threads: int, devices: "SimpleQueue[str]") -> None:
     """Called once in each process. Ctrl-C is for the parent, without which there is no worker."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
+    share_tls_context()
+    become_worker(devices.get(), of_process=True)
     share_machine(threads)
 
 

@@ -11,7 +11,6 @@ from prefect.cache_policies import NO_CACHE
 from torch import Tensor
 
 from dpq_core.checkpoint import QuantizedCheckpoint, load_layer, write_checkpoint
-from dpq_core.device import resolve_device
 from dpq_core.digests import code_digest, digest
 from dpq_core.exports.card import licence_of
 from dpq_core.inputs import ModelInputs
@@ -23,6 +22,7 @@ from infra.store import ArtifactRef, Store
 from tasks.model import Model, stream_of
 from tasks.progress import stepper
 from tasks.windows import load_inputs
+from tasks.worker import this_worker
 
 _PROBE_WINDOWS = 2
 _PROBE_LENGTH = 64
@@ -115,7 +115,7 @@ def _check(
     except ValueError as error:
         return {"tensors": str(error)}
     probe = load_inputs(windows, store, _PROBE_WINDOWS, _PROBE_WINDOWS, _PROBE_LENGTH)
-    device = resolve_device(recipe.execution.device)
+    device = this_worker(recipe.execution).device
     shapes = checkpoint.shapes
     original = stream_of(recipe, model, device)
     written = stream_of(recipe, replace(model, folder=folder), device)

@@ -1,15 +1,20 @@
-"""Calibration statistics of a block: of all samples, or of shares of them by tasks of their own.
+"""Calibration statistics of blocks: of all samples, or of shares of them by tasks of their own.
 
 Sums are made by the tree of `dpq_core.leaves`, so that they have the same bytes however many tasks
 share the samples. Artifacts: `statistics`, one for each shared input; `partial`, the sum of a node
 of the tree, kept until the block's statistics are there; `hidden`, see `tasks/hidden.py`. What a
 killed run leaves of the last two is waste that nobody looks for: `dpq store gc`.
+
+A task passes a run of blocks (`execution.blocks_per_task`): hidden states stay in its memory from
+one to the next, a block's statistics are hashed and written while the next block computes, and
+all stay in memory for layers that this process quantizes (`tasks/kept.py`).
 """
 
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -34,12 +39,34 @@ from dpq_core.hessian import InputStatistics
 from dpq_core.leaves import Node, summed
 from dpq_core.recipe import Recipe
 from infra.store import ArtifactRef, Store, StoreError
+from tasks import kept
 from tasks.hidden import HiddenStates
 from tasks.model import Model
 from tasks.progress import parts_of_step
+from tasks.work import FIRST, Made
+from tasks.worker import this_worker
+from tasks.write_behind import WriteBehind
 
 Part = Literal["magnitudes", "statistics"]  # what is summed, in the order of the passes
 _FILE = "statistics.safetensors"
+
+
+@dataclass(frozen=True)
+class Passes:
+    """The blocks first … last - 1, calibrated one after the other. every: blocks that such a task
+    has, but for the last one. memory: bytes that this takes."""
+
+    first: int
+    last: int
+    every: int
+    memory: int
+    priority: int = FIRST
+
+    @property
+    def title(self) -> str:
+        """`block 3`, `blocks 0 to 7`."""
+        several = self.last - self.first > 1
+        return f"blocks {self.first} to {self.last - 1}" if several else f"block {self.first}"
 
 
 @dataclass(frozen=True)
@@ -54,28 +81,49 @@ class Share:
     first: int
     last: int
     memory: int
+    priority: int = FIRST
 
 
-@task(name="calibrate", task_run_name="calibrate block {block}", cache_policy=NO_CACHE)
+@task(name="calibrate", task_run_name="calibrate {passes.title}", cache_policy=NO_CACHE)
 def calibrate(
     recipe: Recipe,
     model: Model,
     windows: ArtifactRef,
-    block: int,
     layers: dict[str, ArtifactRef],
-) -> dict[str, ArtifactRef]:
-    """Statistics of a block's inputs, by the shared input's name; of the sums that it takes, those
-    that `calibrate_share` has made are not made again.
+    passes: Passes,
+) -> Made[dict[str, ArtifactRef]]:
+    """Statistics of the blocks' inputs, by the shared input's name; of the sums that it takes,
+    those that `calibrate_share` has made are not made again.
 
     Args:
         layers: the quantized layers of all earlier blocks, with `propagation: quantized`; else
             empty.
     """
-    work = _Calibration(recipe, model, windows, block, layers)
-    if found := work.found():
-        return found
-    with work.lease(work.wanted):  # the block's forward passes are of all names
-        return work.found() or work.make()
+    found: dict[str, ArtifactRef] = {}
+    made: list[Future[dict[str, ArtifactRef]]] = []
+    with (
+        this_worker(recipe.execution).watched() as device_peak,
+        WriteBehind() as behind,
+        ExitStack() as before,
+    ):
+        hidden = _hidden(recipe, model, windows, layers, behind, passes.every)
+        for block in range(passes.first, passes.last):
+            with ExitStack() as this:
+                work = _Calibration(recipe, block, hidden)
+                if (there := work.found()) is None:
+                    this.enter_context(work.lease(work.wanted))  # forward passes are of all names
+                    there = work.found()
+                if there is None:
+                    made.append(work.make())
+                    this.callback(work.finish, passes)
+                    this.callback(behind.wait)  # what is entered last happens first
+                found |= there or {}
+                before.close()  # of the block before, which was written meanwhile
+                before.push(this.pop_all())
+        before.close()
+        for each in made:
+            found |= each.result()
+        return Made(found, device_peak())
 
 
 @task(
@@ -89,12 +137,31 @@ def calibrate_share(
     windows: ArtifactRef,
     layers: dict[str, ArtifactRef],
     share: Share,
-) -> None:
-    """Leave sums of a share of the samples in the store, for `calibrate`, unless it is done."""
-    work = _Calibration(recipe, model, windows, share.block, layers)
-    nodes = work.root.within(share.first, share.last)
-    with work.lease([work.key(share.part, node) for node in nodes]):
-        work.make_partial(share.part, nodes)
+) -> int | None:
+    """Leave sums of a share of the samples in the store, for `calibrate`, unless it is done.
+    Returns the most bytes of the device that it had."""
+    with this_worker(recipe.execution).watched() as device_peak, WriteBehind() as behind:
+        hidden = _hidden(recipe, model, windows, layers, behind, 1)
+        work = _Calibration(recipe, share.block, hidden)
+        nodes = work.root.within(share.first, share.last)
+        with work.lease([work.key(share.part, node) for node in nodes]):
+            work.make_partial(share.part, nodes)
+        return device_peak()
+
+
+@task(name="calibrated", task_run_name="is block {block} calibrated", cache_policy=NO_CACHE)
+def is_calibrated(
+    recipe: Recipe,
+    model: Model,
+    windows: ArtifactRef,
+    layers: dict[str, ArtifactRef],
+    block: int,
+) -> bool:
+    """Whether `calibrate` would find everything: asked of a worker, whose arithmetic the keys
+    name."""
+    with WriteBehind() as behind:
+        hidden = _hidden(recipe, model, windows, layers, behind, 1)
+        return _Calibration(recipe, block, hidden).found() is not None
 
 
 def parts(recipe: Recipe) -> list[Part]:
@@ -103,46 +170,42 @@ def parts(recipe: Recipe) -> list[Part]:
     return ["magnitudes", "statistics"] if rounding and rounding.static else ["statistics"]
 
 
-def is_calibrated(
+def load_statistics(artifact: ArtifactRef, store: Store) -> InputStatistics:
+    """Inverse of how `calibrate` stores them."""
+    if there := kept.take(artifact):
+        return there
+    return InputStatistics.from_tensors(load_file(store.open(artifact) / _FILE))
+
+
+def _hidden(
     recipe: Recipe,
     model: Model,
     windows: ArtifactRef,
-    block: int,
     layers: dict[str, ArtifactRef],
-) -> bool:
-    """Whether `calibrate` would find everything."""
-    return _Calibration(recipe, model, windows, block, layers).found() is not None
-
-
-def load_statistics(artifact: ArtifactRef, store: Store) -> InputStatistics:
-    """Inverse of how `calibrate` stores them."""
-    return InputStatistics.from_tensors(load_file(store.open(artifact) / _FILE))
+    behind: WriteBehind,
+    every: int,
+) -> HiddenStates:
+    execution = recipe.execution
+    store, worker = Store(execution.scratch or execution.store), this_worker(execution)
+    return HiddenStates(recipe, model, windows, layers, store, worker, behind, every)
 
 
 class _Calibration:
     """Of one block."""
 
-    def __init__(
-        self,
-        recipe: Recipe,
-        model: Model,
-        windows: ArtifactRef,
-        block: int,
-        layers: dict[str, ArtifactRef],
-    ) -> None:
-        self.store = Store(recipe.execution.store)
-        self._recipe, self._block = recipe, block
+    def __init__(self, recipe: Recipe, block: int, hidden: HiddenStates) -> None:
+        self.store = hidden.store
+        self._recipe, self._block, self._hidden = recipe, block, hidden
         self._step: Callable[[], None] = lambda: None
-        self._hidden = HiddenStates(recipe, model, windows, layers, self.store)
         self._rounding = InputRounding.of(recipe.scheme, recipe.calibration)
         self._base = {
-            **self._hidden.base,
+            **hidden.base,
             "rounding": self._rounding.key() if self._rounding else None,
-            "layers": [artifact.sha256 for artifact in layers.values()],
+            "layers": [artifact.sha256 for artifact in hidden.layers.values()],
         }
         self.wanted = {
             group[0]: digest({**self._base, "input": group[0]})
-            for group in self._hidden.stream.groups(block)
+            for group in hidden.stream.groups(block)
         }
 
     @cached_property
@@ -163,20 +226,38 @@ class _Calibration:
         present = {name: artifact for name, artifact in found.items() if artifact}
         return present if len(present) == len(found) else None
 
-    def make(self) -> dict[str, ArtifactRef]:
-        """The block's statistics; what was kept for them alone is deleted."""
+    def make(self) -> "Future[dict[str, ArtifactRef]]":
+        """The block's statistics, which are being written."""
         if self._recipe.execution.shards == 1:
             batches = len(parts(self._recipe)) * sum(map(len, self._hidden.leaves))
             self._step = parts_of_step("calibrate", self._block, batches)
         with self._passes(self.root) as passes:
             magnitudes = self._all_magnitudes(passes)
             statistics = completed(self._statistics(self.root, magnitudes, passes), magnitudes)
+        return self._hidden.behind(partial(self._write, statistics))
+
+    def _write(self, statistics: BlockStatistics) -> dict[str, ArtifactRef]:
         made = {
-            name: self.store.get_or_make("statistics", key, _saver(statistics.pop(name).tensors()))
+            name: self.store.get_or_make("statistics", key, _saver(statistics[name].tensors()))[0]
             for name, key in self.wanted.items()
         }
-        self._clear()
-        return {name: artifact for name, (artifact, _) in made.items()}
+        of_artifacts = {artifact: statistics[name] for name, artifact in made.items()}
+        kept.keep(of_artifacts, blocks=self._hidden.every)
+        return made
+
+    def finish(self, passes: Passes) -> None:
+        """Once the statistics are written: what was kept for them alone is deleted."""
+        for part in get_args(Part):
+            for node in self.root.tree():
+                if spent := self.store.find("partial", self.key(part, node)):
+                    self.store.remove(spent)
+        last = self._block + 1 == self._hidden.stream.block_count
+        if self._block + 1 < passes.last:
+            return
+        if self._recipe.calibration.propagation == "original" or last:
+            for leaf in range(self.root.last):
+                for block in range(passes.first, passes.last):
+                    self._hidden.remove(block, leaf)
 
     def make_partial(self, part: Part, nodes: list[Node]) -> None:
         """Sums of nodes, unless they are there, or what they are for (which is looked for last: it
@@ -246,16 +327,6 @@ class _Calibration:
         except (StoreError, FileNotFoundError):  # another run had no more use for it just now
             pass
         return None
-
-    def _clear(self) -> None:
-        for part in get_args(Part):
-            for node in self.root.tree():
-                if spent := self.store.find("partial", self.key(part, node)):
-                    self.store.remove(spent)
-        last = self._block + 1 == self._hidden.stream.block_count
-        if self._recipe.calibration.propagation == "original" or last:
-            for leaf in range(self.root.last):
-                self._hidden.remove(self._block, leaf)
 
 
 def _flat(statistics: BlockStatistics) -> dict[str, Tensor]:

@@ -18,7 +18,7 @@ from prefect.tasks import Task
 
 from dpq_core import mirror
 from dpq_core.checkpoint import load_model
-from dpq_core.device import halving_batches, resolve_device, whole_machine
+from dpq_core.device import halving_batches, whole_machine
 from dpq_core.digests import code_digest, digest
 from dpq_core.errors import InputError
 from dpq_core.harness import Progress, evaluate_suite
@@ -31,6 +31,7 @@ from infra.store import ArtifactRef, Store, StoreError
 from tasks import windows
 from tasks.model import load_tokenizer
 from tasks.progress import progress_of
+from tasks.worker import this_worker
 
 _FILE = "scores.parquet"
 
@@ -168,19 +169,20 @@ def _scored(
     recipe: Recipe, subject: Subject, about: dict[str, Any], score: Callable[[Any], Scores]
 ) -> ArtifactRef:
     """Scores from the store, or from the model."""
-    device = resolve_device(recipe.execution.device)
+    worker = this_worker(recipe.execution)
     key = digest(
         {
             **about,
             "checkpoint": subject.digest,
             "loading": code_digest("dpq_core.checkpoint"),
-            "device": device.type,
+            "arithmetic": worker.arithmetic,
         }
     )
 
     def make(folder: Path) -> None:
         with whole_machine(parts=recipe.evaluation.workers):
-            scores = score(load_model(subject.folder, device, recipe.model.trust_remote_code))
+            trusted = recipe.model.trust_remote_code
+            scores = score(load_model(subject.folder, worker.device, trusted))
         save_scores(scores, folder / _FILE)
 
     return Store(recipe.execution.store).get_or_make("scores", key, make)[0]

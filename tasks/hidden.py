@@ -1,19 +1,18 @@
-"""Hidden states before a block, in the store, leaf by leaf (`dpq_core.leaves`).
+"""Hidden states before a block, leaf by leaf (`dpq_core.leaves`): in memory where the same task
+runs the next block on them, in the store before every block that another task begins with.
 
-They are kept until nothing needs them. Those that a run misses are computed again, from the nearest
-before them that are stored or from the inputs.
+Those in the store are kept until nothing needs them. Those that a run misses are computed again,
+from the nearest before them that are there or from the inputs.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 from safetensors.torch import load_file, save_file
 
 from dpq_core.checkpoint import load_layer
-from dpq_core.device import resolve_device
 from dpq_core.digests import code_digest, digest
 from dpq_core.inputs import Batch, ModelInputs
 from dpq_core.leaves import leaves_of
@@ -23,6 +22,8 @@ from dpq_core.streaming import StreamedModel
 from infra.store import ArtifactRef, Store, StoreError
 from tasks.model import Model, stream_of
 from tasks.windows import load_inputs
+from tasks.worker import Worker
+from tasks.write_behind import WriteBehind
 
 _FILE = "hidden.safetensors"
 
@@ -38,7 +39,7 @@ class HiddenStates:
     """Before all blocks of a model, on a recipe's windows.
 
     layers: the quantized layers of all blocks that they have passed, with `propagation: quantized`;
-    else empty.
+    else empty. every: they are stored before the blocks that this divides.
     """
 
     recipe: Recipe
@@ -46,6 +47,11 @@ class HiddenStates:
     windows: ArtifactRef
     layers: Mapping[str, ArtifactRef]
     store: Store
+    worker: Worker
+    behind: WriteBehind
+    every: int = 1
+    # Leaf → a block and its batches before it: not to be stored, or not yet.
+    _in_memory: dict[int, tuple[int, list[Batch]]] = field(default_factory=dict)
 
     @cached_property
     def leaves(self) -> list[Sequence[ModelInputs]]:
@@ -59,7 +65,7 @@ class HiddenStates:
             "model": self.model.digest,
             "windows": self.windows.sha256,
             "batch_size": self.recipe.calibration.batch_size,
-            "device": resolve_device(self.recipe.execution.device).type,
+            "arithmetic": self.worker.arithmetic,
         }
 
     @cached_property
@@ -68,7 +74,7 @@ class HiddenStates:
         return self._new_stream()
 
     def prepare(self, block: int, leaves: Iterable[int]) -> None:
-        """Store those before a block that are missing. Each block on the way is loaded once."""
+        """Have those before a block that are missing. Each block on the way is loaded once."""
         reached = {leaf: self._nearest(block, leaf) for leaf in leaves}
         if all(at == block for at in reached.values()):
             return
@@ -78,47 +84,73 @@ class HiddenStates:
                 for leaf in unbegun:
                     self.put(0, leaf, [begun(inputs) for inputs in self.leaves[leaf]])
         for index in range(max(min(reached.values()), 0), block):
-            behind = [leaf for leaf, at in reached.items() if at <= index]
+            passing = [leaf for leaf, at in reached.items() if at <= index]
             with stream.block(index, self._load_layers(index)):
-                for leaf in behind:
+                for leaf in passing:
                     batches = self.get(index, leaf)
                     stream.advance(batches)
-                    self.put(index + 1, leaf, batches)
-                    self.remove(index, leaf)
+                    passed = range(max(index + 1 - self.every, 0), index + 1)
+                    self.put(index + 1, leaf, batches, passed)
 
     def get(self, block: int, leaf: int) -> list[Batch]:
         """A leaf's batches before a block."""
-        try:
-            return self._load(block, leaf)
-        except (StoreError, FileNotFoundError):  # another run had no more use for it just now
+        if (found := self._found(block, leaf)) is None:
             self.prepare(block, [leaf])
-            return self._load(block, leaf)
+            found = self._found(block, leaf)
+        if found is None:
+            raise StoreError(f"hidden states before block {block} are missing")
+        return found
 
-    def put(self, block: int, leaf: int, batches: Sequence[Batch]) -> None:
-        """Store a leaf's batches before a block."""
+    def put(
+        self, block: int, leaf: int, batches: Sequence[Batch], spent: Iterable[int] = ()
+    ) -> None:
+        """Keep a leaf's batches before a block; whatever was kept of the leaf in memory goes.
 
-        def make(folder: Path) -> None:
-            hidden = {str(n): batch.hidden.contiguous() for n, batch in enumerate(batches)}
-            save_file(hidden, folder / _FILE)
+        Args:
+            spent: blocks before which they can go from the store once these are there.
+        """
+        kept = (block, list(batches))
+        self._in_memory[leaf] = kept
+        if block % self.every:
+            return
+        hidden = {str(n): batch.hidden.contiguous() for n, batch in enumerate(batches)}
 
-        self.store.get_or_make("hidden", self._key(block, leaf), make)
+        def store() -> None:
+            key = self._key(block, leaf)
+            self.store.get_or_make("hidden", key, lambda to: save_file(hidden, to / _FILE))
+            if self._in_memory.get(leaf) is kept:
+                del self._in_memory[leaf]
+            for each in spent:
+                self.remove(each, leaf)
+
+        self.behind(store)
 
     def remove(self, block: int, leaf: int) -> None:
-        """Delete what nothing will read again. Missing is fine."""
+        """Delete from the store what nothing will read again. Missing is fine."""
         if spent := self.store.find("hidden", self._key(block, leaf)):
             self.store.remove(spent)
 
-    def _load(self, block: int, leaf: int) -> list[Batch]:
+    def _found(self, block: int, leaf: int) -> list[Batch] | None:
+        kept = self._in_memory.get(leaf)
+        if kept and kept[0] == block:
+            return kept[1]
         artifact = self.store.find("hidden", self._key(block, leaf))
-        if artifact is None:
-            raise StoreError(f"hidden states before block {block} are missing")
-        stored = load_file(self.store.open(artifact) / _FILE)
+        try:
+            stored = load_file(self.store.open(artifact) / _FILE) if artifact else None
+        except (StoreError, FileNotFoundError):  # another run had no more use for it just now
+            return None
+        if stored is None:
+            return None
         return [Batch.of(each, stored[str(n)]) for n, each in enumerate(self.leaves[leaf])]
 
     def _nearest(self, block: int, leaf: int) -> int:
-        """The last block up to this one before which they are stored; -1: none."""
-        there = (n for n in range(block, -1, -1) if self.store.find("hidden", self._key(n, leaf)))
-        return next(there, -1)
+        """The last block up to this one before which they are there; -1: none."""
+        kept = self._in_memory.get(leaf)
+        in_memory = kept[0] if kept and kept[0] <= block else -1
+        for n in range(block, in_memory, -1):
+            if self.store.find("hidden", self._key(n, leaf)):
+                return n
+        return in_memory
 
     def _key(self, block: int, leaf: int) -> str:
         passed = {name for n in range(block if self.layers else 0) for name in self._linears(n)}
@@ -126,7 +158,7 @@ class HiddenStates:
         return digest({**self.base, "before_block": block, "leaf": leaf, "layers": upstream})
 
     def _new_stream(self) -> StreamedModel:
-        return stream_of(self.recipe, self.model, resolve_device(self.recipe.execution.device))
+        return stream_of(self.recipe, self.model, self.worker.device)
 
     def _linears(self, block: int) -> list[str]:
         return list(self.stream.linears(block))

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import psutil
 
-from dpq_core.device import resolve_device
 from dpq_core.errors import InputError
 from dpq_core.footprint import Footprint
 from dpq_core.recipe import ExecutionSection, Recipe
@@ -14,6 +13,7 @@ from infra.disk import shown_bytes
 from infra.memory import Peaks, available_memory
 from infra.store import Store
 from infra.store_care import stored
+from tasks.worker import Worker, workers_here
 
 
 class RoomError(InputError):
@@ -23,24 +23,37 @@ class RoomError(InputError):
 @dataclass(frozen=True)
 class MemoryUse:
     """Peaks of quantizing in bytes, as predicted and as used; of a worker process: 0 where layers
-    are quantized in threads of the process itself, and the use None where they are elsewhere."""
+    are quantized in threads of the process itself, and the use None where they are elsewhere; of a
+    worker's device: 0 and None where that has no memory of its own."""
 
     predicted: int
     used: int
     worker_predicted: int = 0
     worker_used: int | None = None
+    device_predicted: int = 0
+    device_used: int | None = None
 
     @classmethod
-    def of(cls, recipe: Recipe, needed: Footprint, peaks: Peaks) -> "MemoryUse":
-        execution = recipe.execution
+    def of(
+        cls, recipe: Recipe, needed: Footprint, peaks: Peaks, device_peak: int | None
+    ) -> "MemoryUse":
+        """device_peak: the most that any worker had of its device, if anybody knows."""
+        execution, device = recipe.execution, needed.device
         if execution.runner == "threads":
-            workers = execution.workers * needed.worker
-            return cls(peaks.start + needed.block + workers, peaks.process)
+            together = needed.together(workers_here(execution))
+            return cls(
+                predicted=peaks.start + together,
+                used=peaks.process,
+                device_predicted=device,
+                device_used=device_peak,
+            )
         return cls(
-            predicted=peaks.start + needed.block,
+            predicted=peaks.start,  # workers do all that takes memory
             used=peaks.process,
             worker_predicted=peaks.start + needed.worker,
             worker_used=peaks.worker or None,
+            device_predicted=device,
+            device_used=device_peak,
         )
 
     @property
@@ -48,8 +61,9 @@ class MemoryUse:
         """For people."""
         text = f"memory: {shown_bytes(self.used)} of {shown_bytes(self.predicted)} predicted"
         if self.worker_predicted:
-            used = "unknown" if self.worker_used is None else shown_bytes(self.worker_used)
-            text += f"; a worker {used} of {shown_bytes(self.worker_predicted)}"
+            text += f"; a worker {_shown(self.worker_used)} of {shown_bytes(self.worker_predicted)}"
+        if self.device_predicted:
+            text += f"; a device {_shown(self.device_used)} of {shown_bytes(self.device_predicted)}"
         return text
 
     def as_metrics(self) -> dict[str, float]:
@@ -59,44 +73,66 @@ class MemoryUse:
             "memory.used_mb": self.used,
             "memory.worker_predicted_mb": self.worker_predicted,
             "memory.worker_used_mb": self.worker_used,
+            "memory.device_predicted_mb": self.device_predicted,
+            "memory.device_used_mb": self.device_used,
         }
         return {name: value / 1e6 for name, value in found.items() if value}
 
 
-def check_room(recipe: Recipe, needed: Footprint, store: Store) -> None:
-    """Enough disk for the store, and enough memory here for what runs here.
+def _shown(used: int | None) -> str:
+    return "unknown" if used is None else shown_bytes(used)
 
-    What a device or another machine has is not known here. What the store has already is not needed
-    again, perhaps: it counts as room.
+
+def check_room(recipe: Recipe, needed: Footprint, store: Store, worker: Worker) -> None:
+    """Enough disk for the store, enough memory here for what runs here, and enough of every
+    worker's device.
+
+    What other machines have for themselves is not known here. What the store has already is not
+    needed again, perhaps: it counts as room.
 
     Raises:
         RoomError: naming what is needed, what there is, and the way out.
     """
     execution = recipe.execution
-    free = _free(store.root)
-    if needed.disk > free and needed.disk > free + sum(each.size for each in stored(store)):
+    if execution.scratch:
+        _check_disk("scratch", Store(execution.scratch), "statistics", needed.statistics)
+        _check_disk("store", store, "layers and the checkpoint", needed.disk - needed.statistics)
+    else:
+        what = "calibration statistics, layers and the checkpoint"
+        _check_disk("store", store, what, needed.disk)
+    if worker.memory is not None and needed.device > worker.memory:
         raise RoomError(
-            f"execution.store: {store.root}: calibration statistics, layers and the checkpoint take"
-            f" {shown_bytes(needed.disk)}, and {shown_bytes(free)} are free: name another folder,"
-            " or make room (`dpq store gc`)"
+            f"execution.device: {worker.name}: a layer, or a block's calibration, takes up to"
+            f" {shown_bytes(needed.device)} of it, and {shown_bytes(worker.memory)} are there:"
+            " lower calibration.batch_size, or choose devices with more memory, or cpu"
         )
-    if resolve_device(execution.device).type != "cpu" or execution.dask_address:
+    if execution.dask_address:
         return
     wanted, available = _memory_here(execution, needed), available_memory()
     if wanted > available:
         raise RoomError(
-            f"execution.workers: {execution.workers}: a layer takes {shown_bytes(needed.layer)},"
-            f" calibration of a block {shown_bytes(max(needed.block, needed.share))},"
-            f" {shown_bytes(wanted)} in all,"
+            f"execution.workers: {workers_here(execution)}: a layer takes"
+            f" {shown_bytes(needed.layer)}, calibration of a block"
+            f" {shown_bytes(max(needed.block, needed.share))}, {shown_bytes(wanted)} in all,"
             f" and {shown_bytes(available)} are available: lower execution.workers,"
             " calibration.batch_size or calibration.samples"
         )
 
 
+def _check_disk(field: str, store: Store, what: str, needed: int) -> None:
+    free = _free(store.root)
+    if needed > free and needed > free + sum(each.size for each in stored(store)):
+        raise RoomError(
+            f"execution.{field}: {store.root}: {what} take {shown_bytes(needed)}, and"
+            f" {shown_bytes(free)} are free: name another folder, or make room (`dpq store gc`)"
+        )
+
+
 def _memory_here(execution: ExecutionSection, needed: Footprint) -> int:
     """Bytes beyond what this process has already."""
+    workers = workers_here(execution)
     started = 0 if execution.runner == "threads" else psutil.Process().memory_info().rss
-    return needed.block + execution.workers * (needed.worker + started)
+    return needed.together(workers) + workers * started
 
 
 def _free(folder: Path) -> int:

@@ -8,7 +8,6 @@ from prefect.cache_policies import NO_CACHE
 from prefect.logging import get_run_logger
 
 from dpq_core.choices import chosen_scheme
-from dpq_core.device import resolve_device
 from dpq_core.exports import check_exportable, planned_targets
 from dpq_core.exports.format import ExportError
 from dpq_core.footprint import Footprint, footprint
@@ -24,13 +23,16 @@ from tasks.evaluate import EvaluationData, prepare
 from tasks.hidden import load_leaves
 from tasks.memory import check_room
 from tasks.model import Model, inspect, load_tokenizer, stream_of
+from tasks.worker import Worker, about_worker
 
 
 @dataclass(frozen=True)
 class Inputs:
     """What a run starts from, checked: a model, its plan and what that takes, tokens, and the
-    evaluation's data. leaves: parts of the calibration samples that tasks can share."""
+    evaluation's data. worker: what the run's workers are. leaves: parts of the calibration samples
+    that tasks can share."""
 
+    worker: Worker
     model: Model
     plan: Plan
     footprint: Footprint
@@ -47,9 +49,11 @@ def preflight(recipe: Recipe) -> Inputs:
         BenchmarkError, CheckpointError, DataError, DeviceError, ExportError, MirrorError,
             RoomError, SuiteError, VariantError: one line that says what and where.
     """
-    resolve_device(recipe.execution.device)
+    worker = about_worker.submit(recipe).result()
     store = Store(recipe.execution.store)
     store.clean()
+    if recipe.execution.scratch:
+        Store(recipe.execution.scratch).clean()
     model = inspect(recipe.model, store)
     stream = stream_of(recipe, model)
     plan = plan_layers(stream, recipe.scheme, recipe.layers)
@@ -58,11 +62,12 @@ def preflight(recipe: Recipe) -> Inputs:
     _check_budget(recipe, plan)
     _check_exports(recipe, plan, stream.dtype)
     _check_benchmark(recipe, model)
-    needed = footprint(plan, recipe.calibration, recipe.execution.shards)
-    check_room(recipe, needed, store)
+    needed = _footprint(plan, recipe, worker)
+    check_room(recipe, needed, store, worker)
     tokenizer = load_tokenizer(model.folder, recipe.model.trust_remote_code)
     calibration = windows.store_calibration(recipe.calibration, tokenizer, model.folder, store)
     return Inputs(
+        worker=worker,
         model=model,
         plan=plan,
         footprint=needed,
@@ -76,8 +81,13 @@ def replanned(inputs: Inputs, recipe: Recipe) -> Inputs:
     """The same model and data with a plan for `recipe`, whose scheme or layers may differ."""
     stream = stream_of(recipe, inputs.model)
     plan = plan_layers(stream, recipe.scheme, recipe.layers)
-    return replace(
-        inputs, plan=plan, footprint=footprint(plan, recipe.calibration, recipe.execution.shards)
+    return replace(inputs, plan=plan, footprint=_footprint(plan, recipe, inputs.worker))
+
+
+def _footprint(plan: Plan, recipe: Recipe, worker: Worker) -> Footprint:
+    execution, on_device = recipe.execution, worker.memory is not None
+    return footprint(
+        plan, recipe.calibration, execution.shards, execution.blocks_per_task, on_device
     )
 
 

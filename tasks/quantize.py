@@ -1,5 +1,6 @@
-"""Quantize one layer: the task that is fanned out."""
+"""Quantize the layers that read one input: the task that is fanned out."""
 
+from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
 
@@ -7,15 +8,17 @@ from prefect import task
 from prefect.cache_policies import NO_CACHE
 
 from dpq_core.checkpoint import save_layer
-from dpq_core.device import resolve_device
 from dpq_core.digests import code_digest, digest
 from dpq_core.plan import PlannedLayer
 from dpq_core.quantize import quantize_or_keep
 from dpq_core.reader import CheckpointReader
 from dpq_core.recipe import Recipe
+from dpq_core.shared_input import SharedInput
 from infra.store import ArtifactRef, Store
 from tasks.calibrate import load_statistics
 from tasks.model import Model
+from tasks.work import Made, Readers
+from tasks.worker import Worker, this_worker
 
 
 @lru_cache(maxsize=4)
@@ -29,18 +32,37 @@ class LayerError(RuntimeError):
     """A layer that could not be quantized, by name."""
 
 
-@task(name="quantize", task_run_name="quantize {layer.name}", cache_policy=NO_CACHE)
+@task(name="quantize", task_run_name="quantize {readers.title}", cache_policy=NO_CACHE)
 def quantize(
-    recipe: Recipe, model: Model, layer: PlannedLayer, statistics: ArtifactRef
-) -> ArtifactRef:
-    """The quantized layer as an artifact, from its weight and the statistics of its input.
+    recipe: Recipe, model: Model, readers: Readers, statistics: ArtifactRef
+) -> Made[dict[str, ArtifactRef]]:
+    """The quantized layers by name, from their weights and the statistics of their input. What is
+    stored already is not made again: a run that was killed goes on at the layer.
 
     Raises:
         LayerError: no quantization within the scheme; nothing falls back to rounding.
     """
-    store = Store(recipe.execution.store)
-    device = resolve_device(recipe.execution.device)
-    key = digest(
+    store, worker = Store(recipe.execution.store), this_worker(recipe.execution)
+    inputs: list[SharedInput] = []  # read for the first layer that is not there
+
+    def shared_input() -> SharedInput:
+        if not inputs:
+            inputs.append(SharedInput(load_statistics(statistics, store).to(worker.device)))
+        return inputs[0]
+
+    layers = {}
+    with worker.watched() as device_peak:
+        for layer in readers.layers:
+            key = _key(recipe, model, layer, statistics, worker)
+            make = _maker(recipe, model, layer, worker, shared_input)
+            layers[layer.name], _ = store.get_or_make("layers", key, make)
+        return Made(layers, device_peak())
+
+
+def _key(
+    recipe: Recipe, model: Model, layer: PlannedLayer, statistics: ArtifactRef, worker: Worker
+) -> str:
+    return digest(
         {
             "code": code_digest("dpq_core.quantize"),
             "model": model.digest,
@@ -48,16 +70,24 @@ def quantize(
             "statistics": statistics.sha256,
             "scheme": layer.scheme.model_dump(mode="json"),
             "min_tokens_per_input": recipe.calibration.min_tokens_per_input,
-            "device": device.type,
+            "arithmetic": worker.arithmetic,
         }
     )
 
+
+def _maker(
+    recipe: Recipe,
+    model: Model,
+    layer: PlannedLayer,
+    worker: Worker,
+    shared_input: Callable[[], SharedInput],
+) -> Callable[[Path], None]:
     def make(folder: Path) -> None:
         weight = _reader(model.folder, model.digest).tensor(f"{layer.name}.weight")
         try:
             quantized = quantize_or_keep(
-                weight.to(device),
-                load_statistics(statistics, store).to(device),
+                weight.to(worker.device),
+                shared_input(),
                 layer.scheme,
                 recipe.calibration.min_tokens_per_input,
             )
@@ -65,4 +95,4 @@ def quantize(
             raise LayerError(f"{layer.name}: {error}") from error
         save_layer(folder, quantized.to("cpu"))
 
-    return store.get_or_make("layers", key, make)[0]
+    return make

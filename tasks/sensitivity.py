@@ -9,7 +9,6 @@ from prefect import task
 from prefect.cache_policies import NO_CACHE
 
 from dpq_core.checkpoint import load_layer, load_report
-from dpq_core.device import resolve_device
 from dpq_core.digests import code_digest, digest
 from dpq_core.proxy import OutputMoments, output_moments
 from dpq_core.quantize import QuantizedLinear
@@ -19,6 +18,7 @@ from infra.store import ArtifactRef, Store
 from tasks.model import Model, stream_of
 from tasks.progress import stepper
 from tasks.windows import load_inputs
+from tasks.worker import this_worker
 
 _FILE = "losses.json"
 
@@ -42,7 +42,7 @@ def sensitivity(
 ) -> Costs:
     """Costs of a block's layers, on the first calibration windows."""
     store = Store(recipe.execution.store)
-    device = resolve_device(recipe.execution.device)
+    worker = this_worker(recipe.execution)
     samples, batch_size = recipe.repair.samples, recipe.calibration.batch_size
     key = digest(
         {
@@ -51,7 +51,7 @@ def sensitivity(
             "windows": windows.sha256,
             "samples": samples,
             "batch_size": batch_size,
-            "device": device.type,
+            "arithmetic": worker.arithmetic,
             "variants": {
                 name: {choice: artifact.sha256 for choice, artifact in choices.items()}
                 for name, choices in variants.items()
@@ -60,7 +60,7 @@ def sensitivity(
     )
 
     def make(folder: Path) -> None:
-        stream = stream_of(recipe, model, device)
+        stream = stream_of(recipe, model, worker.device)
         batches = stream.begin(load_inputs(windows, store, batch_size, samples))
         for earlier in range(block):
             with stream.block(earlier):
@@ -90,7 +90,7 @@ def sensitivity(
 def moments(recipe: Recipe, model: Model, windows: ArtifactRef) -> dict[str, OutputMoments]:
     """Of all layers, on the windows that `sensitivity` uses."""
     store = Store(recipe.execution.store)
-    device = resolve_device(recipe.execution.device)
+    worker = this_worker(recipe.execution)
     samples, batch_size = recipe.repair.samples, recipe.calibration.batch_size
     key = digest(
         {
@@ -99,12 +99,12 @@ def moments(recipe: Recipe, model: Model, windows: ArtifactRef) -> dict[str, Out
             "windows": windows.sha256,
             "samples": samples,
             "batch_size": batch_size,
-            "device": device.type,
+            "arithmetic": worker.arithmetic,
         }
     )
 
     def make(folder: Path) -> None:
-        stream = stream_of(recipe, model, device)
+        stream = stream_of(recipe, model, worker.device)
         batches = stream.begin(load_inputs(windows, store, batch_size, samples))
         step = stepper("output moments", 2 * stream.block_count)
         found = output_moments(stream, batches, step)

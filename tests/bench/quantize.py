@@ -32,7 +32,7 @@ from peak_memory import MODELS, make_model
 from torch import Tensor, nn
 from transformers import AutoTokenizer
 
-from dpq_core import calibration, cpu, hessian, pipeline, quantize
+from dpq_core import calibration, cpu, hessian, pipeline, quantize, shared_input
 from dpq_core.data import calibration_windows, load_texts
 from dpq_core.hessian import InputStatistics
 from dpq_core.inputs import Batch
@@ -48,7 +48,7 @@ STAGES: dict[str, list[tuple[Any, str]]] = {
     "magnitudes": [(hessian, "count_magnitudes"), (calibration, "count_magnitudes")],
     "Hessians": [(InputStatistics, "add_hessian"), (InputStatistics, "add")],
     "grid": [(quantize, "choose_grid")],
-    "factorisation": [(quantize, "inverse_factor")],
+    "factorisation": [(shared_input, "inverse_factor")],
     "column loop": [(quantize, "quantize_columns")],
     "gradient passes": [(quantize, "refine_codes")],
     "error": [(quantize, "objective")],

@@ -21,7 +21,7 @@ def calibration(**changes):
 def test_each_part_grows_with_what_it_is_made_of(plan):
     few, many = (footprint(plan, calibration(samples=samples, batch_size=4)) for samples in (8, 16))
     hidden = 8 * calibration().sequence_length * plan.layers[0].features * 2
-    assert many.block - few.block == 2 * hidden  # before and after a block
+    assert many.block - few.block == 3 * hidden  # before and after a block, and being written
     assert many.disk == few.disk
     assert many.layer == few.layer == max(map(layer_bytes, plan.layers))
 
@@ -38,10 +38,11 @@ def test_tasks_that_share_calibration_take_what_one_took(plan):
     alone = footprint(plan, calibration(samples=128))
     shared = {n: footprint(plan, calibration(samples=128), shards=n) for n in (2, 3, 8)}
     assert alone.share == 0
-    sums = {1: 4, 2: 3, 3: 2, 8: 1}  # of 8, 4, 2 (and 1), and 1 leaves
+    sums = {1: 5, 2: 3, 3: 2, 8: 1}  # of 8, 4, 2 (and 1), and 1 leaves; alone also those written
     for n, each in shared.items():
         assert alone.block - each.share == (sums[1] - sums[n]) * largest_statistics(plan)
-        assert each.worker == max(each.layer, each.share)
+        assert each.worker == max(each.layer, each.share, each.block)
+        assert each.together(3) == each.worker + 2 * max(each.layer, each.share)
         assert (each.layer, each.disk) == (alone.layer, alone.disk)
     assert [shared[n].block // largest_statistics(plan) for n in (2, 3, 8)] == [2, 3, 4]
 
@@ -65,3 +66,29 @@ def test_fewer_steps_take_less(plan):
         for scheme in (Scheme(method="none"), Scheme(bits=8), Scheme())
     ]
     assert shapes == sorted(shapes)
+
+
+def test_blocks_that_a_task_passes_together_keep_their_hidden_states(plan):
+    section = calibration(samples=128)
+    hidden = 128 * section.sequence_length * plan.layers[0].features * 2
+    one, many = (footprint(plan, section, blocks_per_task=n) for n in (1, 4))
+    assert many.block - one.block == hidden + 3 * largest_statistics(plan)
+    assert footprint(plan, section).blocks_per_task == 1  # they are small
+    large = calibration(samples=2**30 // (section.sequence_length * plan.layers[0].features * 2))
+    assert footprint(plan, large).blocks_per_task == 8
+    waiting = large.model_copy(update={"propagation": "quantized"})
+    assert footprint(plan, waiting).blocks_per_task == 1
+    assert footprint(plan, large, shards=2).blocks_per_task == 1
+
+
+def test_a_device_holds_a_layer_or_a_batch_in_a_block(plan):
+    section = calibration(samples=16, batch_size=4, sequence_length=2)
+    small = footprint(plan, section, on_device=True)
+    largest = max(map(layer_bytes, plan.layers))
+    assert small.device - largest == 64 << 20  # of libraries
+    assert small.layer < footprint(plan, section).layer  # the host has what the device does not
+    long = footprint(plan, calibration(samples=16, batch_size=4), on_device=True)
+    longer = footprint(plan, calibration(samples=16, batch_size=8), on_device=True)
+    widest = max(max(layer.rows, layer.features) for layer in plan.layers)
+    assert longer.device - long.device == 4 * 2048 * widest * 24
+    assert footprint(plan, section).device == 0

@@ -15,6 +15,7 @@ from flows.quantize import quantize
 from infra.registry import Registry
 from infra.store import Store
 from infra.tracking import tracking_store
+from tasks.worker import workers_here
 
 # `dpq …` that notes when it begins the costly parts of a release.
 COUNTED = """
@@ -113,7 +114,7 @@ def test_when_one_is_killed_the_other_takes_over(together, recipe, tmp_path):
     victim.kill()
     assert finished(survivor)["verdict"] == "promoted"
     again = Counter(parts(noted())) - Counter(ONCE)
-    workers = recipe.execution.workers
+    workers = workers_here(recipe.execution)
     assert again[PART] <= workers  # what the victim had in work
     assert again.total() <= workers + 1  # and the block that it calibrated
     (checkpoint,) = (tmp_path / "store" / "checkpoints").iterdir()

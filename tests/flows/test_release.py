@@ -26,9 +26,9 @@ from infra.registry import Registry
 from infra.tracking import mlflow_client, tracking_store
 from tasks.register import promoting
 
-# preflight, 2 perplexities, 5 blocks, 35 layers, assemble, verify, gate, log twice, register,
-# cards, report
-TASK_RUNS = 1 + 2 + 5 + 35 + 8
+# worker, preflight, 2 perplexities, 5 blocks, their 4 inputs, assemble, verify, gate, log twice,
+# register, cards, report
+TASK_RUNS = 2 + 2 + 5 + 4 * 5 + 8
 
 
 @pytest.fixture
@@ -114,7 +114,7 @@ def test_every_task_run_is_recorded_and_complete(promoted):
             time.sleep(0.2)
         keys = {artifact.key for artifact in client.read_artifacts(flow_run_filter=of_run)}
     names = [run.name for run in runs]
-    assert sum(name.startswith("quantize model.layers") for name in names) == 35
+    assert sum(name.startswith("quantize model.layers") for name in names) == 4 * 5
     assert sum(name.startswith("calibrate block") for name in names) == 5
     assert states == ["Completed"] * TASK_RUNS
     assert {"verdict", "gates", "layers", "checkpoint"} <= keys

@@ -1,6 +1,7 @@
 """However it is run, a recipe gives the same bytes; what a killed run finished stays finished."""
 
 import time
+from pathlib import Path
 
 import pytest
 from conftest import dpq_process, run_flow
@@ -32,12 +33,10 @@ def propagated(recipe, request):
     return recipe.model_copy(update={"calibration": calibration})
 
 
-def test_plain_python_and_prefect(propagated, tmp_path, quickstart_model):
-    recipe = in_store(propagated, tmp_path / "store")
-    flow_checkpoint = run_flow(quantize, recipe).checkpoint.folder
-
-    store = Store(recipe.execution.store)
-    tokenizer = AutoTokenizer.from_pretrained(quickstart_model)
+def plainly(recipe, folder):
+    """What `dpq_core.pipeline` makes of a recipe, with nothing orchestrated."""
+    store, model = Store(recipe.execution.store), Path(recipe.model.id)
+    tokenizer = AutoTokenizer.from_pretrained(model)
     section = recipe.calibration
     windows = calibration_windows(
         load_texts(section.dataset), tokenizer, section.samples, section.sequence_length
@@ -45,11 +44,16 @@ def test_plain_python_and_prefect(propagated, tmp_path, quickstart_model):
     about = provenance(
         recipe,
         inspect(recipe.model, store),
-        store_calibration(section, tokenizer, quickstart_model, store),
+        store_calibration(section, tokenizer, model, store),
     )
-    plain = tmp_path / "plain"
-    quantize_checkpoint(quickstart_model, plain, windows, recipe.scheme, section, about)
-    assert contents(plain) == contents(flow_checkpoint)
+    quantize_checkpoint(model, folder, windows, recipe.scheme, section, about)
+
+
+def test_plain_python_and_prefect(propagated, tmp_path):
+    recipe = in_store(propagated, tmp_path / "store")
+    flow_checkpoint = run_flow(quantize, recipe).checkpoint.folder
+    plainly(recipe, tmp_path / "plain")
+    assert contents(tmp_path / "plain") == contents(flow_checkpoint)
 
 
 def test_threads_and_processes(recipe, tmp_path):

@@ -1,0 +1,56 @@
+"""Statistics that a process made stay in its memory for its layers, so many blocks' and no more."""
+
+import pytest
+from conftest import run_flow
+from test_same_bytes import in_store
+
+import tasks.calibrate
+from dpq_core.hessian import InputStatistics
+from flows.quantize import quantize
+from infra.store import ArtifactRef
+from tasks import kept
+
+
+@pytest.fixture(autouse=True)
+def _nothing_left():
+    kept.forget()
+    yield
+    kept.forget()
+
+
+def artifact(name):
+    return ArtifactRef(f"file:///{name}", name, 1)
+
+
+def block(*names):
+    return {artifact(name): InputStatistics.empty(2) for name in names}
+
+
+def test_taken_once():
+    made = block("a", "b")
+    kept.keep(made, 1)
+    assert kept.take(artifact("a")) is made[artifact("a")]
+    assert kept.take(artifact("a")) is None
+    assert kept.take(artifact("b")) is made[artifact("b")]
+
+
+def test_the_oldest_block_makes_room():
+    for names in ("a", "b", "c"):
+        kept.keep(block(names), 2)
+    assert [name for name in "abc" if kept.take(artifact(name))] == ["b", "c"]
+
+
+@pytest.mark.parametrize("blocks", [1, 5])
+def test_layers_read_none_from_the_store_in_the_process_that_made_them(
+    recipe, tmp_path, monkeypatch, blocks
+):
+    read, load = [], tasks.calibrate.load_file
+    monkeypatch.setattr(tasks.calibrate, "load_file", lambda path: read.append(path) or load(path))
+    run_flow(quantize, in_store(recipe, tmp_path / "store", blocks_per_task=blocks))
+    statistics = {path.parent.name for path in read if path.parent.parent.name == "statistics"}
+    assert len(list((tmp_path / "store" / "statistics").iterdir())) == 4 * 5
+    if blocks == 5:
+        assert statistics == set()
+    else:  # the last block's, at least: one that is behind another has lost its own
+        assert len(statistics) <= 4 * 4
+    assert kept._kept == []
