@@ -13,7 +13,7 @@
 /^ *(Downloading|Using cached|Obtaining|Preparing|Getting|Installing|Building|Created|Stored|Checking) / { next }
 /^ *(Requirement already|Looking in|Attempting uninstall|Found existing|Uninstalling|Successfully) / { next }
 /^ *(Obtaining dependency|Running command|finished|Editable|Ignoring|Discarding|Saved|Link|Resolved)/ { next }
-/^ +[━╸╺ -]/ { next }
+/^ *$/ || /^ +[━╸╺-]/ { next }
 { say($0) }
 END { exit code }
 
