@@ -96,7 +96,7 @@ system:  ## Debian's packages that some tests and `python -m infra.team` need; a
 	apt-get install --yes postgresql redis-server chromium
 
 constraints: $(DEV)  ## pin what is installed now
-	$(BIN)/pip freeze --exclude-editable > constraints.txt
+	$(BIN)/pip freeze --all --exclude-editable > constraints.txt
 
 # Of what is installed most is never imported, and compiling all of it is half of the time and a
 # sixth of the bytes: only what a release imports is compiled. The rest is kept when it is first
@@ -107,6 +107,8 @@ IMPORTED := flows.release, flows.forecast, flows.page, flows.terminal, datasets,
 
 define install
 	@test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt --upgrade pip \
+		|| echo "pip stays as it is: it may take three times as long"
 	@{ $(BIN)/pip install --no-compile --disable-pip-version-check -c constraints.txt -e "$(1)" 2>&1; \
 		echo "pip ended with $$?"; } | awk -f .ci/pip-progress.awk
 	@echo "compiling what a release imports"

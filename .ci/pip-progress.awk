@@ -11,9 +11,9 @@
 /^Installing collected packages: / { say("unpacking " NF - 3 " packages: a minute or less"); next }
 /^Successfully installed / { say(NF - 2 " packages installed"); next }
 /^ *(Downloading|Using cached|Obtaining|Preparing|Getting|Installing|Building|Created|Stored|Checking) / { next }
-/^ *(Requirement already|Looking in|Attempting uninstall|Found existing|Uninstalling|Successfully) / { next }
+/^ *(Requirement already|Looking in|Attempting uninstall:|Found existing|Uninstalling|Successfully) / { next }
 /^ *(Obtaining dependency|Running command|finished|Editable|Ignoring|Discarding|Saved|Link|Resolved)/ { next }
-/^ +[━╸╺ -]/ { next }
+/^ *$/ || /^ +[━╸╺-]/ { next }
 { say($0) }
 END { exit code }
 
