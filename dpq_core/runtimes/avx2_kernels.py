@@ -35,6 +35,7 @@ from dpq_core.runtimes.llvm import (
     fill,
     load,
     pick,
+    prefetch,
     splat,
     store,
 )
@@ -43,6 +44,7 @@ from dpq_core.runtimes.weights import UNIT
 LANES = 8  # numbers of a register
 WIDTHS = (1, 2, 4, 8)  # tokens at a time that there are kernels for
 _PART = 32  # columns that are looked up at once
+_AHEAD = 4096  # bytes of weights that are on their way from memory
 
 _REALS, _INTEGERS = ir.VectorType(F32, LANES), ir.VectorType(I32, LANES)
 _WORDS, _BYTES, _EIGHT = ir.VectorType(I16, 16), ir.VectorType(I8, 32), ir.VectorType(I8, LANES)
@@ -68,6 +70,7 @@ def multiplying(kind: str, tables: int, width: int) -> Any:
         tables: groups a unit, for codes.
         width: tokens, one of `WIDTHS`.
     """
+    unit_bytes, _ = sizes(kind, tables)
     each = min(4, LANES // width)  # sums of a token: a product waits for the one before in its sum
 
     def generate(context: Any, b: Builder, signature: Any, arguments: Any) -> Any:
@@ -83,6 +86,10 @@ def multiplying(kind: str, tables: int, width: int) -> Any:
             with cgutils.for_range(b, units) as unit:
                 column = b.mul(unit.index, I64(4 * UNIT))
                 decoded = _decoded(b, kind, tables, row, of_row, unit.index, rounding)
+                if width == 1:  # from memory, most likely
+                    for line in range(0, unit_bytes, 64):
+                        ahead = b.add(row, b.mul(unit.index, I64(unit_bytes)))
+                        prefetch(b, ahead, _AHEAD + line)
                 for number, values in enumerate(decoded):
                     for token, total in zip(tokens, totals, strict=True):
                         inputs = load(b, b.add(token, column), 4 * LANES * number, _REALS)

@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
+from dpq_core import products
 from dpq_core.cpu import bits_of
 from dpq_core.forward_rows import start_threads
 from dpq_core.kernels import real, round_rows
@@ -38,6 +39,8 @@ def unavailable() -> str:
     """Why this machine cannot run it."""
     if not torch.cpu._is_amx_tile_supported():
         return "its processor has no tile registers (AMX, from Intel's Sapphire Rapids on)"
+    if not products.bf16_units():
+        return "the libraries are told not to use BF16 units"
     return "" if torch.cpu._init_amx() else "the operating system does not grant AMX"
 
 

@@ -1,6 +1,5 @@
 """The CPU's linears: the runtime's, the definition, BF16 and FP32, torchao's INT4."""
 
-import importlib
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -10,9 +9,10 @@ import torch
 from kernel_rows import W4A8, Row, assert_as_good, random_layer, rotated, weight_bytes
 from torch import Tensor, nn
 
+from dpq_core import products
 from dpq_core.linear import W4A8Linear
 from dpq_core.quantize import QuantizedLinear
-from dpq_core.runtimes import RUNTIMES
+from dpq_core.runtimes import avx2, runtime_for
 
 SHAPES = [(2048, 2048), (4096, 4096), (4096, 11008), (14336, 4096)]  # out, in
 TOKENS = [1, 2, 4, 8, 16, 32, 128, 512]
@@ -25,6 +25,8 @@ def conditions() -> dict[str, object]:
         "device": "cpu",
         "threads": torch.get_num_threads(),
         "capability": torch.backends.cpu.get_cpu_capability(),
+        "products": products.described(),
+        "runtime": runtime_for(torch.device("cpu")).runtime.name,
         "weights_rotated_over_bytes": _cache(),
     }
 
@@ -54,25 +56,29 @@ def _methods(
     modules = {BASE: (bf16, 2 * weight.numel()), "FP32": (fp32, 4 * weight.numel())}
     modules["W4A8, definition"] = (W4A8Linear(layer, None), 2 * weight.numel())
     missing = {}
-    for name, make in (("W4A8", _runtime), ("torchao INT4", _torchao))[: 1 + peers]:
+    runtimes = {"W4A8": _runtime, "W4A8, AVX2": _avx2}
+    for name, make in {**runtimes, **({"torchao INT4": _torchao} if peers else {})}.items():
         try:
             modules[name] = (make(layer), four)
         except (ImportError, RuntimeError, AttributeError) as error:
             missing[name] = f"not available: {error}"
-    if "W4A8" in modules:
+    for name in runtimes.keys() & modules.keys():
         for tokens in (1, 33):
             generator = torch.Generator().manual_seed(2)
             x = torch.randn(tokens, features, generator=generator).bfloat16()
-            assert_as_good(modules["W4A8"][0], layer, x)
+            assert_as_good(modules[name][0], layer, x)
     turning = {name: rotated(module, size, _cache()) for name, (module, size) in modules.items()}
     return {name: lambda x, turn=turn: next(turn)(x) for name, turn in turning.items()}, missing
 
 
 def _runtime(layer: QuantizedLinear) -> nn.Module:
-    runtime = importlib.import_module(RUNTIMES["cpu"].module)
-    if reason := runtime.unavailable() or runtime.refusal(layer):
+    return runtime_for(torch.device("cpu"))(layer, None)
+
+
+def _avx2(layer: QuantizedLinear) -> nn.Module:
+    if reason := avx2.unavailable():
         raise RuntimeError(reason)
-    return runtime.make(layer, None)
+    return avx2.make(layer, None)
 
 
 def _torchao(layer: QuantizedLinear) -> nn.Module:

@@ -7,7 +7,10 @@ Times are microseconds a call: medians, the methods in turn, each through more c
 than the cache holds. On the GPU calls are replayed by CUDA graphs. "of the limit" is the time that
 the weight, the inputs and the outputs take at the copy bandwidth, or the products at the product
 rate, whichever is longer, both measured in the same run; by the time taken. W4A8 and W8A8 take BF16
-inputs and round them, a scale a token; "FP8 product" is `torch._scaled_mm` alone.
+inputs and round them, a scale a token; "FP8 product" is `torch._scaled_mm` alone. On a CPU "W4A8"
+is the runtime that is chosen there, and "W4A8, AVX2" the one for AVX2 on any processor. To see
+another class of processors: ONEDNN_MAX_CPU_ISA, ATEN_CPU_CAPABILITY, MKL_ENABLE_INSTRUCTIONS, and
+NUMBA_CPU_NAME and NUMBA_CPU_FEATURES for the kernels here.
 
 Needs torch, and Triton for the GPU; nothing else of the project than `dpq_core`.
 """
@@ -28,7 +31,7 @@ NAMES = {
     "cuda": [
         "BF16", "FP8 product", "W8A8", "W4A16", "W4A8", "gemlite W4A8", "gemlite W4A16",
     ],
-    "cpu": ["BF16", "FP32", "torchao INT4", "W4A8, definition", "W4A8"],
+    "cpu": ["BF16", "FP32", "torchao INT4", "W4A8, definition", "W4A8, AVX2", "W4A8"],
 }  # fmt: skip
 BASE = "BF16"
 

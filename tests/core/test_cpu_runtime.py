@@ -1,18 +1,28 @@
-"""The CPU runtime against the definition, `W4A8Linear`."""
+"""The CPU runtimes, for AMX and for AVX2, against the definition, `W4A8Linear`."""
 
+import copy
+import functools
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from dpq_core import products
+from dpq_core.grid import Grid
 from dpq_core.hessian import InputStatistics
 from dpq_core.linear import W4A8Linear
-from dpq_core.quantize import QuantizedLinear, quantize_layer
-from dpq_core.runtimes import RUNTIMES, Chosen, cpu
+from dpq_core.quantize import LayerReport, QuantizedLinear, QuantizedWeight, quantize_layer
+from dpq_core.runtimes import RUNTIMES, Chosen, RuntimeUnavailableError, avx2, cpu, runtime_for
 from dpq_core.scheme import Scheme
 
-here = pytest.mark.skipif(bool(cpu.unavailable()), reason=cpu.unavailable() or "-")
+
+def _row(name: str, module: Any) -> Any:
+    missing = module.unavailable()
+    return pytest.param(module, id=name, marks=pytest.mark.skipif(bool(missing), reason=missing))
+
+
+here = pytest.mark.parametrize("runtime", [_row("amx", cpu), _row("avx2", avx2)])
 
 W8A8: dict[str, Any] = {"bits": 8}
 W4A16: dict[str, Any] = {"inner": "none", "activations": "none"}
@@ -57,7 +67,7 @@ def layer_of(rows: int, features: int, **scheme: Any) -> tuple[QuantizedLinear, 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("scheme", SCHEMES.values(), ids=SCHEMES)
 def test_its_error_is_at_most_twice_the_definitions(
-    scheme: dict[str, Any], shape: tuple[int, int, int]
+    runtime: Any, scheme: dict[str, Any], shape: tuple[int, int, int]
 ) -> None:
     tokens, rows, features = shape
     layer, inputs = layer_of(rows, features, **scheme)
@@ -65,7 +75,7 @@ def test_its_error_is_at_most_twice_the_definitions(
     bias = torch.randn(rows).to(torch.bfloat16) if rows % 2 else None
     definition = W4A8Linear(layer, bias)
     exact = _exact(definition, x)
-    found, expected = cpu.make(layer, bias)(x), definition(x)
+    found, expected = runtime.make(layer, bias)(x), definition(x)
     scale = exact.abs().amax(1, keepdim=True)  # of each token
     error, allowed = ((y.double() - exact).abs() / scale for y in (found, expected))
     assert error.max() <= 2 * allowed.max()
@@ -87,12 +97,12 @@ def _exact(definition: W4A8Linear, x: Tensor) -> Tensor:
 
 @here
 @pytest.mark.parametrize("threads", [1, 2, 3])
-def test_threads_and_batches_give_the_same_bits(threads: int) -> None:
+def test_threads_and_batches_give_the_same_bits(runtime: Any, threads: int) -> None:
     layer, x = layer_of(80, 384)
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        module = cpu.make(layer, None)
+        module = runtime.make(layer, None)
         whole = module(x[:200].view(2, 100, 384))
     finally:
         torch.set_num_threads(before)
@@ -102,7 +112,7 @@ def test_threads_and_batches_give_the_same_bits(threads: int) -> None:
 
 
 @here
-def test_every_code_on_every_grid_is_decoded_as_the_definition_does() -> None:
+def test_every_code_on_every_grid_is_decoded_as_the_definition_does(runtime: Any) -> None:
     """An input that is a unit vector reads one column of the weight."""
     layer, _ = layer_of(16, 128, activations="none")
     identity = torch.eye(128, dtype=torch.bfloat16)
@@ -111,30 +121,30 @@ def test_every_code_on_every_grid_is_decoded_as_the_definition_does() -> None:
             grid = layer.weight.grid  # type: ignore[union-attr]
             grid.group_scale.fill_(float(scale))
             grid.zero_point.fill_(zero_point)
-            if cpu.refusal(layer):
+            if runtime.refusal(layer):
                 continue
             codes = layer.weight.codes  # type: ignore[union-attr]
             codes.copy_(torch.arange(128).expand(16, 128) % 16)
-            found = cpu.make(layer, None)(identity).float().T
+            found = runtime.make(layer, None)(identity).float().T
             assert torch.equal(found, W4A8Linear(layer, None)(identity).float().T)
 
 
 @here
-def test_nan_stays_and_the_infinite_saturates() -> None:
+def test_nan_stays_and_the_infinite_saturates(runtime: Any) -> None:
     layer, x = layer_of(16, 128, activations="dynamic")
     x = x[:3].clone()
     x[0, 5], x[1, 5] = torch.nan, torch.inf
-    found, expected = cpu.make(layer, None)(x), W4A8Linear(layer, None)(x)
+    found, expected = runtime.make(layer, None)(x), W4A8Linear(layer, None)(x)
     assert found[0].isnan().all()
     assert torch.equal(found.isnan(), expected.isnan())
     assert torch.equal(found[2], expected[2])
 
 
 @here
-def test_inputs_that_are_not_bf16_are_refused() -> None:
+def test_inputs_that_are_not_bf16_are_refused(runtime: Any) -> None:
     layer, x = layer_of(16, 128)
     with pytest.raises(TypeError, match=r"takes BF16 inputs, not torch\.float32"):
-        cpu.make(layer, None)(x.float())
+        runtime.make(layer, None)(x.float())
 
 
 @pytest.mark.parametrize(
@@ -158,3 +168,53 @@ def test_codes_beyond_the_formats_range_are_refused() -> None:
     layer, _ = layer_of(16, 128)
     layer.weight.grid.group_scale.fill_(64)  # type: ignore[union-attr]
     assert cpu.refusal(layer) == "codes that stand for more than 448"
+
+
+@functools.cache
+def _wide_layer() -> tuple[QuantizedLinear, Tensor]:
+    """Random codes [300, 5000], and inputs [515, 5000]."""
+    generator = torch.Generator().manual_seed(0)
+    codes = torch.randint(16, (300, 5000), generator=generator, dtype=torch.uint8)
+    scale = (torch.rand(300, 40, generator=generator) * 20 + 10).bfloat16()
+    zero = torch.randint(6, 11, scale.shape, generator=generator, dtype=torch.uint8)
+    scheme = Scheme(activations="dynamic")
+    grid = Grid(torch.rand(300, 1, generator=generator), scale, zero, 128, scheme.inner_format)
+    layer = QuantizedLinear(scheme, QuantizedWeight(codes, grid), None, LayerReport(0, 0, 0))
+    return layer, torch.randn(515, 5000, generator=generator).bfloat16()
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 3, 5, 8, 12, 13, 515])
+@pytest.mark.skipif(bool(avx2.unavailable()), reason=avx2.unavailable() or "-")
+def test_tokens_few_and_many_of_a_wide_layer_by_avx2(tokens: int) -> None:
+    """More columns than the first cache holds, more rows than a piece has."""
+    layer, x = _wide_layer()
+    x, definition = x[:tokens], W4A8Linear(layer, None)
+    exact = _exact(definition, x)
+    scale = exact.abs().amax(1, keepdim=True)
+    found, expected = avx2.make(layer, None)(x), definition(x)
+    error, allowed = ((y.double() - exact).abs() / scale for y in (found, expected))
+    assert error.max() <= 2 * allowed.max()
+
+
+def test_the_first_row_that_can_run_here_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    device = torch.device("cpu")
+    for reason in ("no AMX", ""):
+        monkeypatch.setattr(cpu, "unavailable", lambda reason=reason: reason)
+        monkeypatch.setattr(avx2, "unavailable", lambda: "")
+        assert runtime_for(device).runtime.name == ("avx2" if reason else "cpu")
+    monkeypatch.setattr(cpu, "unavailable", lambda: "no AMX")
+    monkeypatch.setattr(avx2, "unavailable", lambda: "no FMA")
+    with pytest.raises(RuntimeUnavailableError, match=r"cpu .*: no AMX; .*avx2 .*: no FMA"):
+        runtime_for(device)
+
+
+def test_a_processor_without_fma_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(products, "features", lambda: ("avx", "avx2"))
+    assert avx2.unavailable() == "its processor has no fma3"
+
+
+def test_a_copy_computes_the_same() -> None:
+    layer, x = layer_of(16, 128)
+    runtime = runtime_for(torch.device("cpu"))
+    module = runtime(layer, None)
+    assert torch.equal(copy.deepcopy(module)(x[:5]), module(x[:5]))

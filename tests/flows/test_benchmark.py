@@ -11,7 +11,7 @@ from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterKey
 
 from dpq_core.recipe import parse_recipe
-from dpq_core.runtimes import cpu as cpu_runtime
+from dpq_core.runtimes import avx2
 from flows.release import release
 from infra.deployments import QUEUE_OF, QUEUES
 from infra.tracking import mlflow_client, tracking_store
@@ -25,9 +25,7 @@ SMALL = {
     "repeats": 1,
 }
 ABSENT = "not measured here: this machine has no hpu device"
-needs_runtime = pytest.mark.skipif(
-    bool(cpu_runtime.unavailable()), reason=cpu_runtime.unavailable()
-)
+needs_runtime = pytest.mark.skipif(bool(avx2.unavailable()), reason=avx2.unavailable() or "-")
 needs_no_gaudi = pytest.mark.skipif(hasattr(torch, "hpu"), reason="this machine has a Gaudi")
 
 
