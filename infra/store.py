@@ -18,9 +18,11 @@ used, then waits for as long as somebody has that lease, and only then looks whe
 
 import hashlib
 import json
+import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -153,9 +155,10 @@ class Store:
         files = _read_manifest(folder)
         if _reference(folder, files).sha256 != artifact.sha256:
             raise StoreError(f"{folder}: manifest differs from the reference; {remedy}")
-        for name, entry in files.items():
-            path = folder / name
-            if _size(path) != entry["size"] or _file_digest(path) != entry["sha256"]:
+        paths = [folder / name for name in files]
+        digests = _file_digests([path for path in paths if path.is_file()])
+        for path, entry in zip(paths, files.values(), strict=True):
+            if digests.get(path) != entry["sha256"] or _size(path) != entry["size"]:
                 raise StoreError(f"{path}: content differs from the manifest; {remedy}")
         return folder
 
@@ -271,10 +274,10 @@ def artifact_around(path: Path) -> Path:
 
 
 def _write_manifest(folder: Path) -> dict[str, dict[str, str | int]]:
+    paths = sorted(path for path in folder.rglob("*") if path.is_file())
     files: dict[str, dict[str, str | int]] = {
-        str(path.relative_to(folder)): {"sha256": _file_digest(path), "size": path.stat().st_size}
-        for path in sorted(folder.rglob("*"))
-        if path.is_file()
+        str(path.relative_to(folder)): {"sha256": sha256, "size": path.stat().st_size}
+        for path, sha256 in _file_digests(paths).items()
     }
     manifest = {"format_version": _FORMAT_VERSION, "files": files}
     (folder / _MANIFEST).write_text(json.dumps(manifest, indent=1, sort_keys=True) + "\n")
@@ -309,6 +312,17 @@ def _unchanged_for(folder: Path) -> float:
 
 def _size(path: Path) -> int:
     return path.stat().st_size if path.is_file() else -1
+
+
+def _file_digests(paths: list[Path]) -> dict[Path, str]:
+    """Of several files; of large ones by several cores."""
+    if len(paths) < 2 or sum(path.stat().st_size for path in paths) < _LARGE:
+        return {path: _file_digest(path) for path in paths}
+    with ThreadPoolExecutor(min(len(paths), _HASHING, os.cpu_count() or 1)) as pool:
+        return dict(zip(paths, pool.map(_file_digest, paths), strict=True))
+
+
+_LARGE, _HASHING = 64 << 20, 8  # bytes, cores
 
 
 def _file_digest(path: Path) -> str:

@@ -15,12 +15,10 @@ from concurrent.futures import Future
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cache, cached_property, partial
-from pathlib import Path
 from typing import Any, Literal, get_args
 
 from prefect import task
 from prefect.cache_policies import NO_CACHE
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from dpq_core.calibration import (
@@ -39,16 +37,16 @@ from dpq_core.hessian import InputStatistics
 from dpq_core.leaves import Node, summed
 from dpq_core.recipe import Recipe
 from infra.store import ArtifactRef, Store, StoreError
-from tasks import kept
+from tasks import kept, tensor_files
 from tasks.hidden import HiddenStates
 from tasks.model import Model
 from tasks.progress import parts_of_step
+from tasks.tensor_files import saver
 from tasks.work import FIRST, Made
 from tasks.worker import this_worker
 from tasks.write_behind import WriteBehind
 
 Part = Literal["magnitudes", "statistics"]  # what is summed, in the order of the passes
-_FILE = "statistics.safetensors"
 
 
 @dataclass(frozen=True)
@@ -174,7 +172,7 @@ def load_statistics(artifact: ArtifactRef, store: Store) -> InputStatistics:
     """Inverse of how `calibrate` stores them."""
     if there := kept.take(artifact):
         return there
-    return InputStatistics.from_tensors(load_file(store.open(artifact) / _FILE))
+    return InputStatistics.from_tensors(tensor_files.load(store.open(artifact)))
 
 
 def _hidden(
@@ -238,7 +236,7 @@ class _Calibration:
 
     def _write(self, statistics: BlockStatistics) -> dict[str, ArtifactRef]:
         made = {
-            name: self.store.get_or_make("statistics", key, _saver(statistics[name].tensors()))[0]
+            name: self.store.get_or_make("statistics", key, saver(statistics[name].tensors()))[0]
             for name, key in self.wanted.items()
         }
         of_artifacts = {artifact: statistics[name] for name, artifact in made.items()}
@@ -269,9 +267,9 @@ class _Calibration:
             magnitudes = self._all_magnitudes(passes) if part == "statistics" else None
             for node in missing:
                 if part == "magnitudes":
-                    make = _saver(self._magnitudes(node, passes))
+                    make = saver(self._magnitudes(node, passes))
                 else:
-                    make = _saver(_flat(self._statistics(node, magnitudes, passes)))
+                    make = saver(_flat(self._statistics(node, magnitudes, passes)))
                 self.store.get_or_make("partial", self.key(part, node), make)
                 del make  # the sums, before the next node's
 
@@ -322,8 +320,7 @@ class _Calibration:
     def _partial(self, part: Part, node: Node) -> dict[str, Tensor] | None:
         try:
             if artifact := self.store.find("partial", self.key(part, node)):
-                found: dict[str, Tensor] = load_file(self.store.open(artifact) / _FILE)
-                return found
+                return tensor_files.load(self.store.open(artifact))
         except (StoreError, FileNotFoundError):  # another run had no more use for it just now
             pass
         return None
@@ -344,7 +341,3 @@ def _nested(tensors: dict[str, Tensor]) -> BlockStatistics:
         name, _, field = key.rpartition("/")
         fields.setdefault(name, {})[field] = tensor
     return {name: InputStatistics.from_tensors(each) for name, each in fields.items()}
-
-
-def _saver(tensors: dict[str, Tensor]) -> Callable[[Path], None]:
-    return lambda folder: save_file(tensors, folder / _FILE)

@@ -9,7 +9,7 @@ activation-only); quantization-aware training where post-training quantization i
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from dpq_core.digests import digest
 from dpq_core.recipe import ExecutionSection, read_recipe, validated
@@ -169,7 +169,18 @@ class ConvRecipe(Section):
     gates: ConvGates = ConvGates()
     benchmark: BenchmarkSection = BenchmarkSection()
     registry: ConvRegistry = ConvRegistry()
-    execution: ExecutionSection = ExecutionSection()
+    execution: ExecutionSection = ExecutionSection(device="cpu")
+
+    @field_validator("execution")
+    @classmethod
+    def _on_the_cpu(cls, execution: ExecutionSection) -> ExecutionSection:
+        """Accelerators are left to others: networks of this pipeline run on the CPU."""
+        if execution.devices == "auto":
+            return execution.model_copy(update={"device": "cpu"})
+        raise ValueError(
+            f"devices is {execution.devices}, and convolutional networks run on the CPU: leave it"
+            " out, and say how many tasks run at a time by workers"
+        )
 
     @model_validator(mode="after")
     def _something_is_trained(self) -> Self:

@@ -4,9 +4,10 @@
 
 Measured (CPU time, so that a busy machine counts little): accumulating a Hessian, quantizing a
 layer by the default scheme, SHA-256 with writing and reading an artifact; and, in wall time, tasks
-a second through a Prefect server of its own. Computed: the same for Llama shapes, in operations and
-bytes. Operations of a layer [m, n]: Hessian 2 T n² once an input; factor n³ once a layer; column
-loop 2 m n², and 4 m n² a pass of gradient-aware rounding.
+a second through a Prefect server of its own. Computed: the same for Llama shapes, in operations
+and bytes. Operations of a layer [m, n]: Hessian 2 T n² and factor n³ once an input; column loop
+2 m n², and 4 m n² a pass of gradient-aware rounding. Then a simulation of releases on 1, 8 and 64
+GPUs, before and after what locality there is (`scale_simulation.py`).
 """
 
 import argparse
@@ -14,10 +15,11 @@ import os
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from scale_shapes import SHAPES, Shape
+from scale_simulation import Rates, table
 
 from dpq_core.hessian import InputStatistics
 from dpq_core.quantize import quantize_layer
@@ -29,45 +31,12 @@ TASKS = 200
 FEATURES = (512, 1024, 2048)
 
 
-@dataclass(frozen=True)
-class Shape:
-    """A decoder of the Llama family."""
-
-    name: str
-    blocks: int
-    hidden: int
-    intermediate: int
-    key_value: int  # rows of k and v
-    other: int  # parameters that are not quantized
-
-    def inputs(self) -> list[tuple[int, list[int]]]:
-        """Distinct inputs of a block: features, and rows of the layers that read them."""
-        hidden, inner = self.hidden, self.intermediate
-        return [
-            (hidden, [hidden, self.key_value, self.key_value]),
-            (hidden, [hidden]),
-            (hidden, [inner, inner]),
-            (inner, [hidden]),
-        ]
-
-    @property
-    def weights(self) -> int:
-        return self.blocks * sum(n * sum(rows) for n, rows in self.inputs())
-
-
-SHAPES = (
-    Shape("Llama-3.1-8B", 32, 4096, 14336, 1024, 2 * 128256 * 4096),
-    Shape("Llama-3.1-70B", 80, 8192, 28672, 1024, 2 * 128256 * 8192),
-    Shape("Llama-3.1-405B", 126, 16384, 53248, 1024, 2 * 128256 * 16384),
-)
-
-
 def operations(shape: Shape, tokens: int, passes: int) -> tuple[float, float, float]:
     """Floating-point operations: forward, Hessians, layers."""
     forward = 2.0 * tokens * shape.weights
     hessians = shape.blocks * sum(2.0 * tokens * n**2 for n, _ in shape.inputs())
     layers = shape.blocks * sum(
-        n**3 + (2 + 4 * passes) * m * float(n) ** 2 for n, rows in shape.inputs() for m in rows
+        n**3 + (2 + 4 * passes) * sum(rows) * float(n) ** 2 for n, rows in shape.inputs()
     )
     return forward, hessians, layers
 
@@ -75,16 +44,15 @@ def operations(shape: Shape, tokens: int, passes: int) -> tuple[float, float, fl
 def traffic(shape: Shape, tokens: int) -> dict[str, float]:
     """Bytes that a release moves through the store, by what they are."""
     hessians = shape.blocks * sum(4 * n**2 for n, _ in shape.inputs())
-    read = shape.blocks * sum(4 * n**2 * len(rows) for n, rows in shape.inputs())
+    hidden = 2 * shape.blocks * tokens * shape.hidden
+    once_a_layer = shape.blocks * sum(4 * n**2 * len(rows) for n, rows in shape.inputs())
     return {
         "checkpoint read, twice": 2 * 2 * (shape.weights + shape.other),
         "Hessians written": hessians,
-        "Hessians read, once a layer": read,
-        "hidden states written, and read by two passes": 3
-        * 2
-        * shape.blocks
-        * tokens
-        * shape.hidden,
+        "Hessians read, once a layer": once_a_layer,
+        "Hessians read, once an input": hessians,
+        "hidden states written, and read by two passes": 3 * hidden,
+        "hidden states at every eighth block": 2 * hidden / 8,
         "layers written and read": 2 * 0.53 * shape.weights,
         "release written": 0.53 * shape.weights + 2 * shape.other,
     }
@@ -156,6 +124,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tokens", type=int, default=128 * 2048)
     parser.add_argument("--passes", type=int, default=8)
+    parser.add_argument("--computed", action="store_true", help="measure nothing")
     arguments = parser.parse_args()
     print("| model | layers | forward, PFLOP | Hessians, PFLOP | layers, PFLOP |")
     print("|---|---|---|---|---|")
@@ -173,6 +142,11 @@ def main() -> None:
         largest = 4 * shape.intermediate**2
         cells = [*moved.values(), largest]
         print(f"| {shape.name} | " + " | ".join(f"{each / 1e9:,.1f}" for each in cells) + " |")
+    print()
+    for line in table(SHAPES, arguments.tokens, arguments.passes, Rates()):
+        print(line)
+    if arguments.computed:
+        return
     print("\n| measured here | rate |\n|---|---|")
     for name, rate, unit in measured_rates():
         print(f"| {name} | {rate:,.1f} {unit} |", flush=True)

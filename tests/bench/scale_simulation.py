@@ -1,15 +1,18 @@
 """Quantizing a large model on many GPUs, as events: who computes, reads and writes what, and when.
 
 One GPU walks through the blocks (two forward passes, and Hessians); a block's layers go to whoever
-is free, the larger first, once its statistics are there. A transfer takes its turn at the shared
-disk, and its SHA-256 takes a core. What is simulated is the order that `flows.quantize` submits in;
-rates are given (`Rates`), those of a GPU by the measured products that docs/scale.md names.
+is free once its statistics are stored, in the order in which `flows.quantize` submits. Bytes take
+the shared disk's time, and that of SHA-256 on cores. A transfer has the disk for itself: where all
+of them together take the disk longer, that is the answer. Rates are given (`Rates`): of disk and
+SHA-256 as scale.py measures them, of a GPU by products measured elsewhere (docs/scale.md).
 """
 
 import heapq
-from dataclasses import dataclass, field
+from collections import deque
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, replace
 
-GB = 1e9
+from scale_shapes import Shape
 
 
 @dataclass(frozen=True)
@@ -19,36 +22,35 @@ class Rates:
     bf16: float = 400e12  # products with FP32 sums: forward, Hessians
     fp32: float = 40e12  # factorisation, column loop, gradient passes
     column: float = 2e-6  # s a column and pass: steps that wait for one another
-    disk: float = 1 * GB  # shared by all
-    written: float = 0.626 * GB  # a core's SHA-256, with the page cache
-    read: float = 0.845 * GB
+    disk: float = 1e9  # shared by all
+    written: float = 0.626e9  # a core's SHA-256, with the page cache
+    read: float = 0.845e9
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Where things stay. before: layers one by one, everything through the store.
+    """Where things stay.
 
     together: the layers that read one input are one task, factorised once. blocks: that a
     calibration task passes before it stores hidden states. behind: writes go on while the next
-    block computes. scratch: statistics on a disk of each machine (bytes a second), not the shared
-    one; None: shared. kept: a block's statistics stay in the process that made them, for its
-    layers. cached: what a machine read of the checkpoint stays in its memory.
+    block computes. hashing: cores that hash an artifact. kept: on one machine, statistics stay in
+    the memory of the process for its layers, and what was read of the checkpoint in the page cache.
+    scratch: bytes a second of a disk of each machine that has statistics and hidden states; None:
+    the shared one has.
     """
 
     name: str
     together: bool = False
     blocks: int = 1
     behind: bool = False
-    scratch: float | None = None
+    hashing: int = 1
     kept: bool = False
-    cached: bool = False
+    scratch: float | None = None
 
 
 BEFORE = Layout("before")
-AFTER = Layout("after", together=True, blocks=8, behind=True, kept=True, cached=True)
-SCRATCH = Layout(
-    "scratch", together=True, blocks=8, behind=True, scratch=5 * GB, kept=True, cached=True
-)
+AFTER = Layout("after", together=True, blocks=8, behind=True, hashing=8, kept=True)
+LAYOUTS = (BEFORE, AFTER, replace(AFTER, name="after, with a scratch disk", scratch=5e9))
 
 
 @dataclass(frozen=True)
@@ -64,91 +66,115 @@ class Work:
 
 
 class Simulation:
-    """Seconds until the last layer is stored. `shape` is a row of scale.py's SHAPES."""
+    """Seconds until the last layer is stored, and what they were bound by."""
 
     def __init__(
-        self, shape: object, tokens: int, passes: int, gpus: int, layout: Layout, rates: Rates
+        self, shape: Shape, tokens: int, passes: int, gpus: int, layout: Layout, rates: Rates
     ) -> None:
         self.shape, self.tokens, self.passes, self.gpus = shape, tokens, passes, gpus
         self.layout, self.rates = layout, rates
-        self._disk_free = 0.0  # when the shared disk has done what it was asked
-        self.disk_busy = self.busy = 0.0
+        self.disk_busy = self.computing = 0.0  # s, of the disk and of all GPUs together
 
     def run(self) -> float:
-        """Events: a worker is free at some time, and takes calibration or the largest layer."""
+        """A worker that is free takes the next calibration, or the layers that wait longest."""
         free = [(0.0, worker) for worker in range(self.gpus)]
-        ready: list[tuple[float, int, Work]] = []  # when, order, layers
-        block, calibrated, last, number = 0, 0.0, 0.0, 0
+        ready: deque[tuple[float, Work]] = deque()  # since when, layers
+        block, calibrated, last = 0, 0.0, 0.0
         while block < self.shape.blocks or ready:
             now, worker = heapq.heappop(free)
             if block < self.shape.blocks and (calibrated <= now or not ready):
-                begin = max(now, calibrated)
-                ends = calibrated = self._done(self._calibration(block), begin, behind=True)
-                for work in self._layers():
-                    number += 1
-                    heapq.heappush(ready, (ends, number, work))
-                block += 1
+                blocks = range(block, min(block + self.layout.blocks, self.shape.blocks))
+                ends = calibrated = self._calibrated(blocks, max(now, calibrated))
+                ready.extend((ends, work) for _ in blocks for work in self._layers())
+                block = blocks.stop
             else:
-                at, _, work = heapq.heappop(ready)
-                ends = self._done(work, max(now, at), behind=False)
-            last = max(last, ends, self._disk_free)
+                since, work = ready.popleft()
+                ends = self._done(work, max(now, since))
+            last = max(last, ends)
             heapq.heappush(free, (ends, worker))
-        return last
+        return max(last, self.disk_busy)
 
-    def _done(self, work: Work, begin: float, behind: bool) -> float:
-        """When a task that begins then is at its end. What it reads, it waits for."""
-        rates, now = self.rates, begin
+    def _calibrated(self, blocks: range, begin: float) -> float:
+        """When a task that passes these blocks has stored all that comes of them."""
+        now, written = begin, begin
+        for block in blocks:
+            work = self._calibration(block, blocks)
+            now = self._computed(work, now)
+            written = self._written(work, max(now, written))
+            now = now if self.layout.behind else written
+        return max(now, written)
+
+    def _done(self, work: Work, begin: float) -> float:
+        return self._written(work, self._computed(work, begin))
+
+    def _computed(self, work: Work, now: float) -> float:
         for kind, size in work.reads.items():
-            now = self._moved(kind, size, now, rates.read)
-        took = work.bf16 / rates.bf16 + work.fp32 / rates.fp32 + work.steps
-        self.busy += took
-        now += took
+            now = self._moved(kind, size, now, self.rates.read)
+        took = work.bf16 / self.rates.bf16 + work.fp32 / self.rates.fp32 + work.steps
+        self.computing += took
+        return now + took
+
+    def _written(self, work: Work, now: float) -> float:
         for kind, size in work.writes.items():
-            end = self._moved(kind, size, now, rates.written)
-            now = now if self.layout.behind and behind else end
+            now = self._moved(kind, size, now, self.rates.written)
         return now
 
     def _moved(self, kind: str, size: float, now: float, hashing: float) -> float:
-        """When bytes have gone through a disk, and their SHA-256 is known (not of checkpoints)."""
-        hashed = 0.0 if kind == "checkpoint" else size / hashing
-        if kind in ("Hessians", "hidden") and self.layout.scratch:
-            return now + max(size / self.layout.scratch, hashed)
-        if kind == "memory":
-            return now
-        self._disk_free = max(self._disk_free, now) + size / self.rates.disk
+        """When bytes have gone through a disk, and through SHA-256 (tensors of a checkpoint are
+        read without)."""
+        hashes = 0.0 if kind == "checkpoint" else size / (hashing * self.layout.hashing)
+        if self.layout.scratch and kind in ("Hessians", "hidden"):
+            return now + max(size / self.layout.scratch, hashes)
         self.disk_busy += size / self.rates.disk
-        return max(self._disk_free, now + hashed)
+        return now + max(size / self.rates.disk, hashes)
 
-    def _calibration(self, block: int) -> Work:
-        shape, inputs = self.shape, self.shape.inputs()
+    def _calibration(self, block: int, blocks: range) -> Work:
+        inputs = self.shape.inputs()
         weights = sum(n * sum(rows) for n, rows in inputs)
-        hidden = 2.0 * self.tokens * shape.hidden
-        stored = block % self.layout.blocks == 0
-        return Work(
-            bf16=2 * 2.0 * self.tokens * weights + sum(2.0 * self.tokens * n**2 for n, _ in inputs),
-            reads={"checkpoint": 2.0 * weights}
-            | ({"hidden": (1 if self.layout.blocks > 1 else 2) * hidden} if stored else {}),
-            writes={"Hessians": sum(4.0 * n**2 for n, _ in inputs)}
-            | ({"hidden": hidden} if (block + 1) % self.layout.blocks == 0 else {}),
-        )
+        hidden = 2.0 * self.tokens * self.shape.hidden
+        self.disk_busy += 2.0 * weights / self.rates.disk  # read ahead: nobody waits
+        reads: dict[str, float] = {}
+        if block == blocks.start:  # by two passes; from the second on out of memory
+            reads["hidden"] = hidden if len(blocks) > 1 else 2 * hidden
+        writes = {"Hessians": sum(4.0 * n**2 for n, _ in inputs)}
+        if block == blocks[-1]:
+            writes["hidden"] = hidden
+        hessians = sum(2.0 * self.tokens * n**2 for n, _ in inputs)
+        return Work(bf16=2 * 2.0 * self.tokens * weights + hessians, reads=reads, writes=writes)
 
     def _layers(self) -> list[Work]:
-        """Tasks of a block, the larger first."""
+        """Tasks of a block, the most work first."""
         tasks, layout = [], self.layout
-        one_process = self.gpus <= 8  # threads of one machine
+        in_memory = layout.kept and self.gpus <= ONE_MACHINE
         for n, rows in self.shape.inputs():
             for group in [rows] if layout.together else [[m] for m in rows]:
                 weights = float(n) * sum(group)
-                hessian = "memory" if layout.kept and one_process else "Hessians"
-                source = "memory" if layout.cached and one_process else "checkpoint"
-                tasks.append(
-                    Work(
-                        fp32=n**3 + (2 + 4 * self.passes) * weights * n,
-                        steps=n * (1 + self.passes) * self.rates.column * len(group),
-                        reads={hessian: 4.0 * n**2, source + "": 2 * weights}
-                        if hessian != source
-                        else {hessian: 0.0},
-                        writes={"layers": 0.53 * weights},
-                    )
+                reads = {"checkpoint": 2 * weights, "Hessians": 4.0 * n**2}
+                work = Work(
+                    fp32=n**3 + (2 + 4 * self.passes) * weights * n,
+                    steps=n * (1 + self.passes) * self.rates.column * len(group),
+                    reads={} if in_memory else reads,
+                    writes={"layers": 0.53 * weights},
                 )
+                tasks.append(work)
         return sorted(tasks, key=lambda work: -work.fp32)
+
+
+def table(shapes: Iterable[Shape], tokens: int, passes: int, rates: Rates) -> Iterator[str]:
+    """Minutes by model, layout and number of GPUs, in brackets the shared disk's share of them."""
+    yield f"| minutes (disk at work) | {' | '.join(f'{n} GPU' for n in GPUS)} | arithmetic |"
+    yield f"|---|{'---|' * len(GPUS)}---|"
+    for shape in shapes:
+        for layout in LAYOUTS:
+            cells = []
+            for gpus in GPUS:
+                simulation = Simulation(shape, tokens, passes, gpus, layout, rates)
+                seconds = simulation.run()
+                cells.append(f"{seconds / 60:.1f} ({simulation.disk_busy / seconds:.0%})")
+            yield (
+                f"| {shape.name}, {layout.name} | {' | '.join(cells)} |"
+                f" {simulation.computing / 60:.1f} |"
+            )
+
+
+GPUS, ONE_MACHINE = (1, 8, 64), 8

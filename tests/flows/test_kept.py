@@ -4,11 +4,10 @@ import pytest
 from conftest import run_flow
 from test_same_bytes import in_store
 
-import tasks.calibrate
 from dpq_core.hessian import InputStatistics
 from flows.quantize import quantize
 from infra.store import ArtifactRef
-from tasks import kept
+from tasks import kept, tensor_files
 
 
 @pytest.fixture(autouse=True)
@@ -44,10 +43,10 @@ def test_the_oldest_block_makes_room():
 def test_layers_read_none_from_the_store_in_the_process_that_made_them(
     recipe, tmp_path, monkeypatch, blocks
 ):
-    read, load = [], tasks.calibrate.load_file
-    monkeypatch.setattr(tasks.calibrate, "load_file", lambda path: read.append(path) or load(path))
+    read, load = [], tensor_files.load
+    monkeypatch.setattr(tensor_files, "load", lambda folder: read.append(folder) or load(folder))
     run_flow(quantize, in_store(recipe, tmp_path / "store", blocks_per_task=blocks))
-    statistics = {path.parent.name for path in read if path.parent.parent.name == "statistics"}
+    statistics = {folder.name for folder in read if folder.parent.name == "statistics"}
     assert len(list((tmp_path / "store" / "statistics").iterdir())) == 4 * 5
     if blocks == 5:
         assert statistics == set()

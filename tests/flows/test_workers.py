@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from dpq_core import device_kinds
+from dpq_core.convnet.recipe import ConvRecipe
 from dpq_core.device import DeviceError, resolve_device
 from dpq_core.device_kinds import FAKE_DEVICES, KINDS
 from dpq_core.recipe import ExecutionSection
@@ -190,3 +191,9 @@ def test_dask_s_own_cluster_for_gpus_where_it_is_installed(cuda, monkeypatch, in
     else:
         assert runner.resolved_cluster_class.__name__ == "LocalCluster"
         assert "CUDA_VISIBLE_DEVICES" not in runner.cluster_kwargs
+
+
+def test_convolutional_networks_leave_accelerators_to_others():
+    assert OwnDevices(ConvRecipe(execution={"workers": 3}).execution).names == ["cpu"] * 3
+    with pytest.raises(ValueError, match="devices is 2, and convolutional networks run on the CPU"):
+        ConvRecipe(execution={"devices": 2})
