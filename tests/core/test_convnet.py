@@ -48,6 +48,8 @@ from dpq_core.convnet.recipe import (
 )
 from dpq_core.convnet.train import fit, predict, score, seeded
 
+pytestmark = pytest.mark.usefixtures("patterns_of_present_convolutions")
+
 ROOT = Path(__file__).parents[2]
 TRAINING = TrainingSection(epochs=3, batch_size=32)
 CALIBRATION = CalibrationSection(batches=4)

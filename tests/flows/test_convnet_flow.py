@@ -9,6 +9,8 @@ from flows.cli import app
 from infra.registry import Registry
 from infra.tracking import mlflow_client, tracking_store
 
+pytestmark = pytest.mark.usefixtures("patterns_of_present_convolutions")
+
 NAME = "convnet-tests"
 
 
