@@ -8,6 +8,7 @@
     next
 }
 /^ *Downloading .*\.(whl|gz|zip) .*[0-9][0-9](\.[0-9]+)? MB\)/ { say("fetching " $2 " " $3 " " $4); next }
+/^WARNING: / && warned[$2]++ { next }  # of one kind the first
 /^Installing collected packages: / { say("unpacking " NF - 3 " packages: a minute or less"); next }
 /^Successfully installed / { say(NF - 2 " packages installed"); next }
 /^ *(Downloading|Using cached|Obtaining|Preparing|Getting|Installing|Building|Created|Stored|Checking) / { next }
