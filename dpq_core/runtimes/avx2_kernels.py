@@ -18,6 +18,7 @@ Sources: Intel's Intrinsics Guide (AVX2, FMA); LLVM's intrinsics of the same nam
 from collections.abc import Iterator
 from typing import Any
 
+import numba
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
@@ -109,7 +110,10 @@ def multiplying(kind: str, tables: int, width: int) -> Any:
     ) -> Any:  # fmt: skip
         return signature, generate
 
-    return multiply
+    return _compiled(
+        signature,
+        lambda a, b, c, d, e, f, g, h, i, j, k, m: multiply(a, b, c, d, e, f, g, h, i, j, k, m),
+    )
 
 
 def decoding(kind: str, tables: int) -> Any:
@@ -142,7 +146,17 @@ def decoding(kind: str, tables: int) -> Any:
     ) -> Any:  # fmt: skip
         return signature, generate
 
-    return decode
+    return _compiled(
+        signature, lambda a, b, c, d, e, f, g, h, i, j, k: decode(a, b, c, d, e, f, g, h, i, j, k)
+    )
+
+
+def _compiled(signature: Any, kernel: Any) -> Any:
+    """A pointer that Numba's functions can call: who calls it does not compile it again."""
+    function = numba.cfunc(signature)(kernel)
+    pointer = function.ctypes
+    pointer.function = function  # whose code goes with it
+    return pointer
 
 
 def _decoded(
