@@ -37,6 +37,7 @@ __all__ = ["Avx2Linear", "make", "refusal", "unavailable"]
 _COLUMNS = 32  # of a part that is looked up at once
 _INPUTS = 32  # units times tokens whose inputs stay in the first cache: 16 KiB
 _FEW = 12  # tokens up to which weights are decoded in registers
+_APART = 16  # columns between tokens, which would otherwise share places in the first cache
 _BATCH = 4096  # tokens whose inputs are held as FP32
 _TOKENS, _PIECE, _DEPTH = 512, 256, 8  # at a time: tokens, rows of the weight, units
 
@@ -110,7 +111,7 @@ class Avx2Linear(nn.Module):
                 self.bias.numpy(),
                 bits_of(found),
                 np.ones((len(some), 1), np.float32),
-                np.empty((eights, width), np.float32),
+                np.empty((eights, width + _APART), np.float32),
                 threads,
             )
         return y.view(*x.shape[:-1], self.out_features)
@@ -145,7 +146,7 @@ def _kernel(kind: str, tables: int) -> Any:
         bias: NDArray[np.float32],
         y: NDArray[np.int16],  # [tokens, out] bf16, written
         scales: NDArray[np.float32],  # [tokens, 1], ones, written
-        wide: NDArray[np.float32],  # [tokens, filled up to 8, units * 128], written
+        wide: NDArray[np.float32],  # [tokens, filled up to 8, units * 128 and some], written
         parts: int,
     ) -> None:
         tokens, rows = y.shape

@@ -80,17 +80,18 @@ def multiplying(kind: str, tables: int, width: int) -> Any:
         )
         rounding = Rounding(b, LANES, *more)
         tokens = [b.add(x, b.mul(x_stride, I64(token))) for token in range(width)]
+        # The same columns of a later row, some thousand bytes ahead: blocks of columns are strided.
+        beyond = b.mul(weight_stride, b.add(I64(1), b.udiv(I64(_AHEAD), weight_stride)))
         with cgutils.for_range(b, rows) as loop:
             row = b.add(weights, b.mul(weight_stride, loop.index))
             of_row = b.add(groups, b.mul(group_stride, loop.index))
+            ahead = b.add(row, beyond)
             totals = [[_zero(b) for _ in range(each)] for _ in tokens]
             with cgutils.for_range(b, units) as unit:
                 column = b.mul(unit.index, I64(4 * UNIT))
                 decoded = _decoded(b, kind, tables, row, of_row, unit.index, rounding)
-                if width == 1:  # from memory, most likely
-                    for line in range(0, unit_bytes, 64):
-                        ahead = b.add(row, b.mul(unit.index, I64(unit_bytes)))
-                        prefetch(b, ahead, _AHEAD + line)
+                for line in range(0, unit_bytes, 64):
+                    prefetch(b, b.add(ahead, b.mul(unit.index, I64(unit_bytes))), line)
                 for number, values in enumerate(decoded):
                     for token, total in zip(tokens, totals, strict=True):
                         inputs = load(b, b.add(token, column), 4 * LANES * number, _REALS)
