@@ -39,7 +39,7 @@ _INPUTS = 32  # units times tokens whose inputs stay in the first cache: 16 KiB
 _FEW = 12  # tokens up to which weights are decoded in registers
 _APART = 16  # columns between tokens, which would otherwise share places in the first cache
 _BATCH = 4096  # tokens whose inputs are held as FP32
-_TOKENS, _PIECE, _DEPTH = 512, 256, 8  # at a time: tokens, rows of the weight, units
+_TOKENS, _PIECE, _DEPTH = 512, 512, 8  # at a time: tokens, rows of the weight, units
 
 
 def unavailable() -> str:
