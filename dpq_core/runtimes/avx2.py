@@ -37,8 +37,9 @@ __all__ = ["Avx2Linear", "make", "refusal", "unavailable"]
 _COLUMNS = 32  # of a part that is looked up at once
 _INPUTS = 32  # units times tokens whose inputs stay in the first cache: 16 KiB
 _FEW = 12  # tokens up to which weights are decoded in registers
+_APART = 16  # columns between tokens, which would otherwise share places in the first cache
 _BATCH = 4096  # tokens whose inputs are held as FP32
-_TOKENS, _PIECE, _DEPTH = 512, 256, 8  # at a time: tokens, rows of the weight, units
+_TOKENS, _PIECE, _DEPTH = 512, 512, 8  # at a time: tokens, rows of the weight, units
 
 
 def unavailable() -> str:
@@ -96,7 +97,9 @@ class Avx2Linear(nn.Module):
         y = rows.new_empty(len(rows), self.out_features)
         threads = start_threads(torch.get_num_threads())
         numba.set_num_threads(threads)
+        width = -(-self.in_features // UNIT) * UNIT
         for some, found in zip(rows.split(_BATCH), y.split(_BATCH), strict=True):
+            eights = -(-len(some) // LANES) * LANES
             _kernel(*self._kind)(
                 bits_of(some),
                 self._rounds,
@@ -107,6 +110,8 @@ class Avx2Linear(nn.Module):
                 self.channel_scale.numpy(),
                 self.bias.numpy(),
                 bits_of(found),
+                np.ones((len(some), 1), np.float32),
+                np.empty((eights, width + _APART), np.float32),
                 threads,
             )
         return y.view(*x.shape[:-1], self.out_features)
@@ -140,13 +145,12 @@ def _kernel(kind: str, tables: int) -> Any:
         channel_scale: NDArray[np.float32],
         bias: NDArray[np.float32],
         y: NDArray[np.int16],  # [tokens, out] bf16, written
+        scales: NDArray[np.float32],  # [tokens, 1], ones, written
+        wide: NDArray[np.float32],  # [tokens, filled up to 8, units * 128 and some], written
         parts: int,
     ) -> None:
         tokens, rows = y.shape
-        eights = -(-tokens // LANES)
-        scales = np.ones((tokens, 1), np.float32)
-        wide = np.empty((eights * LANES, -(-x.shape[1] // UNIT) * UNIT), np.float32)
-        for number in numba.prange(eights):
+        for number in numba.prange(len(wide) // LANES):
             _prepare(number * LANES, x, rounds, static, numbers, scales, wide)
         for part in numba.prange(parts):
             first, last = part * rows // parts, (part + 1) * rows // parts

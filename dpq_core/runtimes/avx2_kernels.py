@@ -18,6 +18,7 @@ Sources: Intel's Intrinsics Guide (AVX2, FMA); LLVM's intrinsics of the same nam
 from collections.abc import Iterator
 from typing import Any
 
+import numba
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
@@ -79,17 +80,18 @@ def multiplying(kind: str, tables: int, width: int) -> Any:
         )
         rounding = Rounding(b, LANES, *more)
         tokens = [b.add(x, b.mul(x_stride, I64(token))) for token in range(width)]
+        # The same columns of a later row, some thousand bytes ahead: blocks of columns are strided.
+        beyond = b.mul(weight_stride, b.add(I64(1), b.udiv(I64(_AHEAD), weight_stride)))
         with cgutils.for_range(b, rows) as loop:
             row = b.add(weights, b.mul(weight_stride, loop.index))
             of_row = b.add(groups, b.mul(group_stride, loop.index))
+            ahead = b.add(row, beyond)
             totals = [[_zero(b) for _ in range(each)] for _ in tokens]
             with cgutils.for_range(b, units) as unit:
                 column = b.mul(unit.index, I64(4 * UNIT))
                 decoded = _decoded(b, kind, tables, row, of_row, unit.index, rounding)
-                if width == 1:  # from memory, most likely
-                    for line in range(0, unit_bytes, 64):
-                        ahead = b.add(row, b.mul(unit.index, I64(unit_bytes)))
-                        prefetch(b, ahead, _AHEAD + line)
+                for line in range(0, unit_bytes, 64):
+                    prefetch(b, b.add(ahead, b.mul(unit.index, I64(unit_bytes))), line)
                 for number, values in enumerate(decoded):
                     for token, total in zip(tokens, totals, strict=True):
                         inputs = load(b, b.add(token, column), 4 * LANES * number, _REALS)
@@ -109,7 +111,10 @@ def multiplying(kind: str, tables: int, width: int) -> Any:
     ) -> Any:  # fmt: skip
         return signature, generate
 
-    return multiply
+    return _compiled(
+        signature,
+        lambda a, b, c, d, e, f, g, h, i, j, k, m: multiply(a, b, c, d, e, f, g, h, i, j, k, m),
+    )
 
 
 def decoding(kind: str, tables: int) -> Any:
@@ -142,7 +147,17 @@ def decoding(kind: str, tables: int) -> Any:
     ) -> Any:  # fmt: skip
         return signature, generate
 
-    return decode
+    return _compiled(
+        signature, lambda a, b, c, d, e, f, g, h, i, j, k: decode(a, b, c, d, e, f, g, h, i, j, k)
+    )
+
+
+def _compiled(signature: Any, kernel: Any) -> Any:
+    """A pointer that Numba's functions can call: who calls it does not compile it again."""
+    function = numba.cfunc(signature)(kernel)
+    pointer = function.ctypes
+    pointer.function = function  # whose code goes with it
+    return pointer
 
 
 def _decoded(
