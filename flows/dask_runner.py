@@ -24,7 +24,7 @@ from dpq_core.device import share_machine
 from dpq_core.errors import InputError
 from dpq_core.recipe import ExecutionSection
 from infra.tls import share_tls_context
-from tasks.work import Work
+from tasks.support.work import Work
 from tasks.worker import (
     become_sole_worker,
     device_kind,

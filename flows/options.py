@@ -27,7 +27,7 @@ from tasks.preflight import Inputs
 from tasks.progress import stepper
 from tasks.quantize import quantize as quantize_readers
 from tasks.sensitivity import Cost, Costs, moments, sensitivity
-from tasks.work import readers_of
+from tasks.support.work import readers_of
 
 OWN = "w4a8"  # the choice that changes nothing of the recipe's scheme
 _AIM = 0.9  # of a limit: what the prediction is wrong by

@@ -17,14 +17,14 @@ from dpq_core.recipe import Recipe
 from flows.attended import attended
 from infra.memory import watched
 from infra.store import ArtifactRef
-from tasks import kept
 from tasks.assemble import assemble, verify
 from tasks.calibrate import Passes, Share, calibrate, calibrate_share, is_calibrated, parts
 from tasks.memory import MemoryUse
 from tasks.preflight import Inputs, preflight
 from tasks.progress import parts_of_step, stepper
 from tasks.quantize import quantize as quantize_readers
-from tasks.work import Made, Readers, readers_of
+from tasks.support import kept
+from tasks.support.work import Made, Readers, readers_of
 
 _Result = TypeVar("_Result")
 

@@ -7,7 +7,7 @@ killed run leaves of the last two is waste that nobody looks for: `dpq store gc`
 
 A task passes a run of blocks (`execution.blocks_per_task`): hidden states stay in its memory from
 one to the next, a block's statistics are hashed and written while the next block computes, and
-all stay in memory for layers that this process quantizes (`tasks/kept.py`).
+all stay in memory for layers that this process quantizes (`tasks/support/kept.py`).
 """
 
 from collections.abc import Callable, Iterator
@@ -37,14 +37,14 @@ from dpq_core.hessian import InputStatistics
 from dpq_core.leaves import Node, summed
 from dpq_core.recipe import Recipe
 from infra.store import ArtifactRef, Store, StoreError
-from tasks import kept, tensor_files
 from tasks.hidden import HiddenStates
 from tasks.model import Model
 from tasks.progress import parts_of_step
-from tasks.tensor_files import saver
-from tasks.work import FIRST, Made
+from tasks.support import kept, tensor_files
+from tasks.support.tensor_files import saver
+from tasks.support.work import FIRST, Made
+from tasks.support.write_behind import WriteBehind
 from tasks.worker import this_worker
-from tasks.write_behind import WriteBehind
 
 Part = Literal["magnitudes", "statistics"]  # what is summed, in the order of the passes
 

@@ -21,9 +21,9 @@ from dpq_core.recipe import Recipe
 from dpq_core.streaming import StreamedModel
 from infra.store import ArtifactRef, Store, StoreError
 from tasks.model import Model, stream_of
+from tasks.support.write_behind import WriteBehind
 from tasks.windows import load_inputs
 from tasks.worker import Worker
-from tasks.write_behind import WriteBehind
 
 _FILE = "hidden.safetensors"
 

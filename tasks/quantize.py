@@ -17,7 +17,7 @@ from dpq_core.shared_input import SharedInput
 from infra.store import ArtifactRef, Store
 from tasks.calibrate import load_statistics
 from tasks.model import Model
-from tasks.work import Made, Readers
+from tasks.support.work import Made, Readers
 from tasks.worker import Worker, this_worker
 
 

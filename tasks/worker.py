@@ -83,7 +83,8 @@ class OwnDevices:
                 f"execution.devices: of {', '.join(found)} other runs on this machine have all but"
                 f" {len(self.names)}: wait for them to end, or ask for fewer"
             )
-        one_arithmetic({name: kind_of(name).arithmetic(index_of(name)) for name in self.names})
+        if len(self.names) > 1:  # asking starts torch there: not before a process has but its own
+            one_arithmetic({name: kind_of(name).arithmetic(index_of(name)) for name in self.names})
 
     def release(self) -> None:
         """Let other runs have them."""
@@ -165,7 +166,10 @@ def this_worker(execution: ExecutionSection) -> Worker:
     Raises:
         DeviceError: no such device here.
     """
-    if found := getattr(_of_thread, "worker", None) or _of_process:
+    found: Worker | None = getattr(_of_thread, "worker", None) or _of_process
+    if found:
+        if found.device.type != "cpu":  # of this thread, in which a kernel's launch looks for it
+            torch.get_device_module(found.device).set_device(found.device)
         return found
     first = _candidates(execution)[0][0]
     return _worker(first, index_of(first))

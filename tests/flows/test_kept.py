@@ -7,7 +7,7 @@ from test_same_bytes import in_store
 from dpq_core.hessian import InputStatistics
 from flows.quantize import quantize
 from infra.store import ArtifactRef
-from tasks import kept, tensor_files
+from tasks.support import kept, tensor_files
 
 
 @pytest.fixture(autouse=True)

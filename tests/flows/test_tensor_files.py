@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from tasks import tensor_files
-from tasks.tensor_files import load, saver
+from tasks.support import tensor_files
+from tasks.support.tensor_files import load, saver
 
 GIVEN = {
     "hessian_sum": torch.arange(50.0).view(10, 5),

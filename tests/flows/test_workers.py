@@ -155,6 +155,21 @@ def test_a_process_sees_its_own_gpu_alone(cuda, monkeypatch):
     assert (taken.name, taken.device) == ("cuda:1", torch.device("cuda", 0))
     assert taken.memory == 80 << 30
     assert cuda == []
+    thread = threading.Thread(target=this_worker, args=[asking(device="cuda")])
+    thread.start()
+    thread.join()
+    assert cuda == [torch.device("cuda", 0)]  # whichever thread a task runs in
+
+
+def test_a_process_that_claims_for_itself_sees_its_gpu_alone(cuda, monkeypatch):
+    started = []
+    kind = replace(KINDS["cuda"], arithmetic=lambda index: started.append(index) or "cuda-sm_90")
+    monkeypatch.setitem(KINDS, "cuda", kind)
+    held = next(worker.claims(["cuda-5"]))  # another worker's
+    assert become_sole_worker(asking(device="cuda")).name == "cuda:1"
+    assert worker.os.environ["CUDA_VISIBLE_DEVICES"] == "7"
+    assert started == [0]  # torch is asked of nothing before
+    held.release()
 
 
 def test_a_thread_selects_its_gpu_among_all(cuda):
