@@ -10,10 +10,10 @@ A lease changes hands by renames alone, which a local file system and NFS do one
   one no longer finds it;
 - it is let go by removing our file. An empty folder is as good as none.
 
-A holder of the same machine is dead when its process is gone, which shows at once; one that is
-stopped or busy lives. A holder of another machine is dead when it gave no sign of life for `LIMIT`
-while we watched: no two clocks are compared. A process that only seemed dead loses its lease
-without knowing; then two make the same, and the store keeps one.
+A holder of the same machine is dead when its process is gone, which shows at once; a stopped or
+busy one lives. A holder of another machine is dead when it gave no sign of life for as long as
+`LIMIT` while we watched: no two clocks are compared. A process that only seemed dead loses its
+lease without knowing; then two make the same, and the store keeps one.
 
 Nobody waits in a circle. Who holds the lease of a key waits at most for keys that its own content
 depends on. A key is the digest of all that its content depends on, so the keys form a DAG, and

@@ -73,7 +73,7 @@ class _Server:
     def healthy(self, path: str) -> bool:
         """Whether it answers, and not some other server that took the port before it."""
         try:
-            # No proxy to ourselves, and no certificates: reading them takes 50 ms each time.
+            # No proxy to ourselves, and no certificates: to read them takes 50 ms of a core.
             with httpx.Client(trust_env=False, verify=False, timeout=5) as client:
                 answers = client.get(self.url + path).is_success
             return answers and any(_listens(process, self.port) for process in self.family())

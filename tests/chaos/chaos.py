@@ -148,7 +148,7 @@ class Chaos:
             self.kills[kind] += 1
             print(f"  {kind} killed at {len(self.artifacts())} artifacts", flush=True)
         if kind == "flow":
-            assert not psutil.wait_procs(workers, timeout=60)[1], "workers of a dead run"
+            assert not psutil.wait_procs(workers, timeout=PATIENCE)[1], "workers of a dead run"
         return True
 
     def _victims(self, run: Run, workers: list[psutil.Process]) -> Victims:

@@ -20,7 +20,7 @@ from flows.runners import task_runner
 from infra.services import services
 
 REPOSITORY = Path(__file__).parents[2]
-PATIENCE = 600  # s, for a run on a machine as busy as it likes
+PATIENCE = 900  # s, for a run on a machine as busy as it likes
 
 
 @pytest.fixture(scope="package")

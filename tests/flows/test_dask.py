@@ -5,7 +5,7 @@ import time
 import distributed
 import psutil
 import pytest
-from conftest import dpq_process, run_flow
+from conftest import PATIENCE, dpq_process, run_flow
 from test_same_bytes import contents, in_store, layer_artifacts
 
 from dpq_core.recipe import RecipeError, parse_recipe
@@ -60,26 +60,26 @@ def test_a_worker_is_killed(recipe, recipe_file, undisturbed, tmp_path, runner):
     family = psutil.Process(run.pid).children(recursive=True)
     worker.kill()
     finished = layer_artifacts(store)
-    output, errors = run.communicate(timeout=900)
+    output, errors = run.communicate(timeout=PATIENCE)
     if runner == "processes":  # its pool is broken; Dask starts another worker
         assert run.returncode == 1, output
         assert "the worker that had it was killed" in errors
         assert "lower execution.workers" in errors
         again = dpq_process(*command)
-        output, errors = again.communicate(timeout=900)
+        output, errors = again.communicate(timeout=PATIENCE)
         run = again
     assert run.returncode == 0, errors
     now = layer_artifacts(store)
     assert {key: now[key] for key in finished} == finished
     checkpoint = next((store / "checkpoints").iterdir())
     assert contents(checkpoint) == undisturbed
-    psutil.wait_procs(family, timeout=30)
+    psutil.wait_procs(family, timeout=PATIENCE)
     assert not [process for process in family if process.is_running()]
 
 
 def a_worker_at_work(run, store):
     """A child of `run` that has a layer in work, once five are done."""
-    deadline = time.monotonic() + 600
+    deadline = time.monotonic() + PATIENCE
     while len(layer_artifacts(store)) < 5:
         assert run.poll() is None, run.communicate()[1]
         assert time.monotonic() < deadline

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from conftest import dpq_process, run_flow
+from conftest import PATIENCE, dpq_process, run_flow
 from prefect import flow, task
 from prefect.client.orchestration import get_client
 from test_same_bytes import in_store, layer_artifacts
@@ -34,7 +34,7 @@ def started(command, recipe_file, store, *settings, layers=3):
     options = [f"execution.store={store}", *settings]
     arguments = [part for each in options for part in ("--set", each)]
     process = dpq_process(command, recipe_file, "--json", *arguments)
-    deadline = time.monotonic() + 300
+    deadline = time.monotonic() + PATIENCE
     while len(layer_artifacts(store)) < layers:
         assert process.poll() is None, process.communicate()[1]
         assert time.monotonic() < deadline
@@ -46,7 +46,7 @@ def ended(process, number):
     """Send a signal: seconds until the end, the JSON object, the line of the error."""
     began = time.monotonic()
     process.send_signal(number)
-    output, errors = process.communicate(timeout=60)
+    output, errors = process.communicate(timeout=PATIENCE)
     seconds = time.monotonic() - began
     (error,) = (line for line in errors.splitlines() if line.startswith("error: "))
     return seconds, json.loads(output), error
@@ -103,7 +103,7 @@ def test_ctrl_c_ends_worker_processes_too(recipe_file, tmp_path):
     assert process.returncode == 130
     assert seconds < PROMPT
     assert error.startswith("error: ended by SIGINT: ")
-    assert psutil.wait_procs(workers, timeout=10)[1] == []
+    assert psutil.wait_procs(workers, timeout=PATIENCE)[1] == []
 
 
 def test_what_a_killed_process_left_is_marked_by_the_next_run(recipe, recipe_file, brief, tmp_path):
@@ -113,7 +113,7 @@ def test_what_a_killed_process_left_is_marked_by_the_next_run(recipe, recipe_fil
     uri = tracking_store(Path(os.environ["DPQ_HOME"]))[0]
     process.kill()
     process.communicate()
-    assert psutil.wait_procs(workers, timeout=20)[1] == []  # nobody works on for a dead run
+    assert psutil.wait_procs(workers, timeout=PATIENCE)[1] == []  # nobody works on for a dead run
     (run,) = mlflow_runs(uri, process.pid)
     assert run.info.status == "RUNNING"
     assert flow_states(process.pid) == ["RUNNING"]

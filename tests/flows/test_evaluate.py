@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import dpq_process, run_flow
+from conftest import PATIENCE, dpq_process, run_flow
 from prefect.states import Completed, Pending
 from pyarrow import parquet
 from safetensors.torch import load_file, save_file
@@ -286,7 +286,7 @@ def test_killed_between_two_suites_and_run_again(evaluate, recipe_file, model, o
     folder = Path(json.loads(recipe_file.read_text())["evaluation"]["suites_path"])
     write_suite(folder, "second", documents=4000)
     first = dpq_process("evaluate", model, "--recipe", recipe_file)
-    deadline = time.monotonic() + 200
+    deadline = time.monotonic() + PATIENCE
     while len(score_artifacts(own_store)) < 2:
         assert first.poll() is None, first.communicate()[1]
         assert time.monotonic() < deadline

@@ -8,7 +8,7 @@ import threading
 import time
 
 import pytest
-from conftest import run_flow
+from conftest import PATIENCE, run_flow
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import (
     FlowFilter,
@@ -105,7 +105,7 @@ def test_every_task_run_is_recorded_and_complete(promoted):
             flow_filter=releases, limit=1, sort=FlowRunSort.END_TIME_DESC
         )[0]
         of_run = FlowRunFilter(id=FlowRunFilterId(any_=[newest.id]))
-        deadline = time.monotonic() + 60  # the server writes task runs a moment later
+        deadline = time.monotonic() + PATIENCE  # the server writes task runs a moment later
         while True:
             runs = client.read_task_runs(flow_run_filter=of_run, limit=200)
             states = [run.state_name for run in runs]

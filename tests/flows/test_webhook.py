@@ -8,6 +8,7 @@ import time
 import httpx
 import pytest
 import uvicorn
+from conftest import PATIENCE
 from cryptography.fernet import Fernet
 from mlflow.entities.webhook import WebhookEvent
 from mlflow.store.model_registry.sqlalchemy_store import SqlAlchemyStore
@@ -61,7 +62,7 @@ def test_mlflow_delivers_a_version_and_one_run_begins(address, tmp_path, monkeyp
     for _ in range(2):  # the second is a repetition
         payload = version("base", {"dpq.recipe": "quickstart"})
         deliver_webhook(event=CREATED, payload=payload, store=store)
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + PATIENCE
     while not (found := runs("mlflow/base/1")) and time.monotonic() < deadline:
         time.sleep(0.1)
     (run,) = found

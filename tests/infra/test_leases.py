@@ -1,5 +1,6 @@
 """One at a time, whoever dies: real processes, killed for real."""
 
+import math
 import os
 import signal
 import subprocess
@@ -7,14 +8,16 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
 
 from infra.leases import Leases, telling_of_waits
-from infra.owners import Attendance, Owner
+from infra.owners import LIMIT, Attendance, Owner
 
 REPOSITORY = Path(__file__).parents[2]
+PATIENCE = 300  # s, on a machine as busy as it likes
 
 HOLD = """
 import sys, time
@@ -79,7 +82,7 @@ def test_processes_and_threads_take_turns(tmp_path):
         thread.start()
     for thread in threads:
         thread.join()
-    assert [other.wait(timeout=60) for other in others] == [0, 0, 0]
+    assert [other.wait(timeout=PATIENCE) for other in others] == [0, 0, 0]
     assert (tmp_path / "counter").read_text() == "200"
     assert let_go(Leases(tmp_path / "leases"), "counter")
 
@@ -93,7 +96,7 @@ def test_whoever_waits_says_for_whom_and_goes_on_when_it_is_done(leases, holder,
         holder.stdin.close()
 
     with telling_of_waits(tell), leases.held("key"):
-        assert holder.wait(timeout=10) == 0
+        assert holder.wait(timeout=PATIENCE) == 0
     assert told == [f"waiting for key: {owner_of(holder)} makes it"]
     assert let_go(leases)
 
@@ -102,11 +105,10 @@ def owner_of(holder):
     return f"process {holder.pid} on {Owner.new().host}"
 
 
-def test_a_killed_holder_is_followed_at_once(leases, holder):
+def test_a_killed_holder_is_followed_at_once(leases, holder, monkeypatch):
+    monkeypatch.setattr("infra.leases.LIMIT", math.inf)  # its silence is not what tells
     holder.send_signal(signal.SIGKILL)  # a zombie until it is waited for
-    began = time.monotonic()
     with leases.held("key"):
-        assert time.monotonic() - began < 5
         assert leases.holder("key").pid == os.getpid()
     assert let_go(leases)
 
@@ -124,27 +126,26 @@ def test_a_stopped_holder_of_this_machine_keeps_its_lease(leases, holder, monkey
 
     with telling_of_waits(tell), leases.held("key"):
         assert held_by == [holder.pid]
-        assert holder.wait(timeout=60) == 0
+        assert holder.wait(timeout=PATIENCE) == 0
 
 
 def test_a_holder_of_another_machine_is_followed_when_it_gives_no_sign(leases, monkeypatch):
-    monkeypatch.setattr("infra.leases.LIMIT", 0.6)
     theirs = leases.folder / "key" / "17.1700000000.elsewhere.0.gpu-9.example.org"
     theirs.parent.mkdir(parents=True)
     theirs.touch()
 
-    def live_a_while():
-        for _ in range(5):
-            time.sleep(0.2)
-            os.utime(theirs)
+    now, last = 0.0, 100.0
 
-    signs = threading.Thread(target=live_a_while)
-    signs.start()
-    began = time.monotonic()
+    def sleep(seconds):  # the clock of this test: signs until the last, then none
+        nonlocal now
+        now += seconds
+        if now < last:
+            os.utime(theirs, (now, now))
+
+    monkeypatch.setattr("infra.leases.time", SimpleNamespace(monotonic=lambda: now, sleep=sleep))
     with leases.held("key"):
-        assert 1.4 < time.monotonic() - began < 20  # 5 signs, 0.2 s apart, then none for 0.6 s
+        assert last + LIMIT - 1 < now < last + LIMIT + 1
         assert not theirs.exists()
-    signs.join()
 
 
 def test_of_many_that_follow_a_dead_one_a_single_one_does_at_a_time(leases, holder):
@@ -166,7 +167,7 @@ def test_of_many_that_follow_a_dead_one_a_single_one_does_at_a_time(leases, hold
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(timeout=30)
+        thread.join(timeout=PATIENCE)
     assert most == 1
     assert let_go(leases)
 
@@ -194,7 +195,7 @@ def test_a_sign_of_life_comes_while_a_lease_is_held(leases, monkeypatch):
     with leases.held("key"):
         (path,) = (leases.folder / "key").iterdir()
         os.utime(path, (0, 0))
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + PATIENCE
         while path.stat().st_mtime == 0:
             assert time.monotonic() < deadline
             time.sleep(0.01)

@@ -163,7 +163,7 @@ def candidates(uri, tmp_path_factory):
     ]
     yield processes
     for process in processes:
-        process.communicate(timeout=60)
+        process.communicate(timeout=300)
 
 
 @pytest.mark.parametrize("same_release", [False, True])

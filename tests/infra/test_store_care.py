@@ -115,7 +115,7 @@ def test_a_finder_waits_for_the_collector(store):
         time.sleep(0.3)
         assert not found
         store.set_aside(store.root / "checkpoints" / KEYS["a"])
-    finder.join(timeout=10)
+    finder.join(timeout=300)
     assert found == [None]
 
 
