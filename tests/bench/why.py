@@ -2,7 +2,7 @@
 
     python tests/bench/why.py --prepare MODEL TOKENS.npz --data ../shared/data
     python tests/bench/why.py MODEL TOKENS.npz [--device cuda] [--quick] [--only NAME ...]
-                              [--out ROWS.jsonl] [--train STEPS] [--bos]
+                              [--out ROWS.jsonl] [--train STEPS] [--bos] [--first N] [--skip N]
 
 MODEL is a folder of the Llama kind; TOKENS.npz, made once by `--prepare` (the only step that reads
 texts), holds streams of tokens: C4 to calibrate, other C4 as held-out windows, yet other C4 to
@@ -13,8 +13,9 @@ alone. Rows are printed and appended to `--out` one by one, so that a cut keeps 
     divergence   KL(p16 || p) a token, of both
     error        mean relative layer error, on calibration tokens and on held-out ones
 
-`--train` continues the training of the model for so many steps first, and rows marked `trained` are
-of that model: its weights lie on no 4-bit grid, which rounding would find again.
+`--train` first continues the training of the model for so many steps, and all rows are of the result:
+its weights lie on no 4-bit grid, which rounding would find again. Rows stand in order of value:
+`--first` and `--skip` cut the list.
 """
 
 import argparse
@@ -74,10 +75,6 @@ VARIANTS = {
     "gptq": row(GPTQ, G64),
     "gptq, block by block": row(GPTQ, G64, propagation="block"),
     "gptq, group by group": row(GPTQ, G64, propagation="group"),
-    "trained rtn": row(RTN, G64, trained=True),
-    "trained gptq": row(GPTQ, G64, trained=True),
-    "trained gptq, block by block": row(GPTQ, G64, trained=True, propagation="block"),
-    "trained gptq, group by group": row(GPTQ, G64, trained=True, propagation="group"),
     "gptq, damping 0.1": row(GPTQ, G64, {"damp_frac": 0.1}),
     "gptq, damping 1": row(GPTQ, G64, {"damp_frac": 1.0}),
     "gptq, norms capped": row(GPTQ, G64, weighting="cap"),
@@ -115,12 +112,6 @@ VARIANTS = {
         }.items()
         for name, scheme in {"rtn": RTN, "gptq": GPTQ}.items()
     },
-    "trained default 128": row(trained=True),
-    "trained paper 128": row(PAPER, G128, trained=True),
-    "trained rtn 128": row(RTN, G128, trained=True),
-    "trained gptq 128": row(GPTQ, G128, trained=True),
-    "trained gptq, norms capped": row(GPTQ, G64, weighting="cap", trained=True),
-    "trained gptq, sinks dropped": row(GPTQ, G64, weighting="drop", trained=True),
 }
 QUICK = "rtn", "gptq", "gptq, block by block"
 
@@ -134,6 +125,8 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--out", type=Path, default=Path("why.jsonl"))
     parser.add_argument("--only", nargs="+", choices=VARIANTS, metavar="NAME", default=[])
+    parser.add_argument("--first", type=int, help="so many rows of the list")
+    parser.add_argument("--skip", type=int, default=0, help="rows of the list")
     parser.add_argument("--quick", action="store_true", help="a few thousand tokens, three rows")
     parser.add_argument("--windows", type=int, default=128, help="to calibrate")
     parser.add_argument("--length", type=int, default=2048, help="of calibration windows")
@@ -152,7 +145,8 @@ def main() -> None:
     if arguments.quick:
         arguments.windows, arguments.length, arguments.scored = 4, 512, 2048
         arguments.only = arguments.only or QUICK
-    Bench(arguments).run(arguments.only or list(VARIANTS))
+    chosen = arguments.only or list(VARIANTS)[arguments.skip :][: arguments.first]
+    Bench(arguments).run(chosen)
 
 
 def prepare(model: Path, target: Path, data: Path) -> None:
@@ -186,29 +180,22 @@ class Bench:
         self.model.to(arguments.device).eval()
         streams = np.load(arguments.tokens)
         self.bos = int(streams["bos"]) if arguments.bos else None
-        self.streams = {
-            name: torch.from_numpy(streams[name].astype(np.int64)) for name in TEXTS
-        }
+        self.streams = {name: torch.from_numpy(streams[name].astype(np.int64)) for name in TEXTS}
         c4 = self.streams["c4"]
         self.streams["c4"], self.streams["held-out"] = c4[:-HELD_OUT], c4[-HELD_OUT:]
         self.cached: dict[tuple[Any, ...], Statistics] = {}
-        self.trained = False
 
     def run(self, names: list[str]) -> None:
-        """Rows of the model as it is, then those of the trained one where there is training."""
-        for trained in (False, True) if self.arguments.train else (False,):
-            chosen = [name for name in names if VARIANTS[name].trained == trained]
-            if not chosen:
-                continue
-            if trained:
-                self.train()
-            self.look()
-            for name in chosen:
-                started = time.perf_counter()
-                with restored(self.model):
-                    quantized = self.quantize(VARIANTS[name])
-                    scores = self.scores()
-                self.record(name, quantized, scores, time.perf_counter() - started)
+        """Rows of the model, which is trained first where that is asked for."""
+        if self.arguments.train:
+            self.train()
+        self.look()
+        for name in names:
+            started = time.perf_counter()
+            with restored(self.model):
+                quantized = self.quantize(VARIANTS[name])
+                scores = self.scores()
+            self.record(name, quantized, scores, time.perf_counter() - started)
 
     def train(self) -> None:
         own = self.arguments
@@ -216,8 +203,6 @@ class Bench:
         settings = own.train, own.rate, own.noise
         done = continue_training(self.model, self.streams["train"], *settings, seed=0, batch=16)
         self.model.eval()
-        self.cached.clear()
-        self.trained = True
         self.write({"trained": done})
         print(json.dumps(done), flush=True)
 
@@ -247,9 +232,7 @@ class Bench:
                     self.model, windows, variant, self.batch(), static
                 )
             statistics = self.cached[key]
-        return quantize_model(
-            self.model, variant, windows, statistics, self.held_out, self.batch()
-        )
+        return quantize_model(self.model, variant, windows, statistics, self.held_out, self.batch())
 
     def windows(self, text: str, share: float) -> Tensor:
         """Windows to calibrate, spread evenly over a stream. [windows, length]"""
@@ -285,7 +268,7 @@ class Bench:
     def record(
         self, name: str, quantized: Quantized, scores: dict[int, Score], seconds: float
     ) -> None:
-        found: dict[str, Any] = {"variant": name, "on_trained": self.trained}
+        found: dict[str, Any] = {"variant": name, "training_steps": self.arguments.train}
         for length, own in scores.items():
             found[f"perplexity_{length}"] = own.perplexity
             found[f"increase_{length}"] = own.perplexity - self.baseline[length].perplexity

@@ -43,7 +43,6 @@ class Variant:
     weighting: of tokens in H: `none`; `drop`, without each window's first eight; `cap`, norms
         capped at twice the median; `unit`, all norms equal.
     text: whose calibration windows. share: of them. only: a regular expression of full names.
-    trained: on the model after continued training.
     """
 
     scheme: Scheme
@@ -52,7 +51,6 @@ class Variant:
     text: str = "c4"
     share: float = 1
     only: str = ""
-    trained: bool = False
 
     def takes(self, name: str) -> bool:
         return re.search(self.only, name) is not None
