@@ -13,9 +13,9 @@ alone. Rows are printed and appended to `--out` one by one, so that a cut keeps 
     divergence   KL(p16 || p) a token, of both
     error        mean relative layer error, on calibration tokens and on held-out ones
 
-`--train` first continues the training of the model for so many steps, and all rows are of the result:
-its weights lie on no 4-bit grid, which rounding would find again. Rows stand in order of value:
-`--first` and `--skip` cut the list.
+`--train` first continues the training of the model for so many steps, and all rows are of the
+result: its weights lie on no 4-bit grid, which rounding would find again. Rows stand in order of
+value: `--first` and `--skip` cut the list.
 """
 
 import argparse
@@ -29,11 +29,11 @@ from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
-from torch import Tensor  # noqa: E402
-from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: E402
-from why_model import (  # noqa: E402
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from why_model import (
     Quantized,
     Score,
     Statistics,
@@ -46,7 +46,7 @@ from why_model import (  # noqa: E402
     score,
 )
 
-from dpq_core.scheme import Scheme  # noqa: E402
+from dpq_core.scheme import Scheme
 
 TEXTS = {  # stream: file, column, what stands between rows (None: end of text)
     "c4": ("c4_sample/c4_train_00000_first.jsonl.gz", "text", None),

@@ -97,13 +97,13 @@ class Walk:
         def caught(_: nn.Module, inputs: tuple[Tensor, ...], rest: dict[str, Any]) -> None:
             self.hidden.append(inputs[0])
             self.lengths.append(rest)
-            raise _Caught
+            raise _CaughtError
 
         handle = model.model.layers[0].register_forward_pre_hook(caught, with_kwargs=True)
         for part in windows.split(batch):
             try:
                 model(input_ids=part.to(model.device), use_cache=False)
-            except _Caught:
+            except _CaughtError:
                 continue
         handle.remove()
 
@@ -138,7 +138,7 @@ class Walk:
             self.hidden[number] = output
 
 
-class _Caught(Exception):
+class _CaughtError(Exception):
     pass
 
 
