@@ -11,7 +11,8 @@ alone. Rows are printed and appended to `--out` one by one, so that a cut keeps 
 
     increase     of perplexity, WikiText-2 test, windows of 512 and of 2,048
     divergence   KL(p16 || p) a token, of both
-    error        mean relative layer error, on calibration tokens and on held-out ones
+    error        mean relative layer error, on calibration tokens, on held-out ones, and on these
+                 with equal norms (where sinks have no more say than others)
 
 `--train` first continues the training of the model for so many steps, and all rows are of the
 result: its weights lie on no 4-bit grid, which rounding would find again. Rows stand in order of
@@ -38,13 +39,13 @@ from why_model import (
     Score,
     Statistics,
     Variant,
-    continue_training,
     hidden_states,
     original_statistics,
     quantize_model,
     restored,
     score,
 )
+from why_train import continue_training
 
 from dpq_core.scheme import Scheme
 
@@ -70,32 +71,45 @@ def row(*parts: dict[str, Any], **rest: Any) -> Variant:
 
 
 # In order of value: a cut run has the first of them.
+NO_SINKS = r"^(?!.*layers\.(11|28)\.mlp\.down)"  # SmolLM2-135M: inputs that one direction owns
+FINE = {"order": "activation", "rounding": "gradient"}
 VARIANTS = {
     "rtn": row(RTN, G64),
     "gptq": row(GPTQ, G64),
     "gptq, block by block": row(GPTQ, G64, propagation="block"),
     "gptq, group by group": row(GPTQ, G64, propagation="group"),
+    "gptq, norms equal": row(GPTQ, G64, weighting="unit"),
+    "gptq, Fisher": row(GPTQ, G64, weighting="fisher"),
+    "gptq, norms equal, block by block": row(GPTQ, G64, weighting="unit", propagation="block"),
+    "gptq, norms equal, group by group": row(GPTQ, G64, weighting="unit", propagation="group"),
+    "rtn of all but sinks": row(RTN, G64, only=NO_SINKS),
+    "gptq of all but sinks": row(GPTQ, G64, only=NO_SINKS),
+    "gptq, norms capped": row(GPTQ, G64, weighting="cap"),
+    "gptq, first token 16 times": row(GPTQ, G64, weighting="first 16"),
+    "gptq, first token 256 times": row(GPTQ, G64, weighting="first 256"),
     "gptq, damping 0.1": row(GPTQ, G64, {"damp_frac": 0.1}),
     "gptq, damping 1": row(GPTQ, G64, {"damp_frac": 1.0}),
-    "gptq, norms capped": row(GPTQ, G64, weighting="cap"),
-    "gptq, norms equal": row(GPTQ, G64, weighting="unit"),
-    "gptq, sinks dropped": row(GPTQ, G64, weighting="drop"),
+    "gptq, damping 1, norms equal": row(GPTQ, G64, {"damp_frac": 1.0}, weighting="unit"),
     "gptq, tenth of the tokens": row(GPTQ, G64, share=0.1),
     "gptq, WikiText train": row(GPTQ, G64, text="wiki"),
     "gptq, WikiText test": row(GPTQ, G64, text="test"),
+    "gptq, sinks dropped": row(GPTQ, G64, weighting="drop"),
     "gptq, gar": row(GPTQ, G64, {"order": "gar"}),
     "gptq, activation": row(GPTQ, G64, {"order": "activation"}),
-    "gptq, activation, gradient": row(GPTQ, G64, {"order": "activation", "rounding": "gradient"}),
+    "gptq, activation, gradient": row(GPTQ, G64, FINE),
+    "gptq, activation, gradient, norms equal": row(GPTQ, G64, FINE, weighting="unit"),
+    "gptq, activation, gradient, Fisher": row(GPTQ, G64, FINE, weighting="fisher"),
     "rtn 128": row(RTN, G128),
     "gptq 128": row(GPTQ, G128),
     "gptq 128, block by block": row(GPTQ, G128, propagation="block"),
     "rtn 128 W4A8": row({"method": "rtn", "activations": "dynamic", "rounding": "nearest"}, G128),
     "paper 128": row(PAPER, G128),
-    "paper 128, block by block": row(PAPER, G128, propagation="block"),
     "default 128": row(),
     "default 128, block by block": row(propagation="block"),
-    "default 128, mse ranges": row({"scale_search": "mse"}),
+    "default 128, norms equal": row(weighting="unit"),
+    "default 128, Fisher": row({"activations": "dynamic"}, weighting="fisher"),
     "default 128, Hessian ranges": row({"scale_search": "hessian"}),
+    "default 128, Hessian ranges, norms equal": row({"scale_search": "hessian"}, weighting="unit"),
     "rtn, mse ranges": row(RTN, G64, {"scale_search": "mse"}),
     "gptq, mse ranges": row(GPTQ, G64, {"scale_search": "mse"}),
     **{
@@ -105,7 +119,6 @@ VARIANTS = {
             "o": "o_proj",
             "gate, up": "gate_proj|up_proj",
             "down": "down_proj",
-            "all but down": "(q|k|v|o|gate|up)_proj",
             "blocks 0-9": r"layers\.\d\.",
             "blocks 10-19": r"layers\.1\d\.",
             "blocks 20-29": r"layers\.2\d\.",
@@ -213,9 +226,12 @@ class Bench:
             length: hidden_states(self.model, self.scored(length), self.batch(length))
             for length in self.arguments.lengths
         }
-        self.held_out = original_statistics(
-            self.model, self.windows("held-out", 1), Variant(Scheme()), self.batch()
+        windows = self.windows("held-out", 0.25)
+        plain, even = (
+            original_statistics(self.model, windows, row(weighting=weighting), self.batch())
+            for weighting in ("none", "unit")
         )
+        self.held_out = plain, even
         self.baseline = self.scores()
         self.record("16 bits", Quantized(), self.baseline, time.perf_counter() - started)
 
@@ -273,14 +289,14 @@ class Bench:
             found[f"perplexity_{length}"] = own.perplexity
             found[f"increase_{length}"] = own.perplexity - self.baseline[length].perplexity
             found[f"divergence_{length}"] = own.divergence
-        for kind, errors in ("calibration", quantized.errors), ("held_out", quantized.held_out):
-            found[f"error_{kind}"] = sum(errors.values()) / max(len(errors), 1)
+        for number, kind in enumerate(("calibration", "held_out", "held_out_even")):
+            errors = [each[number] for each in quantized.errors.values()]
+            found[f"error_{kind}"] = sum(errors) / max(len(errors), 1)
         found["seconds"] = seconds
         cells = [f"{key} {value:.4f}" for key, value in found.items() if isinstance(value, float)]
         print(f"{name:32} {'  '.join(cells)}", flush=True)
-        layers = {key: [value, quantized.held_out[key]] for key, value in quantized.errors.items()}
         nats = {length: own.nats for length, own in scores.items()}
-        self.write({**found, "layers": layers, "nats": nats})
+        self.write({**found, "layers": quantized.errors, "nats": nats})
 
     def write(self, record: dict[str, Any]) -> None:
         settings = {key: str(value) for key, value in vars(self.arguments).items() if key != "only"}

@@ -1,11 +1,10 @@
-"""What `why.py` does to a model of the Llama kind: statistics, quantization, scores, training.
+"""What `why.py` does to a model of the Llama kind: statistics, quantization, scores.
 
 Everything is on one device, the whole model with it. Weights are replaced in place by what their
 codes stand for, and put back by `restored`; statistics, grids and codes are `dpq_core`'s.
 """
 
 import re
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -14,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from why_tokens import fisher_statistics, weighted
 
 from dpq_core import cpu
 from dpq_core.formats import fake_quantize
@@ -40,8 +40,7 @@ class Variant:
 
     propagation: `original`; `block`, each block fed by the quantized ones before it; `group`, each
         group of linears fed by all that is quantized before it.
-    weighting: of tokens in H: `none`; `drop`, without each window's first eight; `cap`, norms
-        capped at twice the median; `unit`, all norms equal.
+    weighting: of tokens in H, see `why_tokens`.
     text: whose calibration windows. share: of them. only: a regular expression of full names.
     """
 
@@ -58,11 +57,10 @@ class Variant:
 
 @dataclass
 class Quantized:
-    """What became of a model: relative output errors of each layer, and its activations' scales."""
+    """What became of a model: each layer's relative output error on its own calibration tokens, on
+    held-out ones, and on these with equal norms."""
 
-    errors: dict[str, float] = field(default_factory=dict)
-    held_out: dict[str, float] = field(default_factory=dict)
-    layers: dict[str, QuantizedLinear] = field(default_factory=dict)
+    errors: dict[str, tuple[float, float, float]] = field(default_factory=dict)
 
 
 def linears_of(model: Any) -> dict[str, nn.Linear]:
@@ -151,24 +149,13 @@ def _counting(own: InputStatistics, weighting: str, magnitudes: bool) -> Callabl
     return count
 
 
-def weighted(x: Tensor, weighting: str) -> Tensor:
-    """Inputs [windows, length, in] times the square roots of their tokens' weights in H."""
-    if weighting == "none":
-        return x
-    if weighting == "drop":
-        return x[:, 8:]
-    norms = x.float().norm(dim=-1, keepdim=True).clamp(min=1e-12)
-    if weighting == "unit":
-        return x / norms
-    limit = 2 * norms.median()
-    return x * (limit / norms).clamp(max=1)
-
-
 @torch.inference_mode()
 def original_statistics(
     model: Any, windows: Tensor, variant: Variant, batch: int, magnitudes: bool = False
 ) -> Statistics:
     """Of all linears, from the model as it is."""
+    if variant.weighting == "fisher":
+        return fisher_statistics(model, windows, batch, GROUPS)
     walk, found = Walk(model, windows, batch), {}
     for index in range(len(model.model.layers)):
         found |= walk.observe(index, GROUPS, variant, magnitudes)
@@ -182,21 +169,22 @@ def quantize_model(
     variant: Variant,
     windows: Tensor,
     original: Statistics | None,
-    held_out: Statistics,
+    held_out: tuple[Statistics, Statistics],
     batch: int,
 ) -> Quantized:
-    """Quantize in place. `original` has the statistics where nothing quantized is propagated."""
+    """Quantize in place. `original` has the statistics where nothing quantized is propagated;
+    `held_out` those of other tokens, as they are and with equal norms."""
     result, linears = Quantized(), linears_of(model)
     static = variant.scheme.activations == "static"
 
     def replace(statistics: Statistics) -> None:
         for name, own in statistics.items():
             if variant.takes(name):
-                layer = quantize_layer(linears[name].weight, own, variant.scheme)
-                result.errors[name] = layer.report.error
-                result.held_out[name] = relative_error(linears[name].weight, layer, held_out[name])
+                weight = linears[name].weight
+                layer = quantize_layer(weight, own, variant.scheme)
+                plain, even = (relative_error(weight, layer, own[name]) for own in held_out)
+                result.errors[name] = layer.report.error, plain, even
                 linears[name].weight.data.copy_(layer.decoded())
-                result.layers[name] = layer
                 _round_inputs(linears[name], layer)
 
     if original is not None:
@@ -294,63 +282,3 @@ def logits(states: Tensor, head: Tensor) -> Tensor:
         0.0, found.data_ptr(), columns,
     )  # fmt: skip
     return found
-
-
-def continue_training(
-    model: Any, tokens: Tensor, steps: int, rate: float, noise: float, seed: int, batch: int
-) -> dict[str, Any]:
-    """Train the model in place, so that its weights leave the 4-bit grid that they came from.
-
-    First each weight of the blocks' linears moves by a uniform number of `noise` old steps at most;
-    then `steps` of AdamW over random windows [512] of `tokens`; then weights are rounded to BF16.
-    Losses are of each tenth of the steps; distances in steps of the old grid, of groups of 32: 0 is
-    on the grid, a mean of 0.25 is anywhere.
-    """
-    generator, started = torch.Generator().manual_seed(seed), time.perf_counter()
-    linears, device = linears_of(model), model.device
-    old = {name: linear.weight.detach().clone() for name, linear in linears.items()}
-    for linear in linears.values():
-        weight = linear.weight.data
-        moves = torch.rand(weight.shape, generator=generator).to(device) * 2 - 1
-        weight += (moves * noise).view(len(weight), -1, 32).mul(_step(weight)).view_as(weight)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=rate, betas=(0.9, 0.95), weight_decay=0)
-    losses: list[float] = []
-    for step in range(steps):
-        # Up within a tenth, then down in a straight line.
-        share = min((step + 1) / max(steps // 10, 1), (steps - step) / steps)
-        optimizer.param_groups[0]["lr"] = rate * share
-        starts = torch.randint(0, len(tokens) - 513, (batch,), generator=generator)
-        rows = torch.stack([tokens[start : start + 512] for start in starts]).to(device)
-        with torch.autocast(device.type, torch.bfloat16):
-            loss = model(input_ids=rows, labels=rows, use_cache=False).loss
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        losses.append(loss.detach())
-    for parameter in model.parameters():
-        parameter.data.copy_(parameter.data.to(torch.bfloat16))
-    means = [float(torch.stack(part).mean()) for part in _tenths(losses)]
-    seconds = time.perf_counter() - started
-    apart = [_distance(linear.weight.data, old[name]) for name, linear in linears.items()]
-    settings = {"steps": steps, "rate": rate, "noise": noise, "seed": seed, "tokens": steps * batch}
-    settings["tokens"] *= 512
-    return {**settings, "losses": means, "distance": sum(apart) / len(apart), "seconds": seconds}
-
-
-def _tenths(losses: list[Any]) -> list[list[Any]]:
-    size = max(len(losses) // 10, 1)
-    return [losses[start : start + size] for start in range(0, len(losses), size)]
-
-
-def _step(weight: Tensor) -> Tensor:
-    """Of the old grid: a fifteenth of each group's range. [out, in / 32, 1]"""
-    groups = weight.view(len(weight), -1, 32)
-    return (groups.amax(2, keepdim=True) - groups.amin(2, keepdim=True)) / 15
-
-
-def _distance(weight: Tensor, old: Tensor) -> float:
-    """Mean distance to the nearest point of the old grid, in its steps."""
-    low = old.view(len(old), -1, 32).amin(2, keepdim=True)
-    at = (weight.view(len(old), -1, 32) - low) / _step(old).clamp(min=1e-12)
-    return float((at - at.round()).abs().mean())
