@@ -3,7 +3,8 @@
 The block is run over all calibration windows with a hook on one linear of each shared input. What
 the Hessian sees is what the layer will multiply: with `hessian_inputs: fp8` the inputs are rounded
 as the scheme's activations will be. A static scale must be known before anything can be rounded by
-it, so that case takes a first pass for the magnitudes alone.
+it, so that case takes a first pass for the magnitudes alone. With `token_weights: equal` each
+token's inputs, so rounded, are then brought to one norm.
 
 Every sum is made by the tree of `dpq_core.leaves`. `BlockPasses` gives the sums of a leaf, on the
 CPU, where the others wait: a device holds one leaf's Hessians at a time.
@@ -19,12 +20,12 @@ from torch import Tensor, nn
 
 from dpq_core import cpu
 from dpq_core.formats import NumberFormat, quantize
-from dpq_core.hessian import MAGNITUDES, InputStatistics, count_magnitudes
+from dpq_core.hessian import MAGNITUDES, InputStatistics, count_magnitudes, equal_norms
 from dpq_core.inputs import Batch
 from dpq_core.leaves import Node, leaves_of, summed
 from dpq_core.linear import token_scale
 from dpq_core.quantize import static_scale_of
-from dpq_core.recipe import CalibrationSection
+from dpq_core.recipe import CalibrationSection, TokenWeights
 from dpq_core.scheme import Scheme
 from dpq_core.streaming import StreamedModel
 
@@ -76,6 +77,7 @@ def calibrate_block(
     index: int,
     batches: Sequence[Batch],
     rounding: InputRounding | None,
+    weights: TokenWeights,
     advance: bool,
 ) -> BlockStatistics:
     """Statistics of a block's inputs, with the block's own (16-bit) weights.
@@ -88,7 +90,7 @@ def calibrate_block(
     """
     leaves = leaves_of(batches, len(batches[0].inputs["input_ids"]))
     root, magnitudes = Node(0, len(leaves)), None
-    with block_passes(stream, index, rounding) as passes:
+    with block_passes(stream, index, rounding, weights) as passes:
         if passes.two:
             magnitudes = summed(root, lambda leaf: passes.magnitudes(leaves[leaf]), add_magnitudes)
         statistics = summed(
@@ -99,7 +101,7 @@ def calibrate_block(
 
 @contextmanager
 def block_passes(
-    stream: StreamedModel, index: int, rounding: InputRounding | None
+    stream: StreamedModel, index: int, rounding: InputRounding | None, weights: TokenWeights
 ) -> Iterator["BlockPasses"]:
     """A block with its weights, while it lasts, to run batches through. The next one is read from
     the disk meanwhile."""
@@ -111,7 +113,7 @@ def block_passes(
             linear = block.get_submodule(first.removeprefix(f"{path}."))
             assert isinstance(linear, nn.Linear)
             inputs[first] = linear
-        yield BlockPasses(stream, inputs, rounding)
+        yield BlockPasses(stream, inputs, rounding, weights)
 
 
 @dataclass(frozen=True)
@@ -126,6 +128,7 @@ class BlockPasses:
     stream: StreamedModel
     inputs: dict[str, nn.Linear]
     rounding: InputRounding | None
+    weights: TokenWeights
 
     @property
     def two(self) -> bool:
@@ -174,8 +177,10 @@ class BlockPasses:
         def count(name: str, x: Tensor) -> None:
             if magnitudes is None:
                 statistics[name].add_magnitudes(x)
-            seen = rounding.rounded(x, rounded_by(name)) if rounding else (x, None)
-            statistics[name].add_hessian(*seen)
+            seen, scale = rounding.rounded(x, rounded_by(name)) if rounding else (x, None)
+            if self.weights == "equal":
+                seen, scale = equal_norms(seen), None
+            statistics[name].add_hessian(seen, scale)
 
         self._run(batches, count, advance, on_progress)
         return {name: each.to("cpu") for name, each in statistics.items()}

@@ -96,6 +96,19 @@ class InputStatistics:
         return cls(tensors["hessian_sum"], int(tensors["tokens"]), tensors["magnitudes"])
 
 
+def equal_norms(x: Tensor) -> Tensor:
+    """Inputs [..., in] of any float type, each token's divided by its norm; zeros stay. x's type.
+
+    So every token has the same say in H, whose objective is then the mean over tokens of
+    ‖ΔW x‖² / ‖x‖². As they are, an attention sink's inputs are too large or too small: before
+    SmolLM2-135M's `down_proj` of layer 11 they have 500 times the median norm and 99.8 % of H, and
+    before its `v_proj` 0.3 to 0.5 times, although every token reads what becomes of them
+    (`docs/log.md`).
+    """
+    norms = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
+    return (x.float() / norms.clamp(min=torch.finfo(torch.float32).tiny)).to(x.dtype)
+
+
 def count_magnitudes(x: Tensor) -> Tensor:
     """Occurrences [2**15] int64 of each |x|, of any shape, rounded to BF16."""
     if x.is_cpu and x.dtype == torch.bfloat16:

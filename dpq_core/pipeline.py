@@ -39,12 +39,12 @@ def quantize_checkpoint(
     """
     stream = StreamedModel(source, images=calibration.image_column is not None)
     plan = plan_layers(stream, scheme, choices)
-    rounding = InputRounding.of(scheme, calibration)
+    rounding, weights = InputRounding.of(scheme, calibration), calibration.token_weights
     original = calibration.propagation == "original"
     batches = stream.begin(batches_of(windows, calibration.batch_size))
     with tempfile.TemporaryDirectory() as finished:
         for block in range(plan.blocks):
-            statistics = calibrate_block(stream, block, batches, rounding, advance=original)
+            statistics = calibrate_block(stream, block, batches, rounding, weights, original)
             members = plan.of_block(block)
             quantized: dict[str, QuantizedLinear] = {}
             for layer in members:

@@ -61,6 +61,9 @@ class ModelSection(_Section):
     )
 
 
+TokenWeights = Literal["equal", "plain"]
+
+
 class CalibrationSection(_Section):
     dataset: TextDataset
     image_column: str | None = Field(
@@ -73,6 +76,11 @@ class CalibrationSection(_Section):
     )
     hessian_inputs: Literal["bf16", "fp8"] = Field(
         "fp8", description="inputs as they are, or rounded as the scheme's activations will be"
+    )
+    token_weights: TokenWeights = Field(
+        "equal",
+        description="in Hessians: all tokens' inputs of one norm, or as they are (GPTQ), where the "
+        "largest count most",
     )
     batch_size: int = Field(4, ge=1, description="windows a forward pass; with images always one")
     min_tokens_per_input: float = Field(

@@ -138,6 +138,7 @@ class _Calibration:
         self._base = {
             **self._hidden.base,
             "rounding": self._rounding.key() if self._rounding else None,
+            "token_weights": recipe.calibration.token_weights,
             "layers": [artifact.sha256 for artifact in layers.values()],
         }
         self.wanted = {
@@ -204,8 +205,10 @@ class _Calibration:
             def passes() -> BlockPasses:
                 stack.enter_context(freed_memory_kept())
                 self._hidden.prepare(self._block, range(leaves.first, leaves.last))
-                stream = self._hidden.stream
-                return stack.enter_context(block_passes(stream, self._block, self._rounding))
+                stream, weights = self._hidden.stream, self._recipe.calibration.token_weights
+                return stack.enter_context(
+                    block_passes(stream, self._block, self._rounding, weights)
+                )
 
             yield passes
 

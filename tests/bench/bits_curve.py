@@ -57,7 +57,9 @@ def quantize_all(
     losses: dict[Variant, float] = {}
     for block in range(plan.blocks):
         before = [batch.clone() for batch in batches[:few]]
-        found = calibrate_block(stream, block, batches, rounding, advance=True)
+        found = calibrate_block(
+            stream, block, batches, rounding, section.token_weights, advance=True
+        )
         variants = {}
         for layer in plan.of_block(block):
             weight = stream.reader.tensor(f"{layer.name}.weight")

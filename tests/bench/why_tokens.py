@@ -5,6 +5,7 @@ drop        without each window's first eight tokens, where the attention sinks 
 first N     each window's first token counts N times
 cap         inputs' norms capped at twice their median: sinks do not own H
 unit        all norms equal
+unit N      all norms equal, and the first token counts N times
 fisher      by the squared gradient of the loss for the layer's output: what a token's error costs
             the model, and not the layer (GuidedQuant, arXiv 2505.07004, without its groups)
 """
@@ -28,6 +29,8 @@ def weighted(x: Tensor, weighting: str) -> Tensor:
         first = x[:, :1] * float(weighting.removeprefix("first ")) ** 0.5
         return torch.cat([first, x[:, 1:]], 1)
     norms = x.float().norm(dim=-1, keepdim=True).clamp(min=1e-12)
+    if weighting.startswith("unit "):
+        return weighted(x / norms, weighting.replace("unit", "first"))
     if weighting == "unit":
         return x / norms
     limit = 2 * norms.median()

@@ -252,7 +252,8 @@ def observed(model, block, windows):
                 statistics[name].add_magnitudes(arguments[0])
                 return
             x8 = (arguments[0].float() / scales[name]).clamp(-448, 448).to(torch.float8_e4m3fn)
-            statistics[name].add_hessian(x8.bfloat16(), scales[name])
+            x8 = x8.float()
+            statistics[name].add_hessian((x8 / x8.norm(dim=-1, keepdim=True)).bfloat16())
 
         return hook
 
@@ -270,6 +271,14 @@ def observed(model, block, windows):
 def test_hessian_inputs_matter(bases, windows, written, tmp_path):
     """Otherwise the recipe's option would be without effect."""
     feeding = calibration(hessian_inputs="bf16")
+    quantize_checkpoint(bases["llama"], tmp_path / "out", windows, SCHEME, feeding, {})
+    codes = [QuantizedCheckpoint(f).layer(DOWN).weight.codes for f in (written, tmp_path / "out")]
+    assert not torch.equal(*codes)
+
+
+def test_token_weights_matter(bases, windows, written, tmp_path):
+    """Otherwise the recipe's option would be without effect."""
+    feeding = calibration(token_weights="plain")
     quantize_checkpoint(bases["llama"], tmp_path / "out", windows, SCHEME, feeding, {})
     codes = [QuantizedCheckpoint(f).layer(DOWN).weight.codes for f in (written, tmp_path / "out")]
     assert not torch.equal(*codes)

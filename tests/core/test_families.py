@@ -173,7 +173,7 @@ def test_hessians_are_shared_where_inputs_are(folders, windows, image_inputs, na
                 watch(block.get_submodule(full_name.removeprefix(f"{path}.")), full_name, seen)
             for batch in batches:
                 stream.forward(batch)
-        statistics = calibrate_block(stream, index, batches, None, advance=True)
+        statistics = calibrate_block(stream, index, batches, None, "plain", advance=True)
         assert seen.keys() <= set(stream.linears(index))
         for full_name, inputs in seen.items():
             shared = statistics[planned[full_name]]

@@ -109,9 +109,10 @@ def test_statistics_are_sums_over_leaves(quickstart_model, scheme):
     stream = StreamedModel(quickstart_model)
     rounding = InputRounding.of(scheme, section)
     batches = stream.begin(batches_of(windows, 4))
-    together = calibrate_block(stream, 0, batches, rounding, advance=False)
+    together = calibrate_block(stream, 0, batches, rounding, "equal", advance=False)
     apart = [
-        calibrate_block(stream, 0, leaf, rounding, advance=False) for leaf in leaves_of(batches, 4)
+        calibrate_block(stream, 0, leaf, rounding, "equal", advance=False)
+        for leaf in leaves_of(batches, 4)
     ]
     assert len(apart) == 3
     for name, statistics in together.items():

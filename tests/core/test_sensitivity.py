@@ -52,7 +52,7 @@ def test_losses_are_those_of_whole_models(folder, windows, block):
     section = CalibrationSection(dataset=TextDataset(path="none"))
     rounding = InputRounding.of(SCHEME, section)
     before = [batch.hidden.clone() for batch in batches]
-    statistics = calibrate_block(stream, block, batches, rounding, advance=False)
+    statistics = calibrate_block(stream, block, batches, rounding, "plain", advance=False)
     layers = {}
     for planned in plan_layers(stream, SCHEME).of_block(block):
         weight = stream.reader.tensor(f"{planned.name}.weight")
