@@ -3,8 +3,8 @@
 The block is run over all calibration windows with a hook on one linear of each shared input. What
 the Hessian sees is what the layer will multiply: with `hessian_inputs: fp8` the inputs are rounded
 as the scheme's activations will be. A static scale must be known before anything can be rounded by
-it, so that case takes a first pass for the magnitudes alone. With `token_weights: equal` each
-token's inputs, so rounded, are then brought to one norm.
+it, so that case takes a first pass for the magnitudes alone. How much each token counts is
+said by `TokenWeights`.
 
 Every sum is made by the tree of `dpq_core.leaves`. `BlockPasses` gives the sums of a leaf, on the
 CPU, where the others wait: a device holds one leaf's Hessians at a time.
@@ -20,12 +20,12 @@ from torch import Tensor, nn
 
 from dpq_core import cpu
 from dpq_core.formats import NumberFormat, quantize
-from dpq_core.hessian import MAGNITUDES, InputStatistics, count_magnitudes, equal_norms
+from dpq_core.hessian import MAGNITUDES, InputStatistics, count_magnitudes, equal_norms, raise_first
 from dpq_core.inputs import Batch
 from dpq_core.leaves import Node, leaves_of, summed
 from dpq_core.linear import token_scale
 from dpq_core.quantize import static_scale_of
-from dpq_core.recipe import CalibrationSection, TokenWeights
+from dpq_core.recipe import CalibrationSection
 from dpq_core.scheme import Scheme
 from dpq_core.streaming import StreamedModel
 
@@ -70,6 +70,34 @@ class InputRounding:
         else:
             values = quantize(rows, scale, self.inner).to(torch.bfloat16)
         return (values.float() * scale, None) if static_scale is None else (values, scale)
+
+
+@dataclass(frozen=True)
+class TokenWeights:
+    """How much tokens count in H beside one another.
+
+    equal: their inputs are brought to one norm. first_share: of a window's weight, its first token.
+    """
+
+    equal: bool
+    first_share: float
+
+    @classmethod
+    def of(cls, calibration: CalibrationSection) -> "TokenWeights":
+        return cls(calibration.token_weights == "equal", calibration.first_token_share)
+
+    def applied(
+        self,
+        x: Tensor,  # [..., in], or [tokens, in] of the same tokens
+        scale: Tensor | None,
+        window: torch.Size | None,  # [windows, length, in] where these are whole windows
+    ) -> tuple[Tensor, Tensor | None]:
+        """Inputs times the roots of their weights, and the scale that they are in units of."""
+        if self.equal:
+            x, scale = equal_norms(x), None
+        if self.first_share and window is not None:
+            x = raise_first(x.view(window), self.first_share)
+        return x, scale
 
 
 def calibrate_block(
@@ -164,6 +192,8 @@ class BlockPasses:
             advance: leave the block's outputs in `batches`.
         """
         device, rounding = self.stream.device, self.rounding
+        # Others are an expert's tokens, or a vision tower's patches.
+        lengths = {batch.inputs["input_ids"].shape[1] for batch in batches}
         statistics = {
             name: InputStatistics.empty(linear.in_features, device)
             for name, linear in self.inputs.items()
@@ -178,9 +208,8 @@ class BlockPasses:
             if magnitudes is None:
                 statistics[name].add_magnitudes(x)
             seen, scale = rounding.rounded(x, rounded_by(name)) if rounding else (x, None)
-            if self.weights == "equal":
-                seen, scale = equal_norms(seen), None
-            statistics[name].add_hessian(seen, scale)
+            window = x.shape if x.ndim == 3 and x.shape[1] in lengths else None
+            statistics[name].add_hessian(*self.weights.applied(seen, scale, window))
 
         self._run(batches, count, advance, on_progress)
         return {name: each.to("cpu") for name, each in statistics.items()}

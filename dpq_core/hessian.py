@@ -96,6 +96,21 @@ class InputStatistics:
         return cls(tensors["hessian_sum"], int(tensors["tokens"]), tensors["magnitudes"])
 
 
+def raise_first(x: Tensor, share: float) -> Tensor:
+    """Windows' inputs [windows, length, in] of any float type, each window's first token times the
+    root that makes it count as `share` of its window in H; the others are equal. x's type.
+
+    The first token is where attention goes that has nowhere else to go (Xiao et al., "Efficient
+    Streaming Language Models with Attention Sinks", 2024): an error of its value is in all tokens'
+    outputs, and H has it as one token of hundreds. It is one direction, which costs the others
+    little.
+    """
+    weight = share / (1 - share) * (x.shape[1] - 1)
+    raised = x.clone()
+    raised[:, 0] = (x[:, 0].float() * weight**0.5).to(x.dtype)
+    return raised
+
+
 def equal_norms(x: Tensor) -> Tensor:
     """Inputs [..., in] of any float type, each token's divided by its norm; zeros stay. x's type.
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from dpq_core.calibration import InputRounding, calibrate_block
+from dpq_core.calibration import InputRounding, TokenWeights, calibrate_block
 from dpq_core.checkpoint import load_layer, save_layer, write_checkpoint
 from dpq_core.inputs import ModelInputs, batches_of
 from dpq_core.plan import plan_layers
@@ -39,7 +39,7 @@ def quantize_checkpoint(
     """
     stream = StreamedModel(source, images=calibration.image_column is not None)
     plan = plan_layers(stream, scheme, choices)
-    rounding, weights = InputRounding.of(scheme, calibration), calibration.token_weights
+    rounding, weights = InputRounding.of(scheme, calibration), TokenWeights.of(calibration)
     original = calibration.propagation == "original"
     batches = stream.begin(batches_of(windows, calibration.batch_size))
     with tempfile.TemporaryDirectory() as finished:

@@ -483,6 +483,7 @@ def _facts(data: ReportData) -> dict[str, dict[str, str]]:
             "propagation": calibration.propagation,
             "statistics of inputs in": calibration.hessian_inputs,
             "tokens' weights in them": calibration.token_weights,
+            "share of each window's first token": f"{calibration.first_token_share:g}",
         },
         **{heading: dict(facts) for heading, facts in data.environment.items()},
     }

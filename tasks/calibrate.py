@@ -8,7 +8,7 @@ killed run leaves of the last two is waste that nobody looks for: `dpq store gc`
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -23,6 +23,7 @@ from dpq_core.calibration import (
     BlockPasses,
     BlockStatistics,
     InputRounding,
+    TokenWeights,
     add_magnitudes,
     add_statistics,
     block_passes,
@@ -135,10 +136,11 @@ class _Calibration:
         self._step: Callable[[], None] = lambda: None
         self._hidden = HiddenStates(recipe, model, windows, layers, self.store)
         self._rounding = InputRounding.of(recipe.scheme, recipe.calibration)
+        self._weights = TokenWeights.of(recipe.calibration)
         self._base = {
             **self._hidden.base,
             "rounding": self._rounding.key() if self._rounding else None,
-            "token_weights": recipe.calibration.token_weights,
+            "weights": asdict(self._weights),
             "layers": [artifact.sha256 for artifact in layers.values()],
         }
         self.wanted = {
@@ -205,10 +207,8 @@ class _Calibration:
             def passes() -> BlockPasses:
                 stack.enter_context(freed_memory_kept())
                 self._hidden.prepare(self._block, range(leaves.first, leaves.last))
-                stream, weights = self._hidden.stream, self._recipe.calibration.token_weights
-                return stack.enter_context(
-                    block_passes(stream, self._block, self._rounding, weights)
-                )
+                stream, seen_as = self._hidden.stream, (self._rounding, self._weights)
+                return stack.enter_context(block_passes(stream, self._block, *seen_as))
 
             yield passes
 

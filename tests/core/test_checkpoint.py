@@ -253,7 +253,9 @@ def observed(model, block, windows):
                 return
             x8 = (arguments[0].float() / scales[name]).clamp(-448, 448).to(torch.float8_e4m3fn)
             x8 = x8.float()
-            statistics[name].add_hessian((x8 / x8.norm(dim=-1, keepdim=True)).bfloat16())
+            x8 = (x8 / x8.norm(dim=-1, keepdim=True)).bfloat16()
+            x8[:, 0] *= (0.125 / 0.875 * (x8.shape[1] - 1)) ** 0.5
+            statistics[name].add_hessian(x8)
 
         return hook
 
@@ -276,9 +278,10 @@ def test_hessian_inputs_matter(bases, windows, written, tmp_path):
     assert not torch.equal(*codes)
 
 
-def test_token_weights_matter(bases, windows, written, tmp_path):
+@pytest.mark.parametrize("change", [{"token_weights": "plain"}, {"first_token_share": 0}])
+def test_token_weights_matter(bases, windows, written, tmp_path, change):
     """Otherwise the recipe's option would be without effect."""
-    feeding = calibration(token_weights="plain")
+    feeding = calibration(**change)
     quantize_checkpoint(bases["llama"], tmp_path / "out", windows, SCHEME, feeding, {})
     codes = [QuantizedCheckpoint(f).layer(DOWN).weight.codes for f in (written, tmp_path / "out")]
     assert not torch.equal(*codes)

@@ -14,6 +14,7 @@ from dpq_core.hessian import (
     InputStatistics,
     count_magnitudes,
     equal_norms,
+    raise_first,
     static_input_scale,
 )
 from dpq_core.quantize import quantize_layer, static_scale_of
@@ -92,6 +93,13 @@ def test_equal_norms_leave_the_directions(dtype):
     norms[norms == 0] = 1
     tolerance = {"rtol": 2 * torch.finfo(dtype).eps, "atol": 1e-12}
     torch.testing.assert_close(equal.double(), x.double() / norms, **tolerance)
+
+
+def test_the_first_token_has_its_share_of_a_window():
+    x = equal_norms(inputs().view(4, 24, FEATURES))
+    energy = raise_first(x, 0.125).square().sum(-1)
+    torch.testing.assert_close(energy[:, 0] / energy.sum(1), torch.full((4,), 0.125))
+    assert torch.equal(raise_first(x, 0.125)[:, 1:], x[:, 1:])
 
 
 def test_a_sink_does_not_own_the_hessian_of_equal_norms():
