@@ -1,11 +1,11 @@
 """How much each token counts in a Hessian: the weightings that `why.py` compares.
 
-none        all the same
+none        as they are: GPTQ's, and the product's until this was measured
 drop        without each window's first eight tokens, where the attention sinks are
-first N     each window's first token counts N times
+first S     the first token has the share S of its window
 cap         inputs' norms capped at twice their median: sinks do not own H
 unit        all norms equal
-unit N      all norms equal, and the first token counts N times
+unit S      all norms equal, and the first token has the share S of its window: the product's
 fisher      by the squared gradient of the loss for the layer's output: what a token's error costs
             the model, and not the layer (GuidedQuant, arXiv 2505.07004, without its groups)
 """
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dpq_core.hessian import InputStatistics
+from dpq_core.hessian import InputStatistics, equal_norms, raise_first
 
 
 def weighted(x: Tensor, weighting: str) -> Tensor:
@@ -25,14 +25,12 @@ def weighted(x: Tensor, weighting: str) -> Tensor:
         return x
     if weighting == "drop":
         return x[:, 8:]
-    if weighting.startswith("first "):
-        first = x[:, :1] * float(weighting.removeprefix("first ")) ** 0.5
-        return torch.cat([first, x[:, 1:]], 1)
-    norms = x.float().norm(dim=-1, keepdim=True).clamp(min=1e-12)
-    if weighting.startswith("unit "):
-        return weighted(x / norms, weighting.replace("unit", "first"))
     if weighting == "unit":
-        return x / norms
+        return equal_norms(x)
+    kind, _, share = weighting.partition(" ")
+    if share:
+        return raise_first(equal_norms(x) if kind == "unit" else x, float(share))
+    norms = x.float().norm(dim=-1, keepdim=True).clamp(min=1e-12)
     limit = 2 * norms.median()
     return x * (limit / norms).clamp(max=1)
 
