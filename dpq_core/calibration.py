@@ -3,7 +3,8 @@
 The block is run over all calibration windows with a hook on one linear of each shared input. What
 the Hessian sees is what the layer will multiply: with `hessian_inputs: fp8` the inputs are rounded
 as the scheme's activations will be. A static scale must be known before anything can be rounded by
-it, so that case takes a first pass for the magnitudes alone.
+it, so that case takes a first pass for the magnitudes alone. How much each token counts is
+said by `TokenWeights`.
 
 Every sum is made by the tree of `dpq_core.leaves`. `BlockPasses` gives the sums of a leaf, where
 others wait for it: in main memory, so that a device holds one leaf's Hessians at a time, or on the
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 
 from dpq_core import cpu
 from dpq_core.formats import NumberFormat, quantize
-from dpq_core.hessian import MAGNITUDES, InputStatistics, count_magnitudes
+from dpq_core.hessian import MAGNITUDES, InputStatistics, count_magnitudes, equal_norms, raise_first
 from dpq_core.inputs import Batch
 from dpq_core.leaves import Node, leaves_of, summed
 from dpq_core.linear import token_scale
@@ -72,11 +73,40 @@ class InputRounding:
         return (values.float() * scale, None) if static_scale is None else (values, scale)
 
 
+@dataclass(frozen=True)
+class TokenWeights:
+    """How much tokens count in H beside one another.
+
+    equal: their inputs are brought to one norm. first_share: of a window's weight, its first token.
+    """
+
+    equal: bool
+    first_share: float
+
+    @classmethod
+    def of(cls, calibration: CalibrationSection) -> "TokenWeights":
+        return cls(calibration.token_weights == "equal", calibration.first_token_share)
+
+    def applied(
+        self,
+        x: Tensor,  # [..., in], or [tokens, in] of the same tokens
+        scale: Tensor | None,
+        window: torch.Size | None,  # [windows, length, in] where these are whole windows
+    ) -> tuple[Tensor, Tensor | None]:
+        """Inputs times the roots of their weights, and the scale that they are in units of."""
+        if self.equal:
+            x, scale = equal_norms(x), None
+        if self.first_share and window is not None:
+            x = raise_first(x.view(window), self.first_share)
+        return x, scale
+
+
 def calibrate_block(
     stream: StreamedModel,
     index: int,
     batches: Sequence[Batch],
     rounding: InputRounding | None,
+    weights: TokenWeights,
     advance: bool,
 ) -> BlockStatistics:
     """Statistics of a block's inputs, with the block's own (16-bit) weights, on the model's device.
@@ -89,7 +119,7 @@ def calibrate_block(
     """
     leaves = leaves_of(batches, len(batches[0].inputs["input_ids"]))
     root, magnitudes = Node(0, len(leaves)), None
-    with block_passes(stream, index, rounding, stream.device) as passes:
+    with block_passes(stream, index, rounding, weights, stream.device) as passes:
         if passes.two:
             magnitudes = summed(root, lambda leaf: passes.magnitudes(leaves[leaf]), add_magnitudes)
         statistics = summed(
@@ -103,6 +133,7 @@ def block_passes(
     stream: StreamedModel,
     index: int,
     rounding: InputRounding | None,
+    weights: TokenWeights,
     sums_on: torch.device | str = "cpu",
 ) -> Iterator["BlockPasses"]:
     """A block with its weights, while it lasts, to run batches through. The next one is read from
@@ -115,7 +146,7 @@ def block_passes(
             linear = block.get_submodule(first.removeprefix(f"{path}."))
             assert isinstance(linear, nn.Linear)
             inputs[first] = linear
-        yield BlockPasses(stream, inputs, rounding, sums_on)
+        yield BlockPasses(stream, inputs, rounding, weights, sums_on)
 
 
 @dataclass(frozen=True)
@@ -131,6 +162,7 @@ class BlockPasses:
     stream: StreamedModel
     inputs: dict[str, nn.Linear]
     rounding: InputRounding | None
+    weights: TokenWeights
     sums_on: torch.device | str
 
     @property
@@ -167,6 +199,8 @@ class BlockPasses:
             advance: leave the block's outputs in `batches`.
         """
         device, rounding = self.stream.device, self.rounding
+        # Others are an expert's tokens, or a vision tower's patches.
+        lengths = {batch.inputs["input_ids"].shape[1] for batch in batches}
         statistics = {
             name: InputStatistics.empty(linear.in_features, device)
             for name, linear in self.inputs.items()
@@ -180,8 +214,9 @@ class BlockPasses:
         def count(name: str, x: Tensor) -> None:
             if magnitudes is None:
                 statistics[name].add_magnitudes(x)
-            seen = rounding.rounded(x, rounded_by(name)) if rounding else (x, None)
-            statistics[name].add_hessian(*seen)
+            seen, scale = rounding.rounded(x, rounded_by(name)) if rounding else (x, None)
+            window = x.shape if x.ndim == 3 and x.shape[1] in lengths else None
+            statistics[name].add_hessian(*self.weights.applied(seen, scale, window))
 
         self._run(batches, count, advance, on_progress)
         return {name: each.to(self.sums_on) for name, each in statistics.items()}

@@ -113,6 +113,35 @@ def _square_on_tensor_cores(x: Tensor) -> Tensor:
     return square
 
 
+def raise_first(x: Tensor, share: float) -> Tensor:
+    """Windows' inputs [windows, length, in] of any float type, each window's first token times the
+    root that makes it count as `share` of its window in H; the others are equal. x's type.
+
+    The first token is where attention goes that has nowhere else to go (Xiao et al., "Efficient
+    Streaming Language Models with Attention Sinks", 2024): an error of its value is in all tokens'
+    outputs, and H has it as one token of hundreds. It is one direction, which costs the others
+    little.
+    """
+    weight = share / (1 - share) * (x.shape[1] - 1)
+    raised = x.clone()
+    raised[:, 0] = (x[:, 0].float() * weight**0.5).to(x.dtype)
+    return raised
+
+
+def equal_norms(x: Tensor) -> Tensor:
+    """Inputs [..., in] of any float type, each token's divided by its norm; zeros stay. x's type.
+
+    So every token has the same say in H, whose objective is then the mean over tokens of
+    ‖ΔW x‖² / ‖x‖². As they are, an attention sink's inputs are too large or too small: before
+    SmolLM2-135M's `down_proj` of layer 11 they have 500 times the median norm and 99.8 % of H, and
+    before its `v_proj` 0.3 to 0.5 times, although every token reads what becomes of them
+    (`docs/log.md`).
+    """
+    norms = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
+    divided: Tensor = x.float() / norms.clamp(min=torch.finfo(torch.float32).tiny)
+    return divided.to(x.dtype)
+
+
 def count_magnitudes(x: Tensor) -> Tensor:
     """Occurrences [2**15] int64 of each |x|, of any shape, rounded to BF16."""
     if x.is_cpu and x.dtype == torch.bfloat16:

@@ -11,7 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dpq_core.calibration import BlockStatistics, InputRounding, calibrate_block
+from dpq_core.calibration import (
+    BlockStatistics,
+    InputRounding,
+    TokenWeights,
+    calibrate_block,
+)
 from dpq_core.checkpoint import load_layer, save_layer, write_checkpoint
 from dpq_core.inputs import ModelInputs, batches_of
 from dpq_core.plan import PlannedLayer, plan_layers, readers_of_one_input
@@ -43,14 +48,14 @@ def quantize_checkpoint(
     """
     stream = StreamedModel(source, device, images=calibration.image_column is not None)
     plan = plan_layers(stream, scheme, choices)
-    rounding = InputRounding.of(scheme, calibration)
+    rounding, weights = InputRounding.of(scheme, calibration), TokenWeights.of(calibration)
     original = calibration.propagation == "original"
     batches = stream.begin(batches_of(windows, calibration.batch_size))
     for batch in batches:
         batch.hidden = batch.hidden.to(stream.device)
     with tempfile.TemporaryDirectory() as finished:
         for block in range(plan.blocks):
-            statistics = calibrate_block(stream, block, batches, rounding, advance=original)
+            statistics = calibrate_block(stream, block, batches, rounding, weights, original)
             quantized = dict(_quantized(stream, plan.of_block(block), statistics, calibration))
             for name, layer in quantized.items():
                 folder = Path(finished, name)

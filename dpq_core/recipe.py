@@ -74,6 +74,18 @@ class CalibrationSection(_Section):
     hessian_inputs: Literal["bf16", "fp8"] = Field(
         "fp8", description="inputs as they are, or rounded as the scheme's activations will be"
     )
+    token_weights: Literal["equal", "plain"] = Field(
+        "equal",
+        description="in Hessians: all tokens' inputs of one norm, or as they are (GPTQ), where the "
+        "largest count most",
+    )
+    first_token_share: float = Field(
+        0.125,
+        ge=0,
+        lt=1,
+        description="of each window's weight in Hessians, for the token that all others read; 0: "
+        "as any other",
+    )
     batch_size: int = Field(4, ge=1, description="windows a forward pass; with images always one")
     min_tokens_per_input: float = Field(
         1.0, ge=0, description="a layer (an expert) that saw fewer stays in 16 bits, by name"

@@ -482,6 +482,8 @@ def _facts(data: ReportData) -> dict[str, dict[str, str]]:
             "windows": f"at most {calibration.samples} of {calibration.sequence_length} tokens",
             "propagation": calibration.propagation,
             "statistics of inputs in": calibration.hessian_inputs,
+            "tokens' weights in them": calibration.token_weights,
+            "share of each window's first token": f"{calibration.first_token_share:g}",
         },
         **{heading: dict(facts) for heading, facts in data.environment.items()},
     }

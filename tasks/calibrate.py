@@ -13,7 +13,7 @@ all stay in memory for layers that this process quantizes (`tasks/support/kept.p
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cache, cached_property, partial
 from typing import Any, Literal, get_args
 
@@ -26,6 +26,7 @@ from dpq_core.calibration import (
     BlockPasses,
     BlockStatistics,
     InputRounding,
+    TokenWeights,
     add_magnitudes,
     add_statistics,
     block_passes,
@@ -196,9 +197,11 @@ class _Calibration:
         self._recipe, self._block, self._hidden = recipe, block, hidden
         self._step: Callable[[], None] = lambda: None
         self._rounding = InputRounding.of(recipe.scheme, recipe.calibration)
+        self._weights = TokenWeights.of(recipe.calibration)
         self._base = {
             **hidden.base,
             "rounding": self._rounding.key() if self._rounding else None,
+            "weights": asdict(self._weights),
             "layers": [artifact.sha256 for artifact in hidden.layers.values()],
         }
         self.wanted = {
@@ -283,8 +286,8 @@ class _Calibration:
             def passes() -> BlockPasses:
                 stack.enter_context(freed_memory_kept())
                 self._hidden.prepare(self._block, range(leaves.first, leaves.last))
-                stream = self._hidden.stream
-                return stack.enter_context(block_passes(stream, self._block, self._rounding))
+                stream, seen_as = self._hidden.stream, (self._rounding, self._weights)
+                return stack.enter_context(block_passes(stream, self._block, *seen_as))
 
             yield passes
 

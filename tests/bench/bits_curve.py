@@ -23,7 +23,7 @@ from matplotlib.figure import Figure
 from transformers import AutoTokenizer
 
 from dpq_core.allocation import Option, least_loss, predicted_increase, total
-from dpq_core.calibration import InputRounding, calibrate_block
+from dpq_core.calibration import InputRounding, TokenWeights, calibrate_block
 from dpq_core.checkpoint import load_model
 from dpq_core.choices import chosen_scheme
 from dpq_core.data import calibration_windows, load_texts, token_windows
@@ -57,7 +57,9 @@ def quantize_all(
     losses: dict[Variant, float] = {}
     for block in range(plan.blocks):
         before = [batch.clone() for batch in batches[:few]]
-        found = calibrate_block(stream, block, batches, rounding, advance=True)
+        found = calibrate_block(
+            stream, block, batches, rounding, TokenWeights.of(section), advance=True
+        )
         variants = {}
         for layer in plan.of_block(block):
             weight = stream.reader.tensor(f"{layer.name}.weight")

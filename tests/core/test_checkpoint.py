@@ -253,7 +253,10 @@ def observed(model, block, windows):
                 statistics[name].add_magnitudes(arguments[0])
                 return
             x8 = (arguments[0].float() / scales[name]).clamp(-448, 448).to(torch.float8_e4m3fn)
-            statistics[name].add_hessian(x8.bfloat16(), scales[name])
+            x8 = x8.float()
+            x8 = (x8 / x8.norm(dim=-1, keepdim=True)).bfloat16()
+            x8[:, 0] *= (0.125 / 0.875 * (x8.shape[1] - 1)) ** 0.5
+            statistics[name].add_hessian(x8)
 
         return hook
 
@@ -271,6 +274,15 @@ def observed(model, block, windows):
 def test_hessian_inputs_matter(bases, windows, written, tmp_path):
     """Otherwise the recipe's option would be without effect."""
     feeding = calibration(hessian_inputs="bf16")
+    quantize_checkpoint(bases["llama"], tmp_path / "out", windows, SCHEME, feeding, {})
+    codes = [QuantizedCheckpoint(f).layer(DOWN).weight.codes for f in (written, tmp_path / "out")]
+    assert not torch.equal(*codes)
+
+
+@pytest.mark.parametrize("change", [{"token_weights": "plain"}, {"first_token_share": 0}])
+def test_token_weights_matter(bases, windows, written, tmp_path, change):
+    """Otherwise the recipe's option would be without effect."""
+    feeding = calibration(**change)
     quantize_checkpoint(bases["llama"], tmp_path / "out", windows, SCHEME, feeding, {})
     codes = [QuantizedCheckpoint(f).layer(DOWN).weight.codes for f in (written, tmp_path / "out")]
     assert not torch.equal(*codes)

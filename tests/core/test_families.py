@@ -13,7 +13,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from dpq_core import products
-from dpq_core.calibration import calibrate_block
+from dpq_core.calibration import TokenWeights, calibrate_block
 from dpq_core.checkpoint import (
     QuantizedCheckpoint,
     check_checkpoint,
@@ -181,7 +181,9 @@ def test_hessians_are_shared_where_inputs_are(folders, windows, image_inputs, na
                 watch(block.get_submodule(full_name.removeprefix(f"{path}.")), full_name, seen)
             for batch in batches:
                 stream.forward(batch)
-        statistics = calibrate_block(stream, index, batches, None, advance=True)
+        statistics = calibrate_block(
+            stream, index, batches, None, TokenWeights(False, 0), advance=True
+        )
         assert seen.keys() <= set(stream.linears(index))
         for full_name, inputs in seen.items():
             shared = statistics[planned[full_name]]

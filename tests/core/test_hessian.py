@@ -9,7 +9,14 @@ from hypothesis import strategies as st
 
 from dpq_core import blas, cpu
 from dpq_core.formats import FORMATS, fake_quantize
-from dpq_core.hessian import MAGNITUDES, InputStatistics, count_magnitudes, static_input_scale
+from dpq_core.hessian import (
+    MAGNITUDES,
+    InputStatistics,
+    count_magnitudes,
+    equal_norms,
+    raise_first,
+    static_input_scale,
+)
 from dpq_core.quantize import quantize_layer, static_scale_of
 from dpq_core.scheme import Scheme
 
@@ -73,6 +80,40 @@ def test_hessian_is_the_mean_of_2_x_xt():
     scale = exact.diagonal().max().item()
     hessian = counted(x).hessian()
     torch.testing.assert_close(hessian.double(), exact, rtol=1e-5, atol=1e-6 * scale)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_equal_norms_leave_the_directions(dtype):
+    x = inputs().to(dtype).view(4, 24, FEATURES)
+    x[0, 0] *= 500  # a sink
+    x[1, 1] = 0
+    equal = equal_norms(x)
+    assert equal.dtype == dtype
+    norms = x.double().norm(dim=-1, keepdim=True)
+    norms[norms == 0] = 1
+    tolerance = {"rtol": 2 * torch.finfo(dtype).eps, "atol": 1e-12}
+    torch.testing.assert_close(equal.double(), x.double() / norms, **tolerance)
+
+
+def test_the_first_token_has_its_share_of_a_window():
+    x = equal_norms(inputs().view(4, 24, FEATURES))
+    energy = raise_first(x, 0.125).square().sum(-1)
+    torch.testing.assert_close(energy[:, 0] / energy.sum(1), torch.full((4,), 0.125))
+    assert torch.equal(raise_first(x, 0.125)[:, 1:], x[:, 1:])
+
+
+def test_a_sink_does_not_own_the_hessian_of_equal_norms():
+    """GPTQ by the plain Hessian gives away the other tokens for the sink's."""
+    x = inputs(tokens=400)
+    x[0] = 500 * x.norm(dim=1).median() * torch.nn.functional.normalize(torch.ones(FEATURES), dim=0)
+    others, weight = x[1:], torch.randn(64, FEATURES, generator=torch.Generator().manual_seed(1))
+    names = {"method": "gptq", "inner": "none", "activations": "none", "group_size": 8}
+    errors = []
+    for seen in (equal_norms(x), x):
+        layer = quantize_layer(weight, counted(seen), Scheme(**names, rounding="nearest"))
+        residual = (layer.decoded() - weight) @ others.T
+        errors.append((residual.square().sum(0) / others.square().sum(1)).mean())
+    assert errors[0] < 0.5 * errors[1]
 
 
 @pytest.mark.skipif(blas.bf16_product is None, reason="this torch comes without MKL")

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dpq_core.calibration import InputRounding, calibrate_block
+from dpq_core.calibration import InputRounding, TokenWeights, calibrate_block
 from dpq_core.inputs import batches_of
 from dpq_core.leaves import WINDOWS, Node, leaf_count, leaves_of, shares, summed
 from dpq_core.recipe import CalibrationSection
@@ -109,9 +109,12 @@ def test_statistics_are_sums_over_leaves(quickstart_model, scheme):
     stream = StreamedModel(quickstart_model)
     rounding = InputRounding.of(scheme, section)
     batches = stream.begin(batches_of(windows, 4))
-    together = calibrate_block(stream, 0, batches, rounding, advance=False)
+    together = calibrate_block(
+        stream, 0, batches, rounding, TokenWeights.of(section), advance=False
+    )
     apart = [
-        calibrate_block(stream, 0, leaf, rounding, advance=False) for leaf in leaves_of(batches, 4)
+        calibrate_block(stream, 0, leaf, rounding, TokenWeights.of(section), advance=False)
+        for leaf in leaves_of(batches, 4)
     ]
     assert len(apart) == 3
     for name, statistics in together.items():

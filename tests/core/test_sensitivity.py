@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from dpq_core.calibration import InputRounding, calibrate_block
+from dpq_core.calibration import InputRounding, TokenWeights, calibrate_block
 from dpq_core.choices import chosen_scheme
 from dpq_core.inputs import batches_of
 from dpq_core.linear import W4A8Linear
@@ -53,7 +53,9 @@ def test_losses_are_those_of_whole_models(folder, windows, block):
     section = CalibrationSection(dataset=TextDataset(path="none"))
     rounding = InputRounding.of(SCHEME, section)
     before = [batch.hidden.clone() for batch in batches]
-    statistics = calibrate_block(stream, block, batches, rounding, advance=False)
+    statistics = calibrate_block(
+        stream, block, batches, rounding, TokenWeights(False, 0), advance=False
+    )
     layers = {}
     for planned in plan_layers(stream, SCHEME).of_block(block):
         weight = stream.reader.tensor(f"{planned.name}.weight")
