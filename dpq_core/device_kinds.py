@@ -17,6 +17,8 @@ from typing import Any
 
 import torch
 
+from dpq_core import products
+
 FAKE_DEVICES = "DPQ_FAKE_DEVICES"
 
 
@@ -62,10 +64,9 @@ def index_of(name: str) -> int:
 
 
 def _cpu_arithmetic(_index: int) -> str:
-    """Its vector instructions, and whether it multiplies BF16 itself."""
+    """Its vector instructions, and whether BF16 units multiply."""
     found = f"cpu-{torch.backends.cpu.get_cpu_capability().lower()}"
-    bf16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return f"{found}-bf16" if bf16 else found
+    return f"{found}-bf16" if products.bf16_units() else found
 
 
 def _cuda_arithmetic(index: int) -> str:
