@@ -120,7 +120,7 @@ def equal_norms(x: Tensor) -> Tensor:
     before its `v_proj` 0.3 to 0.5 times, although every token reads what becomes of them
     (`docs/log.md`).
     """
-    norms = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
+    norms: Tensor = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
     return (x.float() / norms.clamp(min=torch.finfo(torch.float32).tiny)).to(x.dtype)
 
 
