@@ -137,9 +137,8 @@ def equal_norms(x: Tensor) -> Tensor:
     before its `v_proj` 0.3 to 0.5 times, although every token reads what becomes of them
     (`docs/log.md`).
     """
-    norms = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
-    divided: Tensor = x.float() / norms.clamp(min=torch.finfo(torch.float32).tiny)
-    return divided.to(x.dtype)
+    norms: Tensor = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
+    return (x.float() / norms.clamp(min=torch.finfo(torch.float32).tiny)).to(x.dtype)
 
 
 def count_magnitudes(x: Tensor) -> Tensor:
