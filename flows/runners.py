@@ -104,6 +104,10 @@ class _Processes(ProcessPoolTaskRunner):
             for process in multiprocessing.active_children():
                 process.kill()
         super().__exit__(exc_type, exc_value, traceback)
+        if self._subprocess_message_queue is not None:
+            # Of a worker that was killed while it sent something: the lock is never let go, and who
+            # waits at the end for what is still to be sent waits for ever.
+            self._subprocess_message_queue.cancel_join_thread()
         self._devices.release()
 
 

@@ -7,6 +7,7 @@ import shutil
 import signal
 import sqlite3
 import subprocess
+import sys
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -221,3 +222,23 @@ def test_a_task_that_is_cancelled_from_within_ends_the_wait_for_it(services_home
         runner = task_runner(ExecutionSection(runner="processes", workers=1))
         with pytest.raises(TaskInterruptedError, match=r"interrupted \(CancelledError"):
             waits_for_one.with_options(task_runner=runner)()
+
+
+_LOCK_NEVER_LET_GO = """
+from dpq_core.recipe import ExecutionSection
+from flows.runners import task_runner
+
+if __name__ == "__main__":
+    with task_runner(ExecutionSection(runner="processes", workers=1)) as runner:
+        runner._subprocess_message_queue._wlock.acquire()
+    print("ended")
+"""
+
+
+def test_a_worker_killed_while_it_sends_something_does_not_keep_the_run(tmp_path):
+    """It takes the lock of the queue with it that all send through, the run's own end too."""
+    script = tmp_path / "lock.py"
+    script.write_text(_LOCK_NEVER_LET_GO)
+    command = [sys.executable, script]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
+    assert (run.returncode, run.stdout) == (0, "ended\n"), run.stderr
