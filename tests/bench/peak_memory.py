@@ -58,6 +58,11 @@ def make_model(folder: Path, name: str, blocks: int | None) -> int:
         values = torch.randn(parameter.shape, generator=generator) * 0.02
         tensor = torch.ones(parameter.shape) if parameter.ndim == 1 else values
         shards.setdefault(shard, {})[name] = tensor.to(torch.bfloat16)
+    return write_shards(folder, shards)
+
+
+def write_shards(folder: Path, shards: dict[str, dict[str, torch.Tensor]]) -> int:
+    """Shards of tensors by name, and their index; returns the tensors' bytes."""
     weight_map, total = {}, 0
     for number, tensors in enumerate(shards.values(), 1):
         file = f"model-{number:05}-of-{len(shards):05}.safetensors"

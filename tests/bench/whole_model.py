@@ -9,7 +9,6 @@ blocks they are also shown for all of the shape's. Values say nothing: the weigh
 """
 
 import argparse
-import json
 import shutil
 import tempfile
 import time
@@ -21,7 +20,7 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from safetensors.torch import save_file
+from peak_memory import write_shards
 from transformers import LlamaConfig
 
 from dpq_core import pipeline
@@ -60,16 +59,7 @@ def make_model(folder: Path, sides: dict[str, Any], device: torch.device) -> int
         if empty.ndim > 1:
             made.normal_(0, 0.02, generator=generator)
         shards[shard][name] = made.cpu()
-    weight_map: dict[str, str] = {}
-    total = 0
-    for number, tensors in enumerate(shards.values(), 1):
-        file = f"model-{number:05}-of-{len(shards):05}.safetensors"
-        save_file(tensors, folder / file, metadata={"format": "pt"})
-        weight_map |= dict.fromkeys(tensors, file)
-        total += sum(tensor.nbytes for tensor in tensors.values())
-    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    return total
+    return write_shards(folder, shards)
 
 
 class Clock:
