@@ -50,8 +50,7 @@ def forward(
     channels = one.expand(out, 1).flatten() if channel_scale is None else channel_scale
     added = one[:0, 0] if bias is None else bias.detach().float()
     _, *rounding = cpu.rounding_of(inner)
-    threads = start_threads(torch.get_num_threads())
-    numba.set_num_threads(threads)
+    threads = take_threads()
     units = products.bf16_units()
     (_by_units if units else _as_fp32)(
         cpu.bits_of(rows),
@@ -65,6 +64,13 @@ def forward(
         *(_shares(len(rows), features, threads) if units else _tasks(len(rows), features, threads)),
     )
     return y.view(*x.shape[:-1], out)
+
+
+def take_threads() -> int:
+    """As many of Numba's threads as torch has now, or can be had, for the kernel that is next."""
+    threads = start_threads(torch.get_num_threads())
+    numba.set_num_threads(threads)
+    return threads
 
 
 @functools.cache

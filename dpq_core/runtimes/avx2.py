@@ -25,12 +25,12 @@ from torch.nn.functional import pad
 from dpq_core import products
 from dpq_core.blas import sgemm
 from dpq_core.cpu import bits_of
-from dpq_core.forward_rows import add_product, scale_rows, start_threads, widen
+from dpq_core.forward_rows import add_product, scale_rows, take_threads, widen
 from dpq_core.kernels import real, round_rows
 from dpq_core.quantize import QuantizedLinear, QuantizedWeight
 from dpq_core.runtimes import avx2_kernels
 from dpq_core.runtimes.avx2_kernels import COLUMN_OF_BYTE, LANES, WIDTHS, sizes
-from dpq_core.runtimes.weights import UNIT, choose_scales, group_pairs, numbers_of, refusal
+from dpq_core.runtimes.weights import UNIT, choose_scales, group_pairs, numbers_of, refusal, rows_of
 
 __all__ = ["Avx2Linear", "make", "refusal", "unavailable"]
 
@@ -91,12 +91,9 @@ class Avx2Linear(nn.Module):
         Raises:
             TypeError: x is not BF16.
         """
-        if x.dtype != torch.bfloat16:
-            raise TypeError(f"the CPU runtime takes BF16 inputs, not {x.dtype}: load the model so")
-        rows = x.detach().reshape(-1, self.in_features).contiguous()
+        rows = rows_of(x, self.in_features)
         y = rows.new_empty(len(rows), self.out_features)
-        threads = start_threads(torch.get_num_threads())
-        numba.set_num_threads(threads)
+        threads = take_threads()
         width = -(-self.in_features // UNIT) * UNIT
         for some, found in zip(rows.split(_BATCH), y.split(_BATCH), strict=True):
             eights = -(-len(some) // LANES) * LANES

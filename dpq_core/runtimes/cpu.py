@@ -26,11 +26,11 @@ from torch.nn.functional import pad
 
 from dpq_core import products
 from dpq_core.cpu import bits_of
-from dpq_core.forward_rows import start_threads
+from dpq_core.forward_rows import take_threads
 from dpq_core.kernels import real, round_rows
 from dpq_core.quantize import QuantizedLinear, QuantizedWeight, RoundedWeight
 from dpq_core.runtimes import amx
-from dpq_core.runtimes.weights import choose_scales, group_pairs, numbers_of, refusal
+from dpq_core.runtimes.weights import choose_scales, group_pairs, numbers_of, refusal, rows_of
 
 __all__ = ["CpuLinear", "make", "refusal", "unavailable"]
 
@@ -94,12 +94,9 @@ class CpuLinear(nn.Module):
         Raises:
             TypeError: x is not BF16.
         """
-        if x.dtype != torch.bfloat16:
-            raise TypeError(f"the CPU runtime takes BF16 inputs, not {x.dtype}: load the model so")
-        rows = x.detach().reshape(-1, self.in_features).contiguous()
+        rows = rows_of(x, self.in_features)
         y = rows.new_empty(len(rows), self.out_features)
-        threads = start_threads(torch.get_num_threads())
-        numba.set_num_threads(threads)
+        threads = take_threads()
         features = -(-self.in_features // amx.UNIT) * amx.UNIT
         tokens = -(-len(rows) // amx.PANEL) * amx.PANEL
         scratch = torch.empty(threads * _SCRATCH + 2 * tokens * features, dtype=torch.uint8)

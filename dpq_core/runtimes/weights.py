@@ -29,6 +29,17 @@ def refusal(layer: QuantizedLinear) -> str:
     return ""
 
 
+def rows_of(x: Tensor, features: int) -> Tensor:
+    """x [..., features] bf16 → its tokens [n, features], contiguous.
+
+    Raises:
+        TypeError: x is not BF16.
+    """
+    if x.dtype != torch.bfloat16:
+        raise TypeError(f"the CPU runtime takes BF16 inputs, not {x.dtype}: load the model so")
+    return x.detach().reshape(-1, features).contiguous()
+
+
 def group_pairs(grid: Grid, features: int) -> Tensor:
     """s4 and -s4 * z of every unit's groups, [out, units, tables, 2] fp32; zero beyond the weight.
     `tables` are the groups that begin in a unit."""
