@@ -29,8 +29,8 @@ class Footprint:
     layer: of a worker, at its largest layer. share: of a worker, where tasks share calibration;
     else 0. block: of the worker that calibrates, or adds up what others did. disk: what stays in
     the store at least: layers, the checkpoint's, and statistics. device: of a worker's device at
-    the most, where that has memory of its own; else 0. blocks_per_task: that calibration passes
-    before hidden states go to the store.
+    the most, where that has memory of its own; else 0. shards: tasks that share a block's
+    calibration. blocks_per_task: that calibration passes before hidden states go to the store.
     """
 
     layer: int
@@ -39,6 +39,7 @@ class Footprint:
     disk: int
     statistics: int
     device: int
+    shards: int = 1
     blocks_per_task: int = 1
 
     @property
@@ -55,21 +56,25 @@ class Footprint:
 def footprint(
     plan: Plan,
     calibration: CalibrationSection,
-    shards: int = 1,
+    shards: int | None = 1,
     blocks_per_task: int | None = None,
+    workers: int = 1,
     on_device: bool = False,
 ) -> Footprint:
     """The prediction for a model's plan.
 
     Args:
-        shards: tasks that share calibration.
+        shards: tasks that share calibration; None: by its work and the workers.
         blocks_per_task: that a calibration task passes; None: by size.
+        workers: tasks at a time.
         on_device: workers compute on devices with memory of their own.
     """
+    if shards is None:
+        undivided = on_device or (blocks_per_task or 1) > 1
+        shards = 1 if undivided else _shards_by_work(plan, calibration, workers)
     if blocks_per_task is None:
         blocks_per_task = _blocks_by_size(plan, calibration, shards)
-    batch_size = 1 if calibration.image_column else calibration.batch_size
-    leaves = leaf_count(calibration.samples, batch_size)
+    batch_size, leaves = _batch_size(calibration), _leaves(calibration)
     root = Node(0, leaves)
     nodes = [root.within(*each) for each in shares(leaves, shards)]
     sums = max(node.sums_alive() for each in nodes for node in each)
@@ -88,8 +93,32 @@ def footprint(
         disk=sum(statistics) + 2 * stored,  # layers lie in the store and in the checkpoint
         statistics=sum(statistics),
         device=_device(plan, calibration, batch_size) if on_device else 0,
+        shards=shards,
         blocks_per_task=blocks_per_task,
     )
+
+
+def _shards_by_work(plan: Plan, calibration: CalibrationSection, workers: int) -> int:
+    """One for each worker of a CPU, whose layers are made faster than a block is calibrated; but
+    one where that takes a core little longer than five more tasks."""
+    tokens = calibration.samples * calibration.sequence_length
+    products = max(
+        2 * sum(each.weights for each in plan.of_block(block))
+        + sum({each.statistics: each.features**2 for each in plan.of_block(block)}.values())
+        for block in range(plan.blocks)
+    )
+    return min(workers, _leaves(calibration)) if tokens * products >= _MUCH_WORK else 1
+
+
+_MUCH_WORK = 2e11  # multiplications and additions: of a core, 2 s (AMX) to 10 s (AVX2)
+
+
+def _leaves(calibration: CalibrationSection) -> int:
+    return leaf_count(calibration.samples, _batch_size(calibration))
+
+
+def _batch_size(calibration: CalibrationSection) -> int:
+    return 1 if calibration.image_column else calibration.batch_size
 
 
 def _blocks_by_size(plan: Plan, calibration: CalibrationSection, shards: int) -> int:

@@ -209,8 +209,11 @@ class ExecutionSection(_Section):
         ge=1,
         description="tasks at a time on this machine, at most; none: two on a CPU, one a device",
     )
-    shards: int = Field(
-        1, ge=1, description="tasks that share the calibration samples; any number: the same bytes"
+    shards: int | None = Field(
+        None,
+        ge=1,
+        description="tasks that share the calibration samples; any number: the same bytes; none:"
+        " one a worker of a CPU where a block takes seconds, else one",
     )
     blocks_per_task: int | None = Field(
         None,
@@ -250,7 +253,7 @@ class ExecutionSection(_Section):
 
     @model_validator(mode="after")
     def _blocks_are_not_shared(self) -> Self:
-        if self.shards > 1 and (self.blocks_per_task or 1) > 1:
+        if (self.shards or 1) > 1 and (self.blocks_per_task or 1) > 1:
             raise ValueError(
                 f"shards is {self.shards} and blocks_per_task {self.blocks_per_task}: tasks share"
                 " one block at a time: leave one of them out"

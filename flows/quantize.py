@@ -112,7 +112,7 @@ class _FanOut:
 
     def run(self) -> QuantizedLayers:
         waits = self._recipe.calibration.propagation == "quantized"
-        ahead = not waits and self._recipe.execution.shards == 1
+        ahead = not waits and self._inputs.footprint.shards == 1
         runs = blocks_by_task(self._inputs)
         calibrated = self._calibrate(runs[0])
         for passes, following in zip_longest(runs, runs[1:]):
@@ -136,7 +136,7 @@ class _FanOut:
         if recipe.calibration.propagation == "quantized":
             done = [layer.name for layer in self._plan.layers if layer.block < passes.first]
             upstream = {name: self._made.layers[name] for name in done}
-        if recipe.execution.shards > 1:
+        if self._inputs.footprint.shards > 1:
             self._share(passes.first, upstream)
         return calibrate.submit(recipe, model, windows, upstream, passes)
 
@@ -145,7 +145,7 @@ class _FanOut:
         about = self._recipe, self._inputs.model, self._inputs.calibration, upstream
         if is_calibrated.submit(*about, block).result():
             return
-        shards = self._recipe.execution.shards
+        shards = min(self._inputs.footprint.shards, self._inputs.leaves)  # texts may be short
         ranges = shares(self._inputs.leaves, shards)
         step = parts_of_step("calibrate", block, len(parts(self._recipe)) * shards)
         for part in parts(self._recipe):
@@ -182,9 +182,10 @@ _AHEAD = 256  # tasks submitted and not waited for, beyond which calibration wai
 
 def blocks_by_task(inputs: Inputs) -> list[Passes]:
     """The runs of blocks that a calibration task passes."""
-    blocks, every = inputs.plan.blocks, inputs.footprint.blocks_per_task
+    blocks, needed = inputs.plan.blocks, inputs.footprint
+    every, shared = needed.blocks_per_task, needed.shards > 1
     return [
-        Passes(first, min(first + every, blocks), every, inputs.footprint.block)
+        Passes(first, min(first + every, blocks), every, needed.block, shared)
         for first in range(0, blocks, every)
     ]
 

@@ -53,12 +53,13 @@ Part = Literal["magnitudes", "statistics"]  # what is summed, in the order of th
 @dataclass(frozen=True)
 class Passes:
     """The blocks first … last - 1, calibrated one after the other. every: blocks that such a task
-    has, but for the last one. memory: bytes that this takes."""
+    has, but for the last one. memory: bytes that this takes. shared: others have made sums."""
 
     first: int
     last: int
     every: int
     memory: int
+    shared: bool = False
     priority: int = FIRST
 
     @property
@@ -113,7 +114,7 @@ def calibrate(
                     this.enter_context(work.lease(work.wanted))  # forward passes are of all names
                     there = work.found()
                 if there is None:
-                    made.append(work.make())
+                    made.append(work.make(alone=not passes.shared))
                     this.callback(work.finish, passes)
                     this.callback(behind.wait)  # what is entered last happens first
                 found |= there or {}
@@ -227,9 +228,10 @@ class _Calibration:
         present = {name: artifact for name, artifact in found.items() if artifact}
         return present if len(present) == len(found) else None
 
-    def make(self) -> "Future[dict[str, ArtifactRef]]":
-        """The block's statistics, which are being written."""
-        if self._recipe.execution.shards == 1:
+    def make(self, alone: bool) -> "Future[dict[str, ArtifactRef]]":
+        """The block's statistics, which are being written. alone: no tasks have made sums of them,
+        whose progress would be seen."""
+        if alone:
             batches = len(parts(self._recipe)) * sum(map(len, self._hidden.leaves))
             self._step = parts_of_step("calibrate", self._block, batches)
         with self._passes(self.root) as passes:

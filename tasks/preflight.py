@@ -23,7 +23,7 @@ from tasks.evaluate import EvaluationData, prepare
 from tasks.hidden import load_leaves
 from tasks.memory import check_room
 from tasks.model import Model, inspect, load_tokenizer, stream_of
-from tasks.worker import Worker, about_worker
+from tasks.worker import Worker, about_worker, workers_here
 
 
 @dataclass(frozen=True)
@@ -85,9 +85,14 @@ def replanned(inputs: Inputs, recipe: Recipe) -> Inputs:
 
 
 def _footprint(plan: Plan, recipe: Recipe, worker: Worker) -> Footprint:
-    execution, on_device = recipe.execution, worker.memory is not None
+    execution = recipe.execution
     return footprint(
-        plan, recipe.calibration, execution.shards, execution.blocks_per_task, on_device
+        plan,
+        recipe.calibration,
+        execution.shards,
+        execution.blocks_per_task,
+        workers_here(execution),
+        on_device=worker.memory is not None,
     )
 
 
@@ -103,7 +108,7 @@ def _check_benchmark(recipe: Recipe, model: Model) -> None:
 
 def _checked_leaves(recipe: Recipe, calibration: ArtifactRef, store: Store) -> int:
     leaves, shards = len(load_leaves(recipe, calibration, store)), recipe.execution.shards
-    if shards > leaves:
+    if (shards or 1) > leaves:
         raise RecipeError(
             f"execution.shards: {shards}: the calibration windows make {leaves} leaves of at least"
             f" {WINDOWS}, which no more tasks than that can share: lower it, or raise"

@@ -42,9 +42,30 @@ def test_tasks_that_share_calibration_take_what_one_took(plan):
     for n, each in shared.items():
         assert alone.block - each.share == (sums[1] - sums[n]) * largest_statistics(plan)
         assert each.worker == max(each.layer, each.share, each.block)
+        assert each.shards == n
         assert each.together(3) == each.worker + 2 * max(each.layer, each.share)
         assert (each.layer, each.disk) == (alone.layer, alone.disk)
     assert [shared[n].block // largest_statistics(plan) for n in (2, 3, 8)] == [2, 3, 4]
+
+
+@pytest.mark.parametrize(
+    ("samples", "workers", "settings", "shards"),
+    [
+        (32, 2, {}, 1),  # done in less than a second
+        (1024, 2, {}, 2),
+        (1024, 3, {"blocks_per_task": 1}, 3),
+        (1024, 1, {}, 1),
+        (1024, 2, {"on_device": True}, 1),
+        (1024, 2, {"blocks_per_task": 4}, 1),
+    ],
+)
+def test_workers_share_the_calibration_of_blocks_that_take_long(
+    plan, samples, workers, settings, shards
+):
+    section = calibration(samples=samples)
+    found = footprint(plan, section, shards=None, workers=workers, **settings)
+    assert found == footprint(plan, section, shards=shards, **settings)
+    assert found.shards == shards
 
 
 def largest_statistics(plan):
