@@ -39,6 +39,23 @@ AsJson = Annotated[bool, typer.Option("--json", help="one JSON object on stdout"
 _Result = TypeVar("_Result")
 
 
+def _say_version(asked: bool) -> None:
+    if asked:
+        from importlib.metadata import version
+
+        typer.echo(f"dpq {version('dpq')}")
+        raise typer.Exit
+
+
+@app.callback()
+def about(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_say_version, is_eager=True, help="say it, end")
+    ] = False,
+) -> None:
+    """Release pipeline for W4A8 language models."""
+
+
 @app.command()
 def release(recipe: RecipePath, overrides: Overrides = None, as_json: AsJson = False) -> None:
     """Quantize, measure, gate and register: 0 promoted, 2 rejected or inspected, 1 error."""
