@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from dpq_core.hessian import MAGNITUDES
 from dpq_core.leaves import Node, leaf_count, leaf_size, shares
 from dpq_core.linear import stored_bytes
+from dpq_core.model.fp8 import WORKSPACE
 from dpq_core.plan import Plan, PlannedLayer
 from dpq_core.recipe import CalibrationSection
 
@@ -58,6 +59,7 @@ def footprint(
     shards: int = 1,
     blocks_per_task: int | None = None,
     on_device: bool = False,
+    fp8: bool = False,
 ) -> Footprint:
     """The prediction for a model's plan.
 
@@ -65,7 +67,9 @@ def footprint(
         shards: tasks that share calibration.
         blocks_per_task: that a calibration task passes; None: by size.
         on_device: workers compute on devices with memory of their own.
+        fp8: weights are stored so, and become 16 bits one after the other as they are read.
     """
+    reading = WORKSPACE + max(each.weights for each in plan.layers) if fp8 else 0
     if blocks_per_task is None:
         blocks_per_task = _blocks_by_size(plan, calibration, shards)
     batch_size = 1 if calibration.image_column else calibration.batch_size
@@ -82,9 +86,9 @@ def footprint(
     added = root.sums_alive([node for each in nodes for node in each]) * max(statistics)
     stored = sum(stored_bytes(each.rows, each.features, each.scheme) for each in plan.layers)
     return Footprint(
-        layer=max(map(_on_host if on_device else layer_bytes, plan.layers)),
-        share=passes if shards > 1 else 0,
-        block=added if shards > 1 else alone,
+        layer=max(map(_on_host if on_device else layer_bytes, plan.layers)) + reading,
+        share=passes + reading if shards > 1 else 0,
+        block=added if shards > 1 else alone + reading,
         disk=sum(statistics) + 2 * stored,  # layers lie in the store and in the checkpoint
         statistics=sum(statistics),
         device=_device(plan, calibration, batch_size) if on_device else 0,
