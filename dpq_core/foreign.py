@@ -142,8 +142,8 @@ def _check_loaded(folder: Path, model: nn.Module, expected: nn.Module) -> None:
 def unsupported(folder: Path, method: object) -> CheckpointError:
     """The error for any other `quant_method`."""
     return CheckpointError(
-        f"{folder}: quant_method {method!r} is not read: 16 bits, our own, and"
-        f" {', '.join(SUPPORTED)} are"
+        f"{folder}: quant_method {method!r} is not read: 16 bits, our own,"
+        f" {', '.join(SUPPORTED[:-1])} and {SUPPORTED[-1]} are"
     )
 
 

@@ -3,10 +3,10 @@
     weight[i, j] = half( float32(weight8[i, j]) · float32(scale[i // r, j // c]) )
 
 with a scale for r × c values: `weight_block_size` (fp8) or `block_structure` (compressed-tensors)
-as `config.json` says, a last block shorter; a row; or the whole matrix. E4M3 has 4 significant
-bits: the product is rounded twice where the scale has more than 20, to FP32 and to 16 bits, as
-transformers does it (`Fp8Dequantize` in `integrations/finegrained_fp8.py`, 5.18); for
-compressed-tensors' BF16 scales it is the library's product to the bit.
+as `config.json` says, a last block shorter; a row; or the whole matrix. The product is rounded to
+FP32 and to 16 bits, scales as they are stored: what transformers makes of `fp8` to the bit
+(`Fp8Dequantize` in `integrations/finegrained_fp8.py`, 5.18), and compressed-tensors of its own,
+except that in a BF16 model it rounds FP32 scales to BF16 first.
 
 | method in config.json | scale of `X.weight` | of activations, which 16 bits do not need |
 |---|---|---|

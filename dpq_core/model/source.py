@@ -58,8 +58,8 @@ def check_parameters(model: Any, reader: CheckpointReader) -> None:
         (found, kind), expected = reader.shape_and_type(name), list(parameter.shape)
         if kind not in TYPES:
             raise CheckpointError(
-                f"{reader.folder}: tensor {name} is {kind}: {', '.join(TYPES)} are read, and F8_E4M3"
-                " whose scales quantization_config of config.json names"
+                f"{reader.folder}: tensor {name} is {kind}: {', '.join(TYPES)} are read, and"
+                " F8_E4M3 whose scales quantization_config of config.json names"
             )
         if found != expected:
             raise CheckpointError(
