@@ -25,7 +25,7 @@ from dpq_core.digests import write_json
 from dpq_core.foreign import fill_gptq, load_compressed_tensors, unsupported
 from dpq_core.linear import W4A8Linear, expected_shapes, layer_from_tensors, layer_tensors
 from dpq_core.model.quantization import quantization_of, reads_fp8
-from dpq_core.model.source import check_parameters, check_source
+from dpq_core.model.source import check_parameters, check_source, check_values
 from dpq_core.plan import Plan
 from dpq_core.quantize import LayerReport, QuantizedLinear
 from dpq_core.reader import (
@@ -281,7 +281,7 @@ def check_checkpoint(folder: Path, trust_remote_code: bool = False) -> None:
     quantization = quantization_of(folder)
     if quantization is None or reads_fp8(quantization):
         check_source(folder, trust_remote_code)
-        CheckpointReader(folder).check_finite()
+        check_values(folder, trust_remote_code)
 
 
 def load_model(

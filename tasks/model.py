@@ -13,7 +13,7 @@ from transformers import AutoTokenizer
 from dpq_core.checkpoint import MANIFEST, check_checkpoint
 from dpq_core.digests import code_digest, digest
 from dpq_core.model.layout import ADAPTER
-from dpq_core.model.source import check_source
+from dpq_core.model.source import check_source, check_values
 from dpq_core.reader import SIDE_FILES, CheckpointError, CheckpointReader
 from dpq_core.recipe import ModelSection, Recipe
 from dpq_core.streaming import StreamedModel
@@ -133,7 +133,7 @@ def inspect(model: ModelSection, store: Store) -> Model:
     )  # at each run: a checkpoint to measure may be none
 
     def check() -> None:
-        CheckpointReader(folder).check_finite()
+        check_values(folder, model.trust_remote_code)
 
     return Model(model.id, folder, content_digest(folder, store, check), revision)
 

@@ -40,6 +40,7 @@ _OF_ACTIVATIONS = (
     "output_scale",
     "k_scale",
     "v_scale",
+    "kv_scale",
 )
 _PIECE = 1 << 20  # weights that are widened at a time
 WORKSPACE = 3 * 4 * _PIECE  # bytes: a piece in FP32, its scales, its product

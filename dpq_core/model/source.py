@@ -11,6 +11,8 @@ import re
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from dpq_core.errors import CheckpointError
 from dpq_core.model.quantization import described, quantization_of, reads_fp8
 from dpq_core.reader import CheckpointReader
@@ -38,6 +40,26 @@ def check_source(folder: Path, trust_remote_code: bool = False) -> None:
             " model whose config.json names a method by mistake: delete quantization_config there)"
         )
     check_parameters(empty_model(folder, trust_remote_code), CheckpointReader(folder))
+
+
+def check_values(folder: Path, trust_remote_code: bool = False) -> None:
+    """Read every tensor once: all values are finite, and in the type that the model runs in.
+
+    Raises:
+        CheckpointError: naming the first tensor of which one is not.
+    """
+    reader = CheckpointReader(folder)
+    reader.check_finite()
+    if empty_model(folder, trust_remote_code).dtype != torch.float16:
+        return  # BF16 has the range of FP32
+    largest = torch.finfo(torch.float16).max
+    for name in reader.names:
+        kind = reader.shape_and_type(name)[1]
+        if kind in TYPES and kind != "F16" and reader.tensor(name).abs().max() > largest:
+            raise CheckpointError(
+                f"{folder}: tensor {name} of {kind} has values beyond {largest:g}, and config.json"
+                ' says float16: write "dtype": "bfloat16" there'
+            )
 
 
 def check_parameters(model: Any, reader: CheckpointReader) -> None:

@@ -5,6 +5,8 @@ import torch
 from model_families import IDS, VOCABULARY, save, tokenizer
 from transformers import Gemma3TextConfig, LlamaConfig, MambaConfig, MistralConfig, Qwen2Config
 
+from dpq_core.checkpoint import load_model
+from dpq_core.harness import evaluate_suite
 from dpq_core.model.context import (
     ContextError,
     check_ids,
@@ -15,6 +17,7 @@ from dpq_core.model.context import (
 from dpq_core.pipeline import quantize_checkpoint
 from dpq_core.recipe import CalibrationSection, TextDataset
 from dpq_core.scheme import Scheme
+from dpq_core.suites.definitions import SuiteSources, loaded_suites
 
 
 def rope(kind, **settings):
@@ -109,3 +112,15 @@ def test_plain_quantization_refuses_windows_that_the_model_cannot_read(tmp_path,
     section = CalibrationSection(dataset=TextDataset(path="none"), min_tokens_per_input=0)
     with pytest.raises(ContextError, match=message):
         quantize_checkpoint(base, tmp_path / "out", windows, Scheme(group_size=32), section, {})
+
+
+def test_a_suite_with_such_tokens_is_refused_before_anything_runs(tmp_path):
+    """Its texts are tokenised by the harness: here, and not in preflight."""
+    model = load_model(save("llama-2", tmp_path))
+    model.config.vocab_size = 100
+    model.forward = None  # nothing may run
+    with (
+        loaded_suites(["python_docs"], SuiteSources()) as suites,
+        pytest.raises(ContextError, match=r"a suite: the texts hold token 220 .* has 100 rows"),
+    ):
+        evaluate_suite(model, tokenizer(), suites["python_docs"], limit=4)

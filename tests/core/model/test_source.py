@@ -250,6 +250,19 @@ def test_the_type_is_that_of_the_configuration_else_that_of_the_tensors(
         assert theirs.dtype == expected
 
 
+@pytest.mark.parametrize("stored", [torch.bfloat16, torch.float32])
+def test_values_that_float16_cannot_hold_are_named(folder, stored):
+    """Cast, they would be infinite."""
+    large = torch.full((64,), 70000.0).to(stored)
+    change_tensors(folder, lambda tensors: tensors.update({"model.norm.weight": large}))
+    check_checkpoint(folder)
+    change_config(folder, dtype="float16")
+    with pytest.raises(
+        CheckpointError, match=r"norm\.weight of \w+ has values beyond 65504"
+    ):
+        check_checkpoint(folder)
+
+
 def test_settings_of_the_source_s_files_are_not_handed_on(folder, tmp_path):
     """A native checkpoint has shards of other names."""
     (folder / "model.safetensors").rename(folder / "weights.safetensors")
