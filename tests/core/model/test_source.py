@@ -257,9 +257,7 @@ def test_values_that_float16_cannot_hold_are_named(folder, stored):
     change_tensors(folder, lambda tensors: tensors.update({"model.norm.weight": large}))
     check_checkpoint(folder)
     change_config(folder, dtype="float16")
-    with pytest.raises(
-        CheckpointError, match=r"norm\.weight of \w+ has values beyond 65504"
-    ):
+    with pytest.raises(CheckpointError, match=r"norm\.weight of \w+ has values beyond 65504"):
         check_checkpoint(folder)
 
 
