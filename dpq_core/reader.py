@@ -47,11 +47,14 @@ SIDE_FILES = (
 class CheckpointReader:
     """Tensors of a checkpoint folder by name.
 
+    Args:
+        as_stored: FP8 and its scales too, to look at the files themselves.
+
     Raises:
         CheckpointError: no safetensors, a shard missing or damaged, or an index that lies.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, as_stored: bool = False) -> None:
         self.folder = folder
         stored = headers_of(folder)
         family = FAMILIES.get(model_type_of(folder))
@@ -59,7 +62,7 @@ class CheckpointReader:
         if len(self._stored) != len(stored):
             raise CheckpointError(f"{folder}: two tensors are the same parameter of the model")
         self._headers = {name: stored[as_stored] for name, as_stored in self._stored.items()}
-        self._fp8 = Fp8Weights.of(folder, self._headers)
+        self._fp8 = Fp8Weights() if as_stored else Fp8Weights.of(folder, self._headers)
         self._names = sorted(self._headers.keys() - self._fp8.hidden)
 
     @property
