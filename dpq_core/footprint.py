@@ -67,7 +67,8 @@ def footprint(
         shards: tasks that share calibration.
         blocks_per_task: that a calibration task passes; None: by size.
         on_device: workers compute on devices with memory of their own.
-        fp8: weights are stored so, and become 16 bits one after the other as they are read.
+        fp8: weights are stored so, and become 16 bits one after the other as they are read: the
+            largest as it is stored, and what widening takes.
     """
     reading = WORKSPACE + max(each.weights for each in plan.layers) if fp8 else 0
     if blocks_per_task is None:
