@@ -25,6 +25,7 @@ from dpq_core.hessian import MAGNITUDES, InputStatistics, count_magnitudes, equa
 from dpq_core.inputs import Batch
 from dpq_core.leaves import Node, leaves_of, summed
 from dpq_core.linear import token_scale
+from dpq_core.model.finite import not_finite
 from dpq_core.quantize import static_scale_of
 from dpq_core.recipe import CalibrationSection
 from dpq_core.scheme import Scheme
@@ -115,7 +116,7 @@ def calibrate_block(
         advance: leave the block's outputs in `batches` (`propagation: original`).
 
     Raises:
-        ValueError: the hidden states are not finite.
+        NotFiniteError: the hidden states are not finite after the block.
     """
     leaves = leaves_of(batches, len(batches[0].inputs["input_ids"]))
     root, magnitudes = Node(0, len(leaves)), None
@@ -146,20 +147,21 @@ def block_passes(
             linear = block.get_submodule(first.removeprefix(f"{path}."))
             assert isinstance(linear, nn.Linear)
             inputs[first] = linear
-        yield BlockPasses(stream, inputs, rounding, weights, sums_on)
+        yield BlockPasses(stream, path, inputs, rounding, weights, sums_on)
 
 
 @dataclass(frozen=True)
 class BlockPasses:
-    """The passes over the block that `stream` has loaded. inputs: the linear of each shared input
-    that is watched, by name. sums_on: where a leaf's sums wait for others. `on_progress` is called
-    after each batch.
+    """The passes over the block that `stream` has loaded. name: of it. inputs: the linear of each
+    shared input that is watched, by name. sums_on: where a leaf's sums wait for others.
+    `on_progress` is called after each batch.
 
     Raises:
-        ValueError: the hidden states are not finite.
+        NotFiniteError: the hidden states are not finite after the block.
     """
 
     stream: StreamedModel
+    name: str
     inputs: dict[str, nn.Linear]
     rounding: InputRounding | None
     weights: TokenWeights
@@ -232,7 +234,7 @@ class BlockPasses:
             for batch in batches:
                 output = self.stream.forward(batch)
                 if not torch.isfinite(output).all():
-                    raise ValueError("the 16-bit model's hidden states are not finite")
+                    raise not_finite(self.name, self.stream.dtype)
                 if advance:
                     batch.hidden = output
                 on_progress()

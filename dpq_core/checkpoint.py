@@ -22,8 +22,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from dpq_core.digests import write_json
-from dpq_core.foreign import fill_gptq, load_compressed_tensors, quantization_of, unsupported
+from dpq_core.foreign import fill_gptq, load_compressed_tensors, unsupported
 from dpq_core.linear import W4A8Linear, expected_shapes, layer_from_tensors, layer_tensors
+from dpq_core.model.quantization import quantization_of, reads_fp8
+from dpq_core.model.source import check_parameters, check_source, check_values
 from dpq_core.plan import Plan
 from dpq_core.quantize import LayerReport, QuantizedLinear
 from dpq_core.reader import (
@@ -35,7 +37,7 @@ from dpq_core.reader import (
 )
 from dpq_core.scheme import Scheme
 from dpq_core.shards import ShardWriter, check_files, digests_of
-from dpq_core.streaming import building, check_tensors, empty_model, fill_parameters
+from dpq_core.streaming import building, empty_model, fill_parameters
 
 FORMAT_VERSION = 2
 MANIFEST = "dpq.json"
@@ -140,6 +142,9 @@ def _write_side_files(
 ) -> None:
     copy_side_files(source, folder)
     config = read_config(source)
+    config.pop("transformers_weights", None)  # the source's files
+    if isinstance(config.get("text_config"), dict):
+        config["text_config"].pop("quantization_config", None)
     config["dtype"] = str(dtype).removeprefix("torch.")
     config["quantization_config"] = {
         "quant_method": "dpq",
@@ -272,32 +277,48 @@ def check_checkpoint(folder: Path, trust_remote_code: bool = False) -> None:
     """
     if (folder / MANIFEST).is_file():
         QuantizedCheckpoint(folder, trust_remote_code).verify()
-    elif quantization_of(folder) is None:
-        check_tensors(folder, trust_remote_code)
-        CheckpointReader(folder).check_finite()
+        return
+    quantization = quantization_of(folder)
+    if quantization is None or reads_fp8(quantization):
+        check_source(folder, trust_remote_code)
+        check_values(folder, trust_remote_code)
 
 
 def load_model(
-    folder: Path, device: torch.device | str = "cpu", trust_remote_code: bool = False
+    folder: Path,
+    device: torch.device | str = "cpu",
+    trust_remote_code: bool = False,
+    source: bool = False,
 ) -> Any:
     """A transformers causal LM from any checkpoint: native, 16 bits, or a third party's.
 
+    Args:
+        source: as what it is quantized from. FP8 of compressed-tensors is measured with its
+            activations' rounding, by the library, and quantized from its weights in 16 bits.
+
     Raises:
-        CheckpointError: see `load_quantized`, and `dpq_core.foreign`.
+        CheckpointError: see `load_quantized`, `check_source`, and `dpq_core.foreign`.
     """
     with building:
         if (folder / MANIFEST).is_file():
             return load_quantized(folder, device, trust_remote_code)
         quantization = quantization_of(folder)
-        method = quantization["quant_method"] if quantization else None
-        if method == "compressed-tensors":
+        if by_its_library(folder) and not (source and reads_fp8(quantization)):
             return load_compressed_tensors(folder).to(device).eval()
-        if method not in (None, "gptq"):
-            raise unsupported(folder, method)
         model, reader = empty_model(folder, trust_remote_code), CheckpointReader(folder)
-        if quantization:
+        if quantization is None or reads_fp8(quantization):
+            check_parameters(model, reader)
+        elif quantization["quant_method"] == "gptq":
             fill_gptq(model, reader, quantization)
+        else:
+            raise unsupported(folder, quantization["quant_method"])
         return _complete(model, reader, device)
+
+
+def by_its_library(folder: Path) -> bool:
+    """Whether `load_model` has the library of a format load it."""
+    quantization = quantization_of(folder)
+    return quantization is not None and quantization["quant_method"] == "compressed-tensors"
 
 
 def load_quantized(

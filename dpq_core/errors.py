@@ -11,6 +11,10 @@ class InputError(ValueError):
     """
 
 
+class CheckpointError(InputError):
+    """A checkpoint that cannot be used, with one line that says which file or tensor and why."""
+
+
 class MissingExtraError(InputError):
     """A feature whose packages are not installed."""
 

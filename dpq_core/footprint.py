@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from dpq_core.hessian import MAGNITUDES
 from dpq_core.leaves import Node, leaf_count, leaf_size, shares
 from dpq_core.linear import stored_bytes
+from dpq_core.model.fp8 import WORKSPACE
 from dpq_core.plan import Plan, PlannedLayer
 from dpq_core.recipe import CalibrationSection
 
@@ -60,6 +61,7 @@ def footprint(
     blocks_per_task: int | None = None,
     workers: int = 1,
     on_device: bool = False,
+    fp8: bool = False,
 ) -> Footprint:
     """The prediction for a model's plan.
 
@@ -68,10 +70,13 @@ def footprint(
         blocks_per_task: that a calibration task passes; None: by size.
         workers: tasks at a time.
         on_device: workers compute on devices with memory of their own.
+        fp8: weights are stored so, and become 16 bits one after the other as they are read: the
+            largest as it is stored, and what widening takes.
     """
     if shards is None:
         undivided = on_device or (blocks_per_task or 1) > 1
         shards = 1 if undivided else _shards_by_work(plan, calibration, workers)
+    reading = WORKSPACE + max(each.weights for each in plan.layers) if fp8 else 0
     if blocks_per_task is None:
         blocks_per_task = _blocks_by_size(plan, calibration, shards)
     batch_size, leaves = _batch_size(calibration), _leaves(calibration)
@@ -87,9 +92,9 @@ def footprint(
     added = root.sums_alive([node for each in nodes for node in each]) * max(statistics)
     stored = sum(stored_bytes(each.rows, each.features, each.scheme) for each in plan.layers)
     return Footprint(
-        layer=max(map(_on_host if on_device else layer_bytes, plan.layers)),
-        share=passes if shards > 1 else 0,
-        block=added if shards > 1 else alone,
+        layer=max(map(_on_host if on_device else layer_bytes, plan.layers)) + reading,
+        share=passes + reading if shards > 1 else 0,
+        block=added if shards > 1 else alone + reading,
         disk=sum(statistics) + 2 * stored,  # layers lie in the store and in the checkpoint
         statistics=sum(statistics),
         device=_device(plan, calibration, batch_size) if on_device else 0,

@@ -25,27 +25,11 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from dpq_core.reader import CheckpointError, CheckpointReader, read_config, read_json
+from dpq_core.reader import CheckpointError, CheckpointReader
 from dpq_core.sixteen_bit import fit
 from dpq_core.streaming import empty_model
 
-SUPPORTED = ("compressed-tensors", "gptq")
-_OLD_GPTQ = "quantize_config.json"  # AutoGPTQ's, before it wrote into config.json
-
-
-def quantization_of(folder: Path) -> dict[str, Any] | None:
-    """What a checkpoint says about its quantization, `quant_method` included; None: 16 bits.
-
-    Raises:
-        CheckpointError: `config.json` has a `quantization_config` that names no method.
-    """
-    config = read_config(folder)
-    if "quantization_config" not in config and (folder / _OLD_GPTQ).is_file():
-        return {"quant_method": "gptq"} | read_json(folder / _OLD_GPTQ)
-    found = config.get("quantization_config")
-    if found is not None and not (isinstance(found, dict) and "quant_method" in found):
-        raise CheckpointError(f"{folder / 'config.json'}: quantization_config has no quant_method")
-    return found
+SUPPORTED = ("FP8 with scales", "compressed-tensors", "gptq")
 
 
 def fill_gptq(model: nn.Module, reader: CheckpointReader, config: dict[str, Any]) -> None:
@@ -158,8 +142,8 @@ def _check_loaded(folder: Path, model: nn.Module, expected: nn.Module) -> None:
 def unsupported(folder: Path, method: object) -> CheckpointError:
     """The error for any other `quant_method`."""
     return CheckpointError(
-        f"{folder}: quant_method {method!r} is not read: 16 bits, our own, and"
-        f" {' and '.join(SUPPORTED)} are"
+        f"{folder}: quant_method {method!r} is not read: 16 bits, our own,"
+        f" {', '.join(SUPPORTED[:-1])} and {SUPPORTED[-1]} are"
     )
 
 

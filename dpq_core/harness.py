@@ -11,6 +11,8 @@ document. What the harness decides, and we decide otherwise:
   with it.
 - Requests that are longer than the model's window are cut from the left, as the harness does; how
   many were is part of the result.
+- A token without a row in the model's embedding is refused before anything runs, and a 16-bit model
+  that overflows is named with its block (`dpq_core.model`).
 - Nothing is cached: neither requests nor answers, nor data sets that come from files. No batch size
   is searched by trying 64 sequences of the model's whole window: see `device.halving_batches`.
 """
@@ -20,8 +22,11 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from dpq_core.model.context import check_ids, context_of
+from dpq_core.model.finite import check_overflow
 from dpq_core.scores import Scores
 from dpq_core.streaming import building
 from dpq_core.suites.definitions import Suite, SuiteError, quiet
@@ -46,6 +51,7 @@ def evaluate_suite(
 
     Raises:
         SuiteError: the tokenizer has no token to begin an empty context with.
+        ContextError: a token that the model does not know. NotFiniteError: it overflows.
     """
     with quiet():
         with building:  # the harness ties the model's embeddings anew
@@ -90,6 +96,9 @@ def _harness(
         def _loglikelihood_tokens(
             self, requests: Any, disable_tqdm: bool = False, override_bs: int | None = None
         ) -> Any:
+            known = model.config.get_text_config()
+            for _, before, after in requests:
+                check_ids(known, tokenizer, [*before, *after], "a suite")
             if override_bs is None:  # not one batch of rolling windows
                 # One-token continuations of the same context share a sequence.
                 self.asked += len({(*before, *after[:-1]) for _, before, after in requests})
@@ -108,6 +117,7 @@ def _harness(
         pretrained=model,
         tokenizer=copy.deepcopy(tokenizer),  # which is given a padding token
         batch_size=batch_size,
+        max_length=context_of(model.config.get_text_config()),
         softmax_dtype="float32",
     )
 
@@ -124,6 +134,10 @@ def _score(harness: Any, suite: Suite, limit: int | None) -> Scores:
         if sample["filter"] == samples[name][0]["filter"]
     ]
     pairs = [_value(sample, suite) for _, sample in ordered]
+    for (_, sample), (value, _) in zip(ordered, pairs, strict=True):
+        if math.isnan(value):
+            _explain(harness, sample)
+            break
     groups = {name: _label(task) for name, task in suite.tasks.items()}
     return Scores(
         metric=suite.kind,
@@ -134,6 +148,13 @@ def _score(harness: Any, suite: Suite, limit: int | None) -> Scores:
         values=[value for value, _ in pairs],
         weights=[weight for _, weight in pairs],
     )
+
+
+def _explain(harness: Any, sample: Mapping[str, Any]) -> None:
+    """Raises NotFiniteError where a block of the model overflowed on a document's requests."""
+    for arguments in sample["arguments"]:
+        ids = harness.tok_encode("".join(arguments))[-harness.max_length :]
+        check_overflow(harness.model, torch.tensor([ids]))
 
 
 def _value(sample: Mapping[str, Any], suite: Suite) -> tuple[float, float]:

@@ -9,6 +9,7 @@ be compared only between models that share a tokenizer, and never with lm-evalua
 """
 
 import hashlib
+import math
 from collections.abc import Callable
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import PreTrainedModel
 
+from dpq_core.model.finite import check_overflow
 from dpq_core.scores import PERPLEXITY, Scores
 
 
@@ -35,6 +37,7 @@ def perplexity_token(
     window at a time (its logits take sequence_length × vocabulary × 4 bytes); sums run in float64.
 
     Raises:
+        NotFiniteError: a 16-bit model that overflows in one of its blocks.
         ValueError: no windows, or windows of fewer than two tokens.
     """
     if windows.ndim != 2 or windows.shape[0] == 0 or windows.shape[1] < 2:
@@ -49,6 +52,8 @@ def perplexity_token(
         tokens = batch.to(model.device)
         logits = model(input_ids=tokens, use_cache=False).logits  # [batch, sequence, vocabulary]
         nats += [_nats(*row) for row in zip(logits, tokens, strict=True)]
+        if not all(map(math.isfinite, nats[-len(batch) :])):
+            check_overflow(model, tokens)
         if on_progress is not None:
             on_progress(len(nats), count)
     return Scores(

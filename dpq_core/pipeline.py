@@ -19,6 +19,8 @@ from dpq_core.calibration import (
 )
 from dpq_core.checkpoint import load_layer, save_layer, write_checkpoint
 from dpq_core.inputs import ModelInputs, batches_of
+from dpq_core.model.context import check_ids, check_lengths
+from dpq_core.model.source import check_source
 from dpq_core.plan import PlannedLayer, plan_layers, readers_of_one_input
 from dpq_core.quantize import QuantizedLinear, quantize_or_keep
 from dpq_core.recipe import CalibrationSection
@@ -44,13 +46,19 @@ def quantize_checkpoint(
     Finished layers wait in a temporary folder: memory is bounded by one block.
 
     Raises:
-        CheckpointError, FactorizationError, ValueError: see the stages.
+        CheckpointError, ContextError, FactorizationError, NotFiniteError: see the stages.
     """
+    check_source(source)
     stream = StreamedModel(source, device, images=calibration.image_column is not None)
     plan = plan_layers(stream, scheme, choices)
     rounding, weights = InputRounding.of(scheme, calibration), TokenWeights.of(calibration)
     original = calibration.propagation == "original"
-    batches = stream.begin(batches_of(windows, calibration.batch_size))
+    inputs = batches_of(windows, calibration.batch_size)
+    for each in inputs:
+        config, ids = stream.model.config.get_text_config(), each["input_ids"]
+        check_lengths(config, {"the length of a window": ids.shape[1]})
+        check_ids(config, None, ids, "windows")
+    batches = stream.begin(inputs)
     for batch in batches:
         batch.hidden = batch.hidden.to(stream.device)
     with tempfile.TemporaryDirectory() as finished:

@@ -1,31 +1,34 @@
 """Read a safetensors checkpoint tensor by tensor, sharded or not.
 
 Nothing is loaded before it is asked for: memory is bounded by what the caller keeps. Tensors go by
-the names of the model's parameters, whatever the files call them (`families.Family.renames`).
+the names of the model's parameters, whatever the files call them (`families.Family.renames`). FP8
+weights with scales are given in 16 bits (`dpq_core.model.fp8`): their scales are no tensors here.
 """
 
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 
 from dpq_core.digests import digest, file_digest
-from dpq_core.errors import InputError
+from dpq_core.errors import CheckpointError as CheckpointError
 from dpq_core.families import FAMILIES, Family
+from dpq_core.model.fp8 import Fp8Weights
+from dpq_core.model.json_files import read_config as read_config
+from dpq_core.model.json_files import read_json as read_json
+from dpq_core.model.layout import headers_of
 
-_INDEX = "model.safetensors.index.json"
-_SINGLE = "model.safetensors"
 _AHEAD = 1 << 20  # bytes that are asked for at a time: Linux cuts a larger wish short
 # What identifies a model besides its weights, and what a release carries over.
 SIDE_FILES = (
     "config.json",
     "generation_config.json",
     "quantize_config.json",  # of old GPTQ files
+    "hf_quant_config.json",  # of ModelOpt's
     "tokenizer.json",
     "tokenizer.model",
     "tokenizer_config.json",
@@ -41,41 +44,45 @@ SIDE_FILES = (
 )
 
 
-class CheckpointError(InputError):
-    """A checkpoint that cannot be used, with one line that says which file or tensor and why."""
-
-
 class CheckpointReader:
     """Tensors of a checkpoint folder by name.
+
+    Args:
+        as_stored: FP8 and its scales too, to look at the files themselves.
 
     Raises:
         CheckpointError: no safetensors, a shard missing or damaged, or an index that lies.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, as_stored: bool = False) -> None:
         self.folder = folder
-        self._index = self._read_index() if (folder / _INDEX).is_file() else None
-        stored = {name: shard for shard in self._shards() for name in self._names_in(shard)}
-        self._check_index(stored)
+        stored = headers_of(folder)
         family = FAMILIES.get(model_type_of(folder))
         self._stored = {family.module_name(name) if family else name: name for name in stored}
         if len(self._stored) != len(stored):
             raise CheckpointError(f"{folder}: two tensors are the same parameter of the model")
-        self._shard_of = {name: stored[as_stored] for name, as_stored in self._stored.items()}
+        self._headers = {name: stored[as_stored] for name, as_stored in self._stored.items()}
+        self._fp8 = Fp8Weights() if as_stored else Fp8Weights.of(folder, self._headers)
+        self._names = sorted(self._headers.keys() - self._fp8.hidden)
 
     @property
     def names(self) -> list[str]:
         """All tensors, sorted."""
-        return sorted(self._shard_of)
+        return list(self._names)
 
     @property
     def files(self) -> list[Path]:
         """Shards and side files, sorted by name."""
-        shards = {self.folder / shard for shard in self._shard_of.values()}
+        shards = {self.folder / header.shard for header in self._headers.values()}
         return sorted(shards | set(side_files(self.folder)))
 
+    @property
+    def fp8(self) -> bool:
+        """Whether weights are stored as FP8 with scales."""
+        return bool(self._fp8.scales)
+
     def __contains__(self, name: str) -> bool:
-        return name in self._shard_of
+        return name in self._headers and name not in self._fp8.hidden
 
     def tensor(self, name: str) -> Tensor:
         """One tensor, in memory of its own."""
@@ -83,17 +90,32 @@ class CheckpointReader:
 
     def tensors(self, names: Iterable[str]) -> dict[str, Tensor]:
         """Several tensors; each shard is opened once and unmapped before this returns."""
-        wanted: dict[str, list[str]] = {}
-        for name in names:
-            if name not in self._shard_of:
+        wanted = list(names)
+        for name in wanted:
+            if name not in self:
                 raise CheckpointError(f"{self.folder}: tensor {name} is missing")
-            wanted.setdefault(self._shard_of[name], []).append(name)
-        loaded: dict[str, Tensor] = {}
-        for shard, members in wanted.items():
+        scale_of = self._fp8.scales
+        scales = dict(self._as_stored(scale_of[name] for name in wanted if name in scale_of))
+        scales = {name: scale.clone() for name, scale in scales.items()}
+        return {
+            name: self._fp8.widened(tensor, scales[scale_of[name]])
+            if name in scale_of
+            else tensor.clone()
+            for name, tensor in self._as_stored(wanted)
+        }
+
+    def _as_stored(self, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
+        """Tensors in the files' own memory, shard by shard."""
+        for shard, members in self._by_shard(names).items():
             with safe_open(self.folder / shard, framework="pt") as file:
                 for name in members:
-                    loaded[name] = file.get_tensor(self._stored[name]).clone()
-        return loaded
+                    yield name, file.get_tensor(self._stored[name])
+
+    def _by_shard(self, names: Iterable[str]) -> dict[str, list[str]]:
+        found: dict[str, list[str]] = {}
+        for name in names:
+            found.setdefault(self._headers[name].shard, []).append(name)
+        return found
 
     def read_ahead(self, names: Iterable[str]) -> None:
         """Have the kernel read tensors from the disk in the background: into its page cache, where
@@ -101,24 +123,23 @@ class CheckpointReader:
         does not offer that."""
         if not hasattr(os, "posix_fadvise"):
             return
-        wanted: dict[str, list[str]] = {}
-        for name in names:
-            wanted.setdefault(self._shard_of[name], []).append(self._stored[name])
-        for shard, members in wanted.items():
+        for shard, members in self._by_shard(names).items():
             with (self.folder / shard).open("rb") as file:
                 length = int.from_bytes(file.read(8), "little")
                 header = json.loads(file.read(length))
                 for name in members:
-                    first, last = (8 + length + offset for offset in header[name]["data_offsets"])
+                    offsets = header[self._stored[name]]["data_offsets"]
+                    first, last = (8 + length + offset for offset in offsets)
                     for start in range(first, last, _AHEAD):
                         piece = file.fileno(), start, min(_AHEAD, last - start)
                         os.posix_fadvise(*piece, os.POSIX_FADV_WILLNEED)
 
     def shape_and_type(self, name: str) -> tuple[list[int], str]:
-        """Shape and safetensors type (`BF16`, `I32`, …), from the header alone."""
-        with safe_open(self.folder / self._shard_of[name], framework="pt") as file:
-            part = file.get_slice(self._stored[name])
-            return list(part.get_shape()), str(part.get_dtype())
+        """Shape and safetensors type (`BF16`, `I32`, …) of a tensor as `tensor` gives it."""
+        header = self._headers[name]
+        if name in self._fp8.scales:
+            return header.shape, "F16" if self._fp8.dtype == torch.float16 else "BF16"
+        return header.shape, header.dtype
 
     def under(self, prefix: str) -> list[str]:
         """Names of the tensors below a module path."""
@@ -141,45 +162,18 @@ class CheckpointReader:
             if tensor.is_floating_point() and not torch.isfinite(tensor).all():
                 kind = "NaN" if torch.isnan(tensor).any() else "an infinite value"
                 raise CheckpointError(
-                    f"{self.folder / self._shard_of[name]}: tensor {name} has {kind}"
+                    f"{self.folder / self._headers[name].shard}: tensor {name} has {kind}"
                 )
 
-    def _shards(self) -> list[str]:
-        if self._index is not None:
-            return sorted(set(self._index.values()))
-        if (self.folder / _SINGLE).is_file():
-            return [_SINGLE]
-        if list(self.folder.glob("*.bin")) or list(self.folder.glob("*.pt*")):
-            raise CheckpointError(
-                f"{self.folder}: only pickled weights, which are not loaded: convert them to "
-                "safetensors (save_pretrained does)"
-            )
-        raise CheckpointError(f"{self.folder}: no {_SINGLE} and no {_INDEX}")
 
-    def _read_index(self) -> dict[str, str]:
-        path = self.folder / _INDEX
-        index = read_json(path).get("weight_map")
-        if not isinstance(index, dict) or not all(isinstance(v, str) for v in index.values()):
-            raise CheckpointError(f"{path}: no valid weight_map")
-        escaping = [shard for shard in index.values() if Path(shard).name != shard]
-        if escaping:
-            raise CheckpointError(f"{path}: {escaping[0]} is not a plain file name")
-        return index
-
-    def _names_in(self, shard: str) -> list[str]:
-        path = self.folder / shard
-        if not path.is_file():
-            raise CheckpointError(f"{path}: shard is missing")
-        try:
-            with safe_open(path, framework="pt") as file:
-                return list(file.keys())
-        except SafetensorError as error:
-            raise CheckpointError(f"{path}: truncated or damaged ({error})") from error
-
-    def _check_index(self, stored: dict[str, str]) -> None:
-        for name, shard in (self._index or {}).items():
-            if stored.get(name) != shard:
-                raise CheckpointError(f"{self.folder / shard}: tensor {name} is missing")
+def stored_type(folder: Path) -> torch.dtype:
+    """FP16 where all floats of a checkpoint are stored so, else BF16."""
+    try:
+        kinds = {header.dtype for header in headers_of(folder).values()}
+    except CheckpointError:  # a configuration alone, or what the reader will refuse
+        return torch.bfloat16
+    floats = {kind for kind in kinds if kind.startswith(("F", "BF"))}
+    return torch.float16 if floats == {"F16"} else torch.bfloat16
 
 
 def side_files(folder: Path) -> list[Path]:
@@ -212,29 +206,3 @@ def family_of(folder: Path) -> Family:
             "its embedding, blocks, norm and head, and which linears of a block share an input"
         )
     return FAMILIES[model_type]
-
-
-def read_config(folder: Path) -> dict[str, Any]:
-    """`config.json` of a checkpoint.
-
-    Raises:
-        CheckpointError: missing, or no JSON object.
-    """
-    return read_json(folder / "config.json")
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in a file.
-
-    Raises:
-        CheckpointError: missing, not UTF-8, not JSON, or no object.
-    """
-    try:
-        content = json.loads(path.read_text("utf-8"))
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{path}: missing") from error
-    except ValueError as error:  # UnicodeDecodeError, JSONDecodeError
-        raise CheckpointError(f"{path}: not JSON ({error})") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path}: holds {type(content).__name__}, not a JSON object")
-    return content

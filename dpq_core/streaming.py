@@ -33,6 +33,7 @@ from dpq_core.reader import (
     family_of,
     model_type_of,
     read_config,
+    stored_type,
 )
 from dpq_core.sixteen_bit import fit
 
@@ -306,26 +307,6 @@ def fill_parameters(
         module.load_state_dict(state, strict=False, assign=True)
 
 
-def check_tensors(folder: Path, trust_remote_code: bool = False) -> None:
-    """Every parameter that `config.json` asks for is in the checkpoint, of that shape.
-
-    Raises:
-        CheckpointError: naming the first tensor that is not.
-    """
-    reader, model = CheckpointReader(folder), empty_model(folder, trust_remote_code)
-    head = model.get_output_embeddings()
-    for name, parameter in model.named_parameters():
-        if name not in reader:
-            if parameter is head.weight and model.config.tie_word_embeddings:
-                continue
-            raise CheckpointError(f"{folder}: tensor {name} is missing")
-        found, expected = reader.shape_and_type(name)[0], list(parameter.shape)
-        if found != expected:
-            raise CheckpointError(
-                f"{folder}: tensor {name} is {found}, but config.json asks for {expected}"
-            )
-
-
 # While accelerate makes empty weights, it redirects the parameters that any thread sets: whoever
 # builds or fills a model holds this.
 building = RLock()
@@ -335,17 +316,19 @@ def empty_model(folder: Path, trust_remote_code: bool = False) -> Any:
     """The transformers model of a checkpoint's configuration, parameters without memory, experts
     one by one.
 
-    Sixteen-bit checkpoints keep their type; anything wider is run in BF16.
+    Sixteen-bit checkpoints keep their type, that of their tensors where `config.json` names none;
+    anything wider is run in BF16.
 
     Raises:
         CheckpointError: a configuration that transformers does not know, or only with the
             checkpoint's own code.
     """
     config = load_config(folder, trust_remote_code)
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config  # ours: transformers and lm-eval would look it up
+    for each in (config, config.get_text_config()):
+        if hasattr(each, "quantization_config"):
+            del each.quantization_config  # transformers and lm-eval would look it up
     half = (torch.bfloat16, torch.float16)
-    dtype = config.dtype if config.dtype in half else torch.bfloat16
+    dtype = config.dtype if config.dtype in half else stored_type(folder)
     family = FAMILIES.get(config.model_type)
     auto = AutoModelForImageTextToText if family and family.vision else AutoModelForCausalLM
     with building, init_empty_weights(include_buffers=False):

@@ -35,6 +35,7 @@ from dpq_core.decoding import Decoder, generate, static_cache
 from dpq_core.device import out_of_memory
 from dpq_core.errors import InputError
 from dpq_core.linear import W4A8Linear
+from dpq_core.model.context import check_lengths
 from dpq_core.roofline import Device, Load, measured_device, synchronize
 from dpq_core.runtimes import Chosen, runtime_for
 from dpq_core.variants import Source, load_of
@@ -61,10 +62,6 @@ class Asked(Protocol):
     def new_tokens(self) -> int: ...
     @property
     def repeats(self) -> int: ...
-
-
-class BenchmarkError(InputError):
-    """What cannot be timed as it was asked for."""
 
 
 @dataclass(frozen=True)
@@ -132,7 +129,7 @@ def measure(
     """All variants at all batches; the caller gives this process the whole machine.
 
     Raises:
-        BenchmarkError: a context that the model does not have. VariantError: see `variants`.
+        ContextError: a context that the model does not have. VariantError: see `variants`.
     """
     config = source.empty().config.get_text_config()
     check_context(config, asked)
@@ -169,14 +166,9 @@ def measure(
 
 
 def check_context(config: Any, asked: Asked) -> None:
-    """BenchmarkError: prompt and new tokens are more than the model's context."""
+    """ContextError: prompt and new tokens are more than the model's context."""
     length = asked.prompt_tokens + asked.new_tokens
-    window = getattr(config, "max_position_embeddings", None) or length
-    if length > window:
-        raise BenchmarkError(
-            f"benchmark.prompt_tokens + new_tokens is {length}, and the model's context is {window}"
-            " tokens: lower one of them"
-        )
+    check_lengths(config, {"benchmark.prompt_tokens + new_tokens": length})
 
 
 def random_prompts(vocabulary: int, batch: int, length: int) -> Tensor:

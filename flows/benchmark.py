@@ -68,7 +68,7 @@ def benchmark(
             is rounded to nearest at load, which takes the same time.
 
     Raises:
-        RecipeError: both a shape and a checkpoint. BenchmarkError, CheckpointError, VariantError:
+        RecipeError: both a shape and a checkpoint. CheckpointError, ContextError, VariantError:
             one line that says what and where.
     """
     if shape and checkpoint:

@@ -72,7 +72,7 @@ def compare(recipe: Recipe) -> list[Row]:
     share_machine(recipe.execution.threads_per_worker)
     inputs = preflight(recipe)
     model = inputs.model
-    subject = Subject("baseline", model.folder, model.digest)
+    subject = Subject("baseline", model.folder, model.digest, source=True)
     baseline = _load(recipe, measure(recipe, inputs.evaluation, subject))
     rows = [_baseline_row(baseline)]
     for name, variant in variants.items():

@@ -10,6 +10,7 @@ from dpq_core.device import share_machine
 from dpq_core.gates import Metric, compare, judge
 from dpq_core.pairing import CONFIDENCE, Evaluation, Failure
 from dpq_core.recipe import Recipe, RecipeError
+from dpq_core.streaming import load_config
 from flows.attended import attended
 from flows.measure import measure
 from flows.report import gate_rows, publish_parts, score_rows
@@ -19,6 +20,7 @@ from infra.tracking import tracked_run, tracking_store
 from tasks.evaluate import EvaluationData, Subject, load_evaluation, prepare
 from tasks.log import log_evaluation, log_metrics, log_scores
 from tasks.model import inspect_any, load_tokenizer
+from tasks.support import fitting
 from tasks.worker import about_worker
 
 
@@ -54,8 +56,8 @@ def evaluate(recipe: Recipe, checkpoint: str, against: str | None = None) -> Eva
     Both are hub ids or folders. Scores that a release has stored are found again.
 
     Raises:
-        RecipeError: nothing to measure. CheckpointError, DataError, MirrorError, SuiteError: one
-            line that says what and where.
+        RecipeError: nothing to measure. CheckpointError, ContextError, DataError, MirrorError,
+            SuiteError: one line that says what and where.
     """
     if recipe.evaluation.perplexity is None and not recipe.evaluation.suites:
         raise RecipeError("evaluation measures nothing: name a perplexity data set, or suites")
@@ -85,7 +87,11 @@ def _inspect(recipe: Recipe, role: str, checkpoint: str) -> tuple[Subject, Evalu
     store = Store(recipe.execution.store)
     trusted = recipe.model.trust_remote_code
     model = inspect_any(checkpoint, store, trusted)
-    data = prepare(recipe.evaluation, load_tokenizer(model.folder, trusted), store)
+    config = load_config(model.folder, trusted).get_text_config()
+    fitting.check_lengths(recipe, config, calibrated=False)
+    tokenizer = load_tokenizer(model.folder, trusted)
+    data = prepare(recipe.evaluation, tokenizer, store)
+    fitting.check_ids(config, tokenizer, {"evaluation.perplexity": data.perplexity}, store)
     return Subject(role, model.folder, model.digest), data
 
 

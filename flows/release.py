@@ -85,7 +85,9 @@ def release(recipe: Recipe) -> Release:
     with tracked_run(tracking_uri, recipe.registry.experiment, name, tags, artifact_root) as run:
         inputs = preflight(recipe)
         model, data = inputs.model, inputs.evaluation
-        baseline = measure(recipe, data, Subject("baseline", model.folder, model.digest))
+        baseline = measure(
+            recipe, data, Subject("baseline", model.folder, model.digest, source=True)
+        )
         repaired = repair(recipe, inputs, baseline, attempt(recipe, inputs, baseline))
         timed, speeds = with_benchmark(baseline, repaired.last)
         last, exports = with_exports(baseline, timed)

@@ -14,6 +14,7 @@ from dpq_core.checkpoint import QuantizedCheckpoint, load_layer, write_checkpoin
 from dpq_core.digests import code_digest, digest
 from dpq_core.exports.card import licence_of
 from dpq_core.inputs import ModelInputs
+from dpq_core.model.quantization import described, quantization_of
 from dpq_core.plan import plan_layers
 from dpq_core.quantize import QuantizedLinear
 from dpq_core.recipe import Recipe
@@ -29,9 +30,12 @@ _PROBE_LENGTH = 64
 
 
 def provenance(recipe: Recipe, model: Model, windows: ArtifactRef) -> dict[str, Any]:
-    """What a checkpoint's manifest says of where it comes from."""
+    """What a checkpoint's manifest says of where it comes from. stored_as: of FP8, its method."""
+    quantization = quantization_of(model.folder)
+    stored_as = {"stored_as": described(quantization)} if quantization else {}
     return {
-        "base_model": {
+        "base_model": stored_as
+        | {
             "id": Path(model.id).name if Path(model.id).is_dir() else model.id,
             "revision": model.revision,
             "digest": model.digest,

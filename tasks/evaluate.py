@@ -17,7 +17,7 @@ from prefect.client.schemas.objects import State, TaskRun
 from prefect.tasks import Task
 
 from dpq_core import mirror
-from dpq_core.checkpoint import load_model
+from dpq_core.checkpoint import by_its_library, load_model
 from dpq_core.device import halving_batches, whole_machine
 from dpq_core.digests import code_digest, digest
 from dpq_core.errors import InputError
@@ -40,11 +40,13 @@ Measured = Mapping[str, ArtifactRef | Failure]  # by suite, or perplexity_token
 
 @dataclass(frozen=True)
 class Subject:
-    """A checkpoint to measure. role: baseline or candidate. digest: of its content."""
+    """A checkpoint to measure. role: baseline or candidate. digest: of its content. source: as what
+    a candidate is quantized from, see `load_model`."""
 
     role: str
     folder: Path
     digest: str
+    source: bool = False
 
 
 @dataclass(frozen=True)
@@ -177,12 +179,13 @@ def _scored(
             "loading": code_digest("dpq_core.checkpoint"),
             "arithmetic": worker.arithmetic,
         }
+        | ({"source": True} if subject.source and by_its_library(subject.folder) else {})
     )
 
     def make(folder: Path) -> None:
         with whole_machine(parts=recipe.evaluation.workers):
             trusted = recipe.model.trust_remote_code
-            scores = score(load_model(subject.folder, worker.device, trusted))
+            scores = score(load_model(subject.folder, worker.device, trusted, subject.source))
         save_scores(scores, folder / _FILE)
 
     return Store(recipe.execution.store).get_or_make("scores", key, make)[0]

@@ -12,9 +12,11 @@ from transformers import AutoTokenizer
 
 from dpq_core.checkpoint import MANIFEST, check_checkpoint
 from dpq_core.digests import code_digest, digest
+from dpq_core.model.layout import ADAPTER
+from dpq_core.model.source import check_source, check_values
 from dpq_core.reader import SIDE_FILES, CheckpointError, CheckpointReader
 from dpq_core.recipe import ModelSection, Recipe
-from dpq_core.streaming import StreamedModel, check_tensors
+from dpq_core.streaming import StreamedModel
 from infra import remote
 from infra.store import Store
 
@@ -64,6 +66,7 @@ def resolve(model: ModelSection) -> tuple[Path, str | None]:
                     "*.safetensors",
                     "*.safetensors.index.json",
                     "README.md",
+                    ADAPTER,
                     *SIDE_FILES,
                     *code,
                 ],
@@ -101,7 +104,7 @@ def fetch(model: ModelSection, store: Store) -> tuple[Path, str | None]:
         name: identity
         for name, identity in remote.listing(model.id).items()
         if name.endswith((".safetensors", ".safetensors.index.json"))
-        or name in ("README.md", MANIFEST, *SIDE_FILES)
+        or name in ("README.md", ADAPTER, MANIFEST, *SIDE_FILES)
         or (model.trust_remote_code and name.endswith(".py"))
     }
     if not any(name.endswith(".safetensors") for name in objects):
@@ -125,10 +128,12 @@ def inspect(model: ModelSection, store: Store) -> Model:
         CheckpointError: unreadable, damaged, or not finite, with the file or tensor.
     """
     folder, revision = fetch(model, store)
+    check_source(
+        folder, model.trust_remote_code
+    )  # at each run: a checkpoint to measure may be none
 
     def check() -> None:
-        check_tensors(folder, model.trust_remote_code)
-        CheckpointReader(folder).check_finite()
+        check_values(folder, model.trust_remote_code)
 
     return Model(model.id, folder, content_digest(folder, store, check), revision)
 

@@ -23,6 +23,7 @@ from tasks.evaluate import EvaluationData, prepare
 from tasks.hidden import load_leaves
 from tasks.memory import check_room
 from tasks.model import Model, inspect, load_tokenizer, stream_of
+from tasks.support import fitting
 from tasks.worker import Worker, about_worker, workers_here
 
 
@@ -46,7 +47,7 @@ def preflight(recipe: Recipe) -> Inputs:
     """Check device, model, layers, exports, suites and data sets; tokenise the data sets.
 
     Raises:
-        BenchmarkError, CheckpointError, DataError, DeviceError, ExportError, MirrorError,
+        CheckpointError, ContextError, DataError, DeviceError, ExportError, MirrorError,
             RoomError, SuiteError, VariantError: one line that says what and where.
     """
     worker = about_worker.submit(recipe).result()
@@ -62,10 +63,15 @@ def preflight(recipe: Recipe) -> Inputs:
     _check_budget(recipe, plan)
     _check_exports(recipe, plan, stream.dtype)
     _check_benchmark(recipe, model)
-    needed = _footprint(plan, recipe, worker)
+    config = stream.model.config.get_text_config()
+    fitting.check_lengths(recipe, config)
+    needed = _footprint(plan, recipe, worker, stream.reader.fp8)
     check_room(recipe, needed, store, worker)
     tokenizer = load_tokenizer(model.folder, recipe.model.trust_remote_code)
     calibration = windows.store_calibration(recipe.calibration, tokenizer, model.folder, store)
+    evaluation = prepare(recipe.evaluation, tokenizer, store)
+    read = {"calibration": calibration, "evaluation.perplexity": evaluation.perplexity}
+    fitting.check_ids(config, tokenizer, read, store)
     return Inputs(
         worker=worker,
         model=model,
@@ -73,7 +79,7 @@ def preflight(recipe: Recipe) -> Inputs:
         footprint=needed,
         calibration=calibration,
         leaves=_checked_leaves(recipe, calibration, store),
-        evaluation=prepare(recipe.evaluation, tokenizer, store),
+        evaluation=evaluation,
     )
 
 
@@ -81,10 +87,11 @@ def replanned(inputs: Inputs, recipe: Recipe) -> Inputs:
     """The same model and data with a plan for `recipe`, whose scheme or layers may differ."""
     stream = stream_of(recipe, inputs.model)
     plan = plan_layers(stream, recipe.scheme, recipe.layers)
-    return replace(inputs, plan=plan, footprint=_footprint(plan, recipe, inputs.worker))
+    needed = _footprint(plan, recipe, inputs.worker, stream.reader.fp8)
+    return replace(inputs, plan=plan, footprint=needed)
 
 
-def _footprint(plan: Plan, recipe: Recipe, worker: Worker) -> Footprint:
+def _footprint(plan: Plan, recipe: Recipe, worker: Worker, fp8: bool) -> Footprint:
     execution = recipe.execution
     return footprint(
         plan,
@@ -93,6 +100,7 @@ def _footprint(plan: Plan, recipe: Recipe, worker: Worker) -> Footprint:
         execution.blocks_per_task,
         workers_here(execution),
         on_device=worker.memory is not None,
+        fp8=fp8,
     )
 
 

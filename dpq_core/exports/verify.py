@@ -38,7 +38,7 @@ def check_content(
     folder: Path, checkpoint: QuantizedCheckpoint, form: Format, targets: Sequence[Target]
 ) -> Checked:
     """All checks of a written export."""
-    reader = CheckpointReader(folder)
+    reader = CheckpointReader(folder, as_stored=True)
     checks: dict[str, str | None] = {"tensors": _tensors(reader, checkpoint, form, targets)}
     if checks["tensors"]:
         return Checked(checks)

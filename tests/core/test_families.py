@@ -24,13 +24,14 @@ from dpq_core.data import DataError
 from dpq_core.images import image_windows
 from dpq_core.inputs import batches_of
 from dpq_core.linear import W4A8Linear
+from dpq_core.model.source import check_source
 from dpq_core.perplexity import perplexity_token
 from dpq_core.pipeline import quantize_checkpoint
 from dpq_core.plan import plan_layers
 from dpq_core.reader import CheckpointError, CheckpointReader
 from dpq_core.recipe import CalibrationSection, TextDataset
 from dpq_core.scheme import Scheme
-from dpq_core.streaming import StreamedModel, check_tensors
+from dpq_core.streaming import StreamedModel
 
 SCHEME = Scheme(group_size=24, rounding="nearest")
 HEAD = {"lm_head": "output head, kept in 16 bits"}
@@ -367,7 +368,7 @@ def change_config(folder, **changes):
 def test_types_sharded(windows, tmp_path, name, dtype):
     base = save(name, tmp_path / "base", dtype, max_shard_size="100KB")
     assert (base / "model.safetensors.index.json").is_file()
-    check_tensors(base)
+    check_source(base)
     expected = torch.bfloat16 if dtype == torch.float32 else dtype
     assert StreamedModel(base).dtype == expected
     out = tmp_path / "out"

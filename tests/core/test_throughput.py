@@ -11,12 +11,13 @@ from dpq_core.attention import NAME, attend_in_groups
 from dpq_core.decoding import Decoder, context_bytes, generate, static_cache
 from dpq_core.hessian import InputStatistics
 from dpq_core.linear import W4A8Linear, expected_shapes, layer_tensors
+from dpq_core.model.context import ContextError
 from dpq_core.quantize import quantize_layer
 from dpq_core.recipe import BenchmarkSection
 from dpq_core.roofline import Device, Load
 from dpq_core.runtimes import RuntimeUnavailableError, runtime_for
 from dpq_core.scheme import PRESETS, Scheme
-from dpq_core.throughput import BenchmarkError, Cell, Times, measure, random_prompts
+from dpq_core.throughput import Cell, Times, measure, random_prompts
 from dpq_core.variants import (
     VARIANTS,
     Checkpoint,
@@ -205,7 +206,7 @@ def test_a_ratio_that_is_missing_says_why(times, reason):
 
 
 def test_more_tokens_than_the_model_has_context_are_refused():
-    with pytest.raises(BenchmarkError, match="9000, and the model's context is 8192"):
+    with pytest.raises(ContextError, match="9000, and the model's context is 8192"):
         measure(tiny(), Asked(prompt_tokens=8000, new_tokens=1000), CPU)
 
 
