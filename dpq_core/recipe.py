@@ -19,6 +19,7 @@ from dpq_core.digests import digest
 from dpq_core.paths import exists
 from dpq_core.recipe_text import RecipeError as RecipeError
 from dpq_core.recipe_text import parse_setting, read_yaml
+from dpq_core.registered_names import ExperimentName, RegisteredName, default_name
 from dpq_core.scheme import Scheme
 
 # Rows of `dpq_core.exports.EXPORTS`, which is slow to import.
@@ -87,6 +88,12 @@ class CalibrationSection(_Section):
     batch_size: int = Field(4, ge=1, description="windows a forward pass; with images always one")
     min_tokens_per_input: float = Field(
         1.0, ge=0, description="a layer (an expert) that saw fewer stays in 16 bits, by name"
+    )
+    required_tokens_per_input: float = Field(
+        4.0,
+        ge=0,
+        description="of all windows, for each input of the widest layer whose codes a Hessian"
+        " chooses: with fewer nothing is begun",
     )
 
 
@@ -191,8 +198,13 @@ class RepairSection(_Section):
 
 
 class RegistrySection(_Section):
-    name: str | None = Field(None, description="registered model; by default from the model's id")
-    experiment: str = "dpq"
+    name: RegisteredName | None = Field(
+        None, description="registered model; by default from the model's id"
+    )
+    any_base_model: bool = Field(
+        False, description="take the alias from a champion that was made of another model"
+    )
+    experiment: ExperimentName = "dpq"
     destination: str | None = Field(
         None, pattern="^s3://[^/]+", description="s3://… where promoted releases are copied to"
     )
@@ -356,7 +368,7 @@ class Recipe(_Section):
     @property
     def registered_name(self) -> str:
         """Name in the model registry: `<model>-w4a8` unless the recipe says otherwise."""
-        return self.registry.name or f"{Path(self.model.id).name.lower()}-w4a8"
+        return self.registry.name or f"{default_name(self.model.id)}-w4a8"
 
 
 def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:

@@ -22,6 +22,7 @@ from tasks.convnet import (
     FLOAT,
     ImageScores,
     Method,
+    base_of_classifier,
     images,
     quantize_classifier,
     register_classifier,
@@ -154,9 +155,10 @@ def convnet(recipe: ConvRecipe) -> ConvRelease:
     share_machine(recipe.execution.threads_per_worker)
     Store(recipe.execution.store).clean()
     tracking_uri, artifact_root = tracking_store(home())
-    name, registry = recipe.registry.name, Registry(tracking_uri)
+    name, registry = recipe.registered_name, Registry(tracking_uri)
     destination = destination_of(None, registry)
     champion = registry.champion(name)
+    base_of_classifier(recipe).check(registry, name, champion)
     tags = {"recipe_digest": recipe.digest, "champion_at_start": str(champion or "")}
     with tracked_run(tracking_uri, recipe.registry.experiment, name, tags, artifact_root) as run:
         inputs = _Inputs.of(recipe)
@@ -188,7 +190,7 @@ def convnet_ladder(recipe: ConvRecipe) -> dict[str, list[dict[str, Any]]]:
     latency = inputs.latency(integers.classifier)
     create_table_artifact(rows, key="convnet-ladder", description=recipe.network.kind)
     tracking_uri, artifact_root = tracking_store(home())
-    name, tags = f"{recipe.registry.name} ladder", {"recipe_digest": recipe.digest}
+    name, tags = f"{recipe.registered_name} ladder", {"recipe_digest": recipe.digest}
     with tracked_run(tracking_uri, recipe.registry.experiment, name, tags, artifact_root) as run:
         run.log_table(rows, "ladder")
         run.log_table(latency, "latency")

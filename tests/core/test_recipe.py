@@ -36,7 +36,7 @@ def test_defaults_and_values(recipe_file):
     assert recipe.model.id == "org/model"
     assert recipe.scheme.group_size == 64
     assert recipe.scheme.method == "dpq"
-    assert recipe.registered_name == "model-w4a8"
+    assert recipe.registered_name == "org-w4a8"
 
 
 @pytest.mark.parametrize(
