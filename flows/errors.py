@@ -1,6 +1,7 @@
 """How a command ends: one JSON object on stdout, one line on stderr, an exit code."""
 
 import json
+import os
 import sys
 import traceback
 from collections.abc import Iterator
@@ -29,6 +30,7 @@ def errors(as_json: bool) -> Iterator[None]:
     """One line on stderr and an exit code for any error: 1, or 130 and 143 for a process that was
     told to stop. The traceback goes to a log file."""
     try:
+        _check_home_folder()
         yield
         return
     except typer.Exit:
@@ -44,6 +46,20 @@ def errors(as_json: bool) -> Iterator[None]:
     if as_json:
         print_json({"verdict": "error", "reasons": [message]})
     raise typer.Exit(code)
+
+
+class HomeFolderError(InputError):
+    """No folder for what Prefect, MLflow and the hub keep for a user."""
+
+
+def _check_home_folder() -> None:
+    try:
+        Path.home()
+    except RuntimeError as error:
+        raise HomeFolderError(
+            f"HOME is not set, and this machine knows no user {os.getuid()}: set HOME to a folder"
+            " that can be written, for what Prefect, MLflow and the hub keep there"
+        ) from error
 
 
 def _one_line(error: Exception) -> str:

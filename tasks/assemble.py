@@ -14,6 +14,7 @@ from dpq_core.checkpoint import QuantizedCheckpoint, load_layer, write_checkpoin
 from dpq_core.digests import code_digest, digest
 from dpq_core.exports.card import licence_of
 from dpq_core.inputs import ModelInputs
+from dpq_core.paths import is_folder
 from dpq_core.plan import plan_layers
 from dpq_core.quantize import QuantizedLinear
 from dpq_core.recipe import Recipe
@@ -32,7 +33,7 @@ def provenance(recipe: Recipe, model: Model, windows: ArtifactRef) -> dict[str, 
     """What a checkpoint's manifest says of where it comes from."""
     return {
         "base_model": {
-            "id": Path(model.id).name if Path(model.id).is_dir() else model.id,
+            "id": Path(model.id).name if is_folder(model.id) else model.id,
             "revision": model.revision,
             "digest": model.digest,
             "licence": licence_of(model.folder),
