@@ -6,6 +6,7 @@ from typing import Annotated
 from pydantic import AfterValidator, Field
 
 from dpq_core.digests import digest
+from dpq_core.errors import InputError
 
 _LONGEST_DEFAULT = 200  # characters, before what is appended
 _LONGEST = 256  # characters: the column of MLflow's databases
@@ -25,20 +26,30 @@ _TELLS_NOTHING = re.compile(
 _HUB_CACHE = re.compile(r"models--(?:.+?--)?(.+)")
 
 
+class RegisteredNameError(InputError):
+    """A name that the registry would not take in the end."""
+
+
 def checked_name(name: str) -> str:
     """A name that MLflow takes, in addresses and in its filters too.
 
     Raises:
-        ValueError: another one, with what is wrong.
+        RegisteredNameError: another one, with what is wrong.
     """
     if not name.strip() or name in (".", ".."):
-        raise ValueError(f"{name!r} is no name that MLflow takes: it needs a letter or digit")
+        raise RegisteredNameError(
+            f"{name!r} is no name that MLflow takes: it needs a letter or digit"
+        )
     if found := _NOT_IN_NAMES.search(name):
-        raise ValueError(f"{name!r}: MLflow's names and addresses cannot hold {found[0]!r}")
+        raise RegisteredNameError(
+            f"{name!r}: MLflow's names and addresses cannot hold {found[0]!r}"
+        )
     if "'" in name and '"' in name:
-        raise ValueError(f"{name!r}: MLflow's filters cannot hold both ' and \"")
+        raise RegisteredNameError(f"{name!r}: MLflow's filters cannot hold both ' and \"")
     if len(name) > _LONGEST:
-        raise ValueError(f"a name of {len(name)} characters: MLflow takes {_LONGEST} at most")
+        raise RegisteredNameError(
+            f"a name of {len(name)} characters: MLflow takes {_LONGEST} at most"
+        )
     return name
 
 

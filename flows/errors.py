@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
+from pydantic import ValidationError
 
 from dpq_core.errors import InputError
 from flows.ends import Ended
@@ -75,12 +76,39 @@ def _explained(error: Exception) -> str:
 
     if isinstance(error, httpx.TransportError):
         return f"{_server_of(error)} does not answer ({_one_line(error)}): {_AGAIN}"
+    if _passed_through(error, "prefect.settings"):
+        return f"Prefect's settings cannot be read: {_setting_in(error)}"
     if not is_full(error) or isinstance(error, StoreFullError):
-        return _one_line(error)
+        return _of_a_file(error) if isinstance(error, OSError) else _one_line(error)
     return (
         f"no space left: {space_left(home())} in {home()}, {space_left(Path.cwd())} here: make room"
         f" and run again, what is finished is kept: {_one_line(error)[:300]}"
     )
+
+
+def _passed_through(error: Exception, package: str) -> bool:
+    frames = traceback.walk_tb(error.__traceback__)
+    return any(frame.f_globals.get("__name__", "").startswith(package) for frame, _ in frames)
+
+
+def _setting_in(error: Exception) -> str:
+    """What is wrong with a variable or a profile of Prefect's."""
+    way_out = "mend the variable PREFECT_… or the profile (prefect config view) that has it"
+    if not isinstance(error, ValidationError):
+        return f"{_one_line(error)}: {way_out}"
+    first = error.errors()[0]
+    where = ".".join([error.title, *map(str, first["loc"])])
+    return f"{where}: {first['msg']} (got {first['input']!r}): {way_out}"
+
+
+def _of_a_file(error: OSError) -> str:
+    """The file first; where it is one of ours, how to have them elsewhere."""
+    if not isinstance(error.filename, str | Path) or not error.strerror:
+        return _one_line(error)
+    said = f"{error.filename}: {error.strerror}"
+    if not Path(error.filename).absolute().is_relative_to(home().absolute()):
+        return said
+    return f"{said}: set DPQ_HOME to a folder that can be written (it is {home()})"
 
 
 _AGAIN = "run again (a server of ours is started anew): what is finished is kept"

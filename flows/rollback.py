@@ -11,6 +11,7 @@ from urllib.parse import unquote, urlparse
 import typer
 
 from dpq_core.recipe import ExecutionSection
+from dpq_core.registered_names import checked_name
 from flows.errors import errors, print_json
 from infra.settings import home
 
@@ -34,6 +35,7 @@ def rollback(
         from infra.store import Store
         from infra.tracking import tracking_store
 
+        checked_name(name)
         opened, registry = Store(store), Registry(tracking_store(home())[0])
         who = f"by {_user()} on {socket.gethostname()}: {why}"
         with registry.exclusive(name, opened):
