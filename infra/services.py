@@ -63,10 +63,7 @@ def services(root: Path = Path(".dpq")) -> Iterator[Services]:
     """
     root = root.resolve()
     with ExitStack() as stack:
-        if configured := _configured():
-            check_prefect(configured)
-        if os.environ.get("MLFLOW_TRACKING_URI"):
-            tracking_store(root)  # before a server is started
+        _check_configured(root)
         with ThreadPoolExecutor(1) as pool:  # first use costs both many seconds
             tracking = pool.submit(tracking_store, root)
             api_url = stack.enter_context(_prefect(root))
@@ -105,9 +102,8 @@ def connected(root: Path = Path(".dpq")) -> Iterator[str]:
         ServiceError: there is none.
         ProbeError: the configured one does not answer.
     """
-    if url := _configured():
-        check_prefect(url)
-    else:
+    url = configured = _configured()
+    if not url:
         server = address_of(_PREFECT, root.resolve())
         if server is None:
             raise ServiceError(
@@ -115,7 +111,23 @@ def connected(root: Path = Path(".dpq")) -> Iterator[str]:
             )
         url = f"{server}/api"
     with _prefect_settings({"PREFECT_API_URL": url}):
+        if configured:
+            check_prefect(url)
         yield url
+
+
+def _check_configured(root: Path) -> None:
+    """Of what the environment names, before a server is started.
+
+    Raises:
+        ProbeError: it does not answer.
+    """
+    url = _configured()
+    with _prefect_settings({"PREFECT_API_URL": url} if url else {}):  # and no proxy for this host
+        if url:
+            check_prefect(url)
+        if os.environ.get("MLFLOW_TRACKING_URI"):
+            tracking_store(root)
 
 
 def _configured() -> str | None:

@@ -3,6 +3,8 @@
 import socket
 
 import pytest
+from prefect.context import refresh_global_settings_context
+from prefect.settings import PREFECT_API_URL, temporary_settings
 from typer.testing import CliRunner
 from web_server import MLFLOW, PREFECT, web_server
 
@@ -15,13 +17,22 @@ from infra.tracking import tracking_store
 PAGE = {"*": (200, "<html>")}  # Prefect's own page answers so everywhere
 
 
+@pytest.fixture
+def _settings_read_again():
+    """Once the environment is what it was: what asks for it before `monkeypatch` ends before it."""
+    yield
+    refresh_global_settings_context()
+
+
 @pytest.fixture(autouse=True)
-def _impatient(monkeypatch):
+def _impatient(_settings_read_again, monkeypatch):
     monkeypatch.setattr(probes, "_PATIENCE", 0.2)
     monkeypatch.setattr(probes, "_PAUSE", 0.05)
     monkeypatch.setattr(probes, "_TIMEOUT", 0.5)
     for name in ("PREFECT_API_URL", "MLFLOW_TRACKING_URI"):
         monkeypatch.delenv(name, raising=False)
+    with temporary_settings(restore_defaults={PREFECT_API_URL}):
+        yield
 
 
 @pytest.fixture
@@ -145,3 +156,15 @@ def test_commands_that_ask_a_server_say_which(nobody, tmp_path, monkeypatch):
         done = CliRunner().invoke(app, command)
         assert done.exit_code == 1
         assert done.stderr.startswith(f"error: {variable} is {nobody}")
+
+
+def test_a_server_of_this_machine_is_asked_without_the_proxy(nobody, tmp_path, monkeypatch):
+    for name in ("http_proxy", "HTTP_PROXY"):
+        monkeypatch.setenv(name, nobody)
+    with web_server(PREFECT) as prefect, web_server(MLFLOW) as mlflow:
+        monkeypatch.setenv("PREFECT_API_URL", f"{prefect}/api")
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", mlflow)
+        with services(tmp_path) as running:
+            assert running.prefect_api_url == f"{prefect}/api"
+        with connected(tmp_path) as url:
+            assert url == f"{prefect}/api"
