@@ -203,15 +203,24 @@ class ConvRecipe(Section):
     @property
     def base_model(self) -> str:
         """What is quantized, in words: a network by id, or one that is trained on these images."""
-        network, images = self.network, self.images
-        about = network.id or network.config.get("model_type") or network.kind
-        return f"{about} on {images.data_dir or images.folder or images.path or images.source}"
+        return self.network.id or f"{self._network} on {self._images}"
+
+    @property
+    def _network(self) -> str:
+        network = self.network
+        return str(network.id or network.config.get("model_type") or network.kind)
+
+    @property
+    def _images(self) -> str:
+        images = self.images
+        return images.data_dir or images.folder or images.path or images.source
 
     @property
     def registered_name(self) -> str:
         """Name in the model registry: `<network>-<images>-int8` unless the recipe has one."""
-        names = [default_name(part) for part in self.base_model.split(" on ", 1)]
-        return self.registry.name or f"{'-'.join(names)}-int8"
+        if self.registry.name:
+            return self.registry.name
+        return f"{default_name(self._network)}-{default_name(self._images)}-int8"
 
     @property
     def digest(self) -> str:
