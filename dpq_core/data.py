@@ -12,7 +12,6 @@ Two ways to cut a text, for two purposes:
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,7 +19,9 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from dpq_core import corpus
+from dpq_core.data_files import check_folder, holds_nothing, literal
 from dpq_core.errors import InputError
+from dpq_core.paths import exists
 from dpq_core.recipe import TextDataset
 
 _CORPUS = "python_docs"
@@ -160,32 +161,41 @@ def _cut(tokens: Tensor, sequence_length: int) -> Tensor:
 
 
 def _is_files(dataset: TextDataset) -> bool:
-    return dataset.path in _FILE_BUILDERS or Path(dataset.path).exists()
+    return dataset.path in _FILE_BUILDERS or exists(dataset.path)
 
 
 def label_of(dataset: TextDataset) -> str:
     """How errors name a data set: by its files where it has some."""
-    if isinstance(dataset.data_files, list):
-        return ", ".join(dataset.data_files)
-    return dataset.data_files or dataset.path
+    return ", ".join(_files(dataset)) or dataset.path
+
+
+def _files(dataset: TextDataset) -> list[str]:
+    named = dataset.data_files or []
+    return [named] if isinstance(named, str) else named
 
 
 def _load(dataset: TextDataset, cache_dir: str | None) -> Any:
     """`datasets.load_dataset`, its many errors turned into `DataError`."""
     import datasets  # seconds
 
-    label = label_of(dataset)
+    label, files = label_of(dataset), _files(dataset)
+    if dataset.path in _FILE_BUILDERS and not files:  # it would take what lies in this folder
+        raise DataError(f"{label}: reads files: name them in data_files")
+    check_folder(dataset.path)
+    patterns = [literal(name) for name in files]
     try:
         return datasets.load_dataset(
             dataset.path,
             dataset.name,
-            data_files=dataset.data_files,
+            data_files=patterns or None,
             split=dataset.split,
             revision=dataset.revision,
             cache_dir=cache_dir,
         )
     except Exception as error:  # of datasets, huggingface_hub, fsspec, botocore, pyarrow
         reason = _first_line(error.__cause__ or error)
+        if empty := [name for name in files if holds_nothing(name)]:
+            raise DataError(f"{empty[0]}: the file holds no rows") from error
         if _is_files(dataset):
             raise DataError(f"{label}: {reason}") from error
         if isinstance(error, ValueError):  # unknown split or configuration: the hub answered

@@ -45,10 +45,14 @@ def image_windows(
     with open_rows(dataset, dataset.text_column, column) as rows:
         for number in _spread(len(rows)):
             where = f"{label_of(dataset)}: row {number}"
-            image, text = rows[number][column], _text(rows, dataset.text_column, number)
+            try:
+                row = rows[number]
+            except (OSError, ValueError) as error:  # Pillow's
+                raise DataError(f"{where}: no image that can be read: {error}") from error
+            image, text = row[column], _text(rows, dataset.text_column, row)
             if not hasattr(image, "convert") or text is None:
-                what = f"{type(image).__name__} and {type(rows[number][dataset.text_column])}"
-                raise DataError(f"{where}: {what}, not an image and a text")
+                kinds = [type(row[name]).__name__ for name in (column, dataset.text_column)]
+                raise DataError(f"{where}: {' and '.join(kinds)}, not an image and a text")
             ids, pixels, grid = documents.of(image.convert("RGB"), text, where)
             if not windows or windows[-1].length + len(ids) > section.sequence_length:
                 if len(windows) == section.samples:
@@ -134,9 +138,9 @@ def _spread(count: int) -> Iterator[int]:
     return iter(sorted(range(count), key=lambda number: number * _GOLDEN % 1))
 
 
-def _text(rows: Any, column: str, number: int) -> str | None:
+def _text(rows: Any, column: str, row: Any) -> str | None:
     """A row's text; of a class label, its name."""
-    value, feature = rows[number][column], rows.features[column]
+    value, feature = row[column], rows.features[column]
     if hasattr(feature, "int2str") and isinstance(value, int):
         return str(feature.int2str(value))
     return value if isinstance(value, str) else None

@@ -6,6 +6,7 @@ A mirrored suite is the harness's own definition (`include:`) that reads its doc
 They are read anew at every run: `datasets` would know a local file by its name and mtime only.
 """
 
+import glob
 import gzip
 import hashlib
 import json
@@ -192,10 +193,10 @@ def _remote_files(url: str, names: Sequence[str]) -> tuple[Any, dict[str, str]]:
     filesystem, root = fsspec.core.url_to_fs(url)
     filesystem.invalidate_cache()
     folders = {MIRRORED[suite].folder for suite in _needed(names)}
-    root = root.rstrip("/")
+    escaped = glob.escape(root.rstrip("/"))
     found: dict[str, str] = {}
     for folder in sorted(folders):
-        for remote in sorted(filesystem.glob(f"{root}/{folder}/*")):
+        for remote in sorted(filesystem.glob(f"{escaped}/{folder}/*")):
             if remote.endswith(_ENDINGS):
                 found[f"{folder}/{remote.rpartition('/')[2]}"] = remote
     if folders and not found:  # S3 lists a bucket that does not exist as an empty one

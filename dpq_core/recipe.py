@@ -12,12 +12,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar, get_args
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from dpq_core.choices import chosen_scheme
 from dpq_core.digests import digest
-from dpq_core.errors import InputError
+from dpq_core.paths import exists
+from dpq_core.recipe_text import RecipeError as RecipeError
+from dpq_core.recipe_text import parse_setting, read_yaml
+from dpq_core.registered_names import ExperimentName, RegisteredName, default_name
 from dpq_core.scheme import Scheme
 
 # Rows of `dpq_core.exports.EXPORTS`, which is slow to import.
@@ -27,10 +29,7 @@ DeviceKind = Literal["cpu", "cuda", "hpu"]
 VariantName = Literal["bf16", "fp8", "w4a16", "w4a8"]  # rows of `dpq_core.variants.VARIANTS`, too
 
 _Kind = TypeVar("_Kind", bound=BaseModel)
-
-
-class RecipeError(InputError):
-    """A recipe that cannot be run, with one line that says where and why."""
+_OURS = "Value error, "  # what pydantic puts before a message of our own
 
 
 class _Section(BaseModel):
@@ -89,6 +88,12 @@ class CalibrationSection(_Section):
     batch_size: int = Field(4, ge=1, description="windows a forward pass; with images always one")
     min_tokens_per_input: float = Field(
         1.0, ge=0, description="a layer (an expert) that saw fewer stays in 16 bits, by name"
+    )
+    required_tokens_per_input: float = Field(
+        4.0,
+        ge=0,
+        description="of all windows, for each input of the widest layer whose codes a Hessian"
+        " chooses: with fewer nothing is begun",
     )
 
 
@@ -193,8 +198,13 @@ class RepairSection(_Section):
 
 
 class RegistrySection(_Section):
-    name: str | None = Field(None, description="registered model; by default from the model's id")
-    experiment: str = "dpq"
+    name: RegisteredName | None = Field(
+        None, description="registered model; by default from the model's id"
+    )
+    any_base_model: bool = Field(
+        False, description="take the alias from a champion that was made of another model"
+    )
+    experiment: ExperimentName = "dpq"
     destination: str | None = Field(
         None, pattern="^s3://[^/]+", description="s3://… where promoted releases are copied to"
     )
@@ -307,10 +317,14 @@ class Recipe(_Section):
     @model_validator(mode="after")
     def _choices_exist(self) -> Self:
         named = {f"layers.{name}": choice for name, choice in self.layers.items()}
-        named |= {f"repair.candidates.{choice}": choice for choice in self.repair.candidates}
+        if self.repair.enabled:
+            named |= {f"repair.candidates.{choice}": choice for choice in self.repair.candidates}
         for where, choice in named.items():
             try:
                 chosen_scheme(self.scheme, choice)
+            except ValidationError as error:
+                said = str(error.errors()[0]["msg"]).removeprefix(_OURS)
+                raise ValueError(f"{where}: {said}; or choose another") from error
             except ValueError as error:
                 raise ValueError(f"{where}: {error}") from error
         return self
@@ -357,11 +371,11 @@ class Recipe(_Section):
     @property
     def registered_name(self) -> str:
         """Name in the model registry: `<model>-w4a8` unless the recipe says otherwise."""
-        return self.registry.name or f"{Path(self.model.id).name.lower()}-w4a8"
+        return self.registry.name or f"{default_name(self.model.id)}-w4a8"
 
 
 def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
-    """Read a recipe and apply `key.path=value` overrides, whose values are YAML.
+    """Read a recipe and apply `key.path=value` overrides (`dpq_core.recipe_text`).
 
     Raises:
         RecipeError: missing file, bad YAML, unknown field, or a value outside its limits.
@@ -376,12 +390,7 @@ def read_recipe(path: str | Path, overrides: list[str] | None = None) -> dict[st
         RecipeError: missing file, bad YAML, or an override that is none.
     """
     path = Path(path)
-    if not path.is_file():
-        raise RecipeError(f"{path}: no such recipe")
-    try:
-        content = yaml.safe_load(path.read_text("utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise RecipeError(f"{path}: not YAML: {' '.join(str(error).split())}") from error
+    content = read_yaml(path)
     if not isinstance(content, dict):
         found = type(content).__name__
         raise RecipeError(f"{path}: a recipe is a mapping of sections, not {found}")
@@ -410,7 +419,8 @@ def validated(kind: type[_Kind], content: dict[str, Any], source: str) -> _Kind:
         more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
         shown = first["input"]
         value = f" (got {shown!r})" if not isinstance(shown, dict) else ""
-        said = ": ".join(part for part in (source, where, first["msg"]) if part)
+        message = first["msg"].removeprefix(_OURS)
+        said = ": ".join(part for part in (source, where, message) if part)
         raise RecipeError(f"{said}{value}{more}") from error
 
 
@@ -445,22 +455,15 @@ def _texts(node: Any, where: str = "") -> Iterator[tuple[str, str]]:
 
 
 def _apply(content: dict[str, Any], override: str) -> None:
-    key, separator, value = override.partition("=")
     if _CREDENTIALS.search(override):
-        raise RecipeError(f"override {_credentials_in(key)}")
-    if not separator or not key:
-        raise RecipeError(f"override {override!r} is not of the form key.path=value")
-    *parents, last = key.split(".")
+        raise RecipeError(f"override {_credentials_in(override.partition('=')[0])}")
+    (*parents, last), value = parse_setting(override)
     section = content
     for parent in parents:
         section = section.setdefault(parent, {})
         if not isinstance(section, dict):
             raise RecipeError(f"override {override!r}: {parent} is a value, not a section")
-    try:
-        parsed = yaml.safe_load(value)
-    except yaml.YAMLError as error:
-        raise RecipeError(f"override {override!r} is not YAML") from error
-    section[last] = _resolve_paths({last: parsed}, Path.cwd())[last]
+    section[last] = _resolve_paths({last: value}, Path.cwd())[last]
 
 
 _PATH_FIELDS = {"id", "data_files", "data_dir", "folder", "suites_path", "data_mirror"}
@@ -471,6 +474,6 @@ def _resolve_paths(node: Any, folder: Path, field: str = "") -> Any:
         return {key: _resolve_paths(value, folder, key) for key, value in node.items()}
     if isinstance(node, list):
         return [_resolve_paths(value, folder, field) for value in node]
-    if field in _PATH_FIELDS and isinstance(node, str) and node and (folder / node).exists():
+    if field in _PATH_FIELDS and isinstance(node, str) and node and exists(folder / node):
         return str((folder / node).resolve())
     return node

@@ -148,6 +148,14 @@ class Scheme(BaseModel):
         return FORMATS["e4m3_240" if self.inner == "e4m3" and self.fp8_max == 240 else self.inner]
 
     @property
+    def reads_hessian(self) -> bool:
+        """Whether codes or grids are chosen by a Hessian, and not from the weights alone."""
+        if self.method == "none" or self.bits == 8:
+            return False
+        chosen = METHODS[self.method].compensate or self.rounding == "gradient"
+        return chosen or self.scale_search == "hessian"
+
+    @property
     def rounds_inside(self) -> bool:
         """Whether scales and errors take the rounding to the inner format into account."""
         return self.method != "none" and METHODS[self.method].round_inside

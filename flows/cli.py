@@ -110,6 +110,8 @@ def quantize(recipe: RecipePath, overrides: Overrides = None, as_json: AsJson = 
             "bytes_per_weight": manifest["bytes_per_weight"],
             "layer_error": sum(layer_errors) / len(layer_errors),
             "layers": len(layer_errors),
+            "tokens": manifest["calibration"]["tokens"],
+            "tokens_asked": manifest["calibration"]["tokens_asked"],
             "skipped": manifest["skipped"],
             "memory": dataclasses.asdict(candidate.memory),
         }

@@ -22,6 +22,7 @@ from tasks.convnet import (
     FLOAT,
     ImageScores,
     Method,
+    base_of_classifier,
     images,
     quantize_classifier,
     register_classifier,
@@ -123,8 +124,7 @@ class _Inputs:
     scores: ImageScores
 
     @classmethod
-    def of(cls, recipe: ConvRecipe) -> "_Inputs":
-        pictures = images(recipe)
+    def of(cls, recipe: ConvRecipe, pictures: ArtifactRef) -> "_Inputs":
         trained = train(recipe, pictures)
         baseline = quantize_classifier(recipe, FLOAT, "post-training", pictures, trained)
         scores = score_classifier(recipe, FLOAT, baseline, pictures)
@@ -154,12 +154,14 @@ def convnet(recipe: ConvRecipe) -> ConvRelease:
     share_machine(recipe.execution.threads_per_worker)
     Store(recipe.execution.store).clean()
     tracking_uri, artifact_root = tracking_store(home())
-    name, registry = recipe.registry.name, Registry(tracking_uri)
+    name, registry = recipe.registered_name, Registry(tracking_uri)
     destination = destination_of(None, registry)
     champion = registry.champion(name)
     tags = {"recipe_digest": recipe.digest, "champion_at_start": str(champion or "")}
     with tracked_run(tracking_uri, recipe.registry.experiment, name, tags, artifact_root) as run:
-        inputs = _Inputs.of(recipe)
+        pictures = images(recipe)
+        base_of_classifier(recipe).check(registry, name, champion)
+        inputs = _Inputs.of(recipe, pictures)
         attempts = [inputs.measure("post-training", recipe.scheme)]
         if attempts[0].verdict.verdict == "rejected" and recipe.qat.enabled:
             attempts.append(inputs.measure("fine-tuned", recipe.scheme))
@@ -181,14 +183,14 @@ def convnet(recipe: ConvRecipe) -> ConvRelease:
 def convnet_ladder(recipe: ConvRecipe) -> dict[str, list[dict[str, Any]]]:
     """The whitepaper's comparisons on one network: `rows`, and `latency` of the integer one."""
     share_machine(recipe.execution.threads_per_worker)
-    inputs = _Inputs.of(recipe)
+    inputs = _Inputs.of(recipe, images(recipe))
     rows = [{"variant": "float", "accuracy": inputs.scores.scores.value, "delta": 0.0}]
     rows += [_ladder_row(inputs, name, *LADDER[name]) for name in LADDER]
     integers = inputs.measure(*LADDER["per channel"])
     latency = inputs.latency(integers.classifier)
     create_table_artifact(rows, key="convnet-ladder", description=recipe.network.kind)
     tracking_uri, artifact_root = tracking_store(home())
-    name, tags = f"{recipe.registry.name} ladder", {"recipe_digest": recipe.digest}
+    name, tags = f"{recipe.registered_name} ladder", {"recipe_digest": recipe.digest}
     with tracked_run(tracking_uri, recipe.registry.experiment, name, tags, artifact_root) as run:
         run.log_table(rows, "ladder")
         run.log_table(latency, "latency")

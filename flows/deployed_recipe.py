@@ -17,6 +17,7 @@ from typing import Annotated, Any, get_args
 from pydantic import BaseModel, ConfigDict, Field, create_model, model_serializer
 from pydantic.json_schema import SkipJsonSchema
 
+from dpq_core.paths import is_file
 from dpq_core.recipe import Recipe, RecipeError, load_recipe, read_recipe
 from infra.settings import recipe_roots, remote_code_allowed
 
@@ -103,7 +104,7 @@ class Overrides(_Common):
     def settings(self) -> list[str]:
         """The same as `key.path=value`, of what is not empty."""
         return [
-            f"{section}.{field}={json.dumps(value)}"
+            f"{section}.{field}={json.dumps(value, ensure_ascii=False)}"
             for section, fields in self.model_dump(mode="json").items()
             for field, value in fields.items()
         ]
@@ -159,7 +160,7 @@ def _path(name: str) -> Path:
         return known[name]
     for root in (SHIPPED, *roots):
         path = (root / name).resolve()  # an absolute name stands for itself
-        if path.is_relative_to(root.resolve()) and path.is_file():
+        if path.is_relative_to(root.resolve()) and is_file(path):
             return path
     folders = os.pathsep.join(map(str, roots)) or "empty"
     raise RecipeError(

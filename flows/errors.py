@@ -1,6 +1,7 @@
 """How a command ends: one JSON object on stdout, one line on stderr, an exit code."""
 
 import json
+import os
 import sys
 import traceback
 from collections.abc import Iterator
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
+from pydantic import ValidationError
 
 from dpq_core.errors import InputError
 from flows.ends import Ended
@@ -29,6 +31,7 @@ def errors(as_json: bool) -> Iterator[None]:
     """One line on stderr and an exit code for any error: 1, or 130 and 143 for a process that was
     told to stop. The traceback goes to a log file."""
     try:
+        _check_home_folder()
         yield
         return
     except typer.Exit:
@@ -46,6 +49,20 @@ def errors(as_json: bool) -> Iterator[None]:
     raise typer.Exit(code)
 
 
+class HomeFolderError(InputError):
+    """No folder for what Prefect, MLflow and the hub keep for a user."""
+
+
+def _check_home_folder() -> None:
+    try:
+        Path.home()
+    except RuntimeError as error:
+        raise HomeFolderError(
+            f"HOME is not set, and this machine knows no user {os.getuid()}: set HOME to a folder"
+            " that can be written, for what Prefect, MLflow and the hub keep there"
+        ) from error
+
+
 def _one_line(error: Exception) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
@@ -59,12 +76,39 @@ def _explained(error: Exception) -> str:
 
     if isinstance(error, httpx.TransportError):
         return f"{_server_of(error)} does not answer ({_one_line(error)}): {_AGAIN}"
+    if _passed_through(error, "prefect.settings"):
+        return f"Prefect's settings cannot be read: {_setting_in(error)}"
     if not is_full(error) or isinstance(error, StoreFullError):
-        return _one_line(error)
+        return _of_a_file(error) if isinstance(error, OSError) else _one_line(error)
     return (
         f"no space left: {space_left(home())} in {home()}, {space_left(Path.cwd())} here: make room"
         f" and run again, what is finished is kept: {_one_line(error)[:300]}"
     )
+
+
+def _passed_through(error: Exception, package: str) -> bool:
+    frames = traceback.walk_tb(error.__traceback__)
+    return any(frame.f_globals.get("__name__", "").startswith(package) for frame, _ in frames)
+
+
+def _setting_in(error: Exception) -> str:
+    """What is wrong with a variable or a profile of Prefect's."""
+    way_out = "mend the variable PREFECT_… or the profile (prefect config view) that has it"
+    if not isinstance(error, ValidationError):
+        return f"{_one_line(error)}: {way_out}"
+    first = error.errors()[0]
+    where = ".".join([error.title, *map(str, first["loc"])])
+    return f"{where}: {first['msg']} (got {first['input']!r}): {way_out}"
+
+
+def _of_a_file(error: OSError) -> str:
+    """The file first; where it is one of ours, how to have them elsewhere."""
+    if not isinstance(error.filename, str | Path) or not error.strerror:
+        return _one_line(error)
+    said = f"{error.filename}: {error.strerror}"
+    if not Path(error.filename).absolute().is_relative_to(home().absolute()):
+        return said
+    return f"{said}: set DPQ_HOME to a folder that can be written (it is {home()})"
 
 
 _AGAIN = "run again (a server of ours is started anew): what is finished is kept"

@@ -26,6 +26,7 @@ from dpq_core import corpus
 from dpq_core.device import resolve_device
 from dpq_core.errors import InputError
 from dpq_core.families import FAMILIES, members_of
+from dpq_core.paths import is_file
 from dpq_core.reader import CheckpointReader, model_type_of
 from dpq_core.recipe import Recipe, TextDataset
 from dpq_core.roofline import synchronize
@@ -195,15 +196,16 @@ def _characters(dataset: TextDataset) -> float | None:
             return float(sum(map(len, corpus.documents(dataset.split))))
     files = dataset.data_files
     paths = [Path(name) for name in ([files] if isinstance(files, str) else files or [])]
-    if paths and all(path.is_file() and path.suffix in _TEXTS for path in paths):
+    if paths and all(is_file(path) and path.suffix in _TEXTS for path in paths):
         return float(sum(map(_unpacked, paths)))
     return _HUB.get((dataset.path, dataset.name or "", dataset.split))
 
 
 def _unpacked(path: Path) -> int:
     """Bytes of a file; of a gzip file as its last four bytes have them."""
-    if path.suffix != ".gz":
-        return path.stat().st_size
+    size = path.stat().st_size
+    if path.suffix != ".gz" or size < 4:  # damaged: preflight says so
+        return size
     with path.open("rb") as file:
         file.seek(-4, os.SEEK_END)
         return int.from_bytes(file.read(4), "little")

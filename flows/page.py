@@ -16,6 +16,7 @@ from typing import Any
 from markupsafe import Markup
 from matplotlib.figure import Figure
 
+from dpq_core.calibration_tokens import CalibrationTokens
 from dpq_core.data import label_of
 from dpq_core.exports.card import shown_scheme
 from dpq_core.gates import THROUGHPUT_RATIO, Verdict
@@ -480,6 +481,7 @@ def _facts(data: ReportData) -> dict[str, dict[str, str]]:
             "fingerprint, SHA-256 of its tokens": data.manifest["calibration"]["windows"],
             "data": f"{label_of(calibration.dataset)}, split {calibration.dataset.split}",
             "windows": f"at most {calibration.samples} of {calibration.sequence_length} tokens",
+            "tokens": CalibrationTokens.of_manifest(data.manifest).line,
             "propagation": calibration.propagation,
             "statistics of inputs in": calibration.hessian_inputs,
             "tokens' weights in them": calibration.token_weights,

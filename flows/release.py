@@ -29,7 +29,7 @@ from tasks.log import log_evaluation, log_metrics, log_release, log_verdict
 from tasks.memory import MemoryUse
 from tasks.preflight import preflight
 from tasks.publish import destination_of, published
-from tasks.register import Registration, register
+from tasks.register import Registration, base_of, register
 
 
 @dataclass(frozen=True)
@@ -84,6 +84,7 @@ def release(recipe: Recipe) -> Release:
     tags = {"recipe_digest": recipe.digest, "champion_at_start": str(champion or "")}
     with tracked_run(tracking_uri, recipe.registry.experiment, name, tags, artifact_root) as run:
         inputs = preflight(recipe)
+        base_of(recipe, inputs.model).check(registry, name, champion)
         model, data = inputs.model, inputs.evaluation
         baseline = measure(
             recipe, data, Subject("baseline", model.folder, model.digest, source=True)

@@ -11,6 +11,7 @@ from prefect.artifacts import (
     create_table_artifact,
 )
 
+from dpq_core.calibration_tokens import CalibrationTokens
 from dpq_core.gates import Metric, Verdict
 from dpq_core.pairing import Difference, Evaluation, Failure
 from dpq_core.plan import kept_lines
@@ -91,8 +92,11 @@ def notes(metrics: Mapping[str, Metric]) -> list[str]:
 
 
 def model_notes(manifest: Mapping[str, Any]) -> list[str]:
-    """What stayed in 16 bits and why, and whether the checkpoint's own code was run."""
-    lines = kept_lines(manifest["skipped"])
+    """Of what it was calibrated on where that is less than was asked, what stayed in 16 bits and
+    why, and whether the checkpoint's own code was run."""
+    tokens = CalibrationTokens.of_manifest(manifest)
+    lines = [f"calibration: {tokens.line}"] if tokens.got < tokens.asked else []
+    lines += kept_lines(manifest["skipped"])
     if manifest["base_model"]["trust_remote_code"]:
         lines.append("the checkpoint's own Python code was run (model.trust_remote_code)")
     return lines

@@ -1,6 +1,7 @@
 """`dpq rollback`: the champion before, champion again."""
 
 import getpass
+import os
 import socket
 from dataclasses import asdict
 from pathlib import Path
@@ -10,6 +11,7 @@ from urllib.parse import unquote, urlparse
 import typer
 
 from dpq_core.recipe import ExecutionSection
+from dpq_core.registered_names import checked_name
 from flows.errors import errors, print_json
 from infra.settings import home
 
@@ -33,14 +35,22 @@ def rollback(
         from infra.store import Store
         from infra.tracking import tracking_store
 
+        checked_name(name)
         opened, registry = Store(store), Registry(tracking_store(home())[0])
-        who = f"by {getpass.getuser()} on {socket.gethostname()}: {why}"
+        who = f"by {_user()} on {socket.gethostname()}: {why}"
         with registry.exclusive(name, opened):
             done = registry.roll_back(name, who, lambda source: _check(source, opened))
         if as_json:
             print_json(asdict(done))
         else:
             print(f"{name}: version {done.champion} is champion, {done.taken_back} was taken back")
+
+
+def _user() -> str:
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):  # unknown to this machine: a container's
+        return f"user {os.getuid()}"
 
 
 def _check(source: str, store: "Store") -> None:

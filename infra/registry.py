@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion
 
 CHAMPION = "champion"
+BASE_MODEL = "base_model"  # tag: what a version was made of
 _TAG_LENGTH = 5000  # of the oldest servers we may meet; 3.16 itself takes 100,000
 
 
@@ -127,7 +128,7 @@ class Registry:
         """All versions of a registered model, in no particular order; none where it is unknown."""
         token: str | None = None
         while True:
-            page = self._client.search_model_versions(f"name = '{name}'", page_token=token)
+            page = self._client.search_model_versions(f"name = {_quoted(name)}", page_token=token)
             yield from page
             token = page.token
             if not token:
@@ -163,6 +164,20 @@ class Registry:
             f"{after} of {name} now, and {before} when this release began: run it again to"
             " put it in that place knowingly (nothing is computed twice)"
         )
+
+    def base_model(self, name: str, version: int) -> str | None:
+        """What a version was made of, as it or its run says; None where neither does."""
+        from mlflow.exceptions import MlflowException
+
+        tags = self.tags(name, version)
+        if BASE_MODEL in tags:
+            return tags[BASE_MODEL]
+        run = self._client.get_model_version(name, str(version)).run_id
+        try:
+            found: str | None = self._client.get_run(run).data.params.get("model.id")
+        except MlflowException:  # of a run that was deleted
+            return None
+        return found
 
     def promote(self, name: str, version: int) -> int | None:
         """Make `version` the champion and return the one that it replaced; to be called inside of
@@ -267,6 +282,12 @@ class Registry:
 
     def _set_tag(self, name: str, version: int, key: str, value: str) -> None:
         self._client.set_model_version_tag(name, str(version), key, _tag(value))
+
+
+def _quoted(text: str) -> str:
+    """A string of MLflow's filter language, which knows no escapes: a quote stands in others."""
+    quote = '"' if "'" in text else "'"
+    return f"{quote}{text}{quote}"
 
 
 def _tag(value: str) -> str:

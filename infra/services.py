@@ -24,6 +24,7 @@ from prefect.events.worker import EventsWorker
 from prefect.logging.handlers import APILogWorker
 from prefect.settings import get_current_settings, temporary_settings
 
+from infra.probes import check_prefect
 from infra.shared_server import HOST, ServerKind, ServiceError, address_of, shared_server
 from infra.tracking import is_server, tracking_store
 
@@ -58,9 +59,11 @@ def services(root: Path = Path(".dpq")) -> Iterator[Services]:
 
     Raises:
         ServiceError: a server did not come up.
+        ProbeError: one that is configured does not answer.
     """
     root = root.resolve()
     with ExitStack() as stack:
+        _check_configured(root)
         with ThreadPoolExecutor(1) as pool:  # first use costs both many seconds
             tracking = pool.submit(tracking_store, root)
             api_url = stack.enter_context(_prefect(root))
@@ -97,8 +100,9 @@ def connected(root: Path = Path(".dpq")) -> Iterator[str]:
 
     Raises:
         ServiceError: there is none.
+        ProbeError: the configured one does not answer.
     """
-    url = os.environ.get("PREFECT_API_URL") or get_current_settings().api.url
+    url = configured = _configured()
     if not url:
         server = address_of(_PREFECT, root.resolve())
         if server is None:
@@ -107,13 +111,33 @@ def connected(root: Path = Path(".dpq")) -> Iterator[str]:
             )
         url = f"{server}/api"
     with _prefect_settings({"PREFECT_API_URL": url}):
+        if configured:
+            check_prefect(url)
         yield url
+
+
+def _check_configured(root: Path) -> None:
+    """Of what the environment names, before a server is started.
+
+    Raises:
+        ProbeError: it does not answer.
+    """
+    url = _configured()
+    with _prefect_settings({"PREFECT_API_URL": url} if url else {}):  # and no proxy for this host
+        if url:
+            check_prefect(url)
+        if os.environ.get("MLFLOW_TRACKING_URI"):
+            tracking_store(root)
+
+
+def _configured() -> str | None:
+    """Address of Prefect's API, by the environment or the active profile."""
+    return os.environ.get("PREFECT_API_URL") or get_current_settings().api.url
 
 
 @contextmanager
 def _prefect(root: Path) -> Iterator[str]:
-    named = os.environ.get("PREFECT_API_URL") or get_current_settings().api.url
-    if named:
+    if named := _configured():
         with _prefect_settings({"PREFECT_API_URL": named}):
             try:
                 yield named

@@ -14,6 +14,7 @@ import re
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cache
 from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
@@ -22,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 from filelock import FileLock
 
 from infra.owners import PROCESS, Owner
+from infra.probes import ProbeError, check_mlflow, not_mlflow
 from infra.settings import mlflow_page
 
 if TYPE_CHECKING:
@@ -82,9 +84,11 @@ def tracking_store(root: Path) -> tuple[str, Path | None]:
 
     Raises:
         TrackingError: the address has a password in it; addresses are shown and stored.
+        ProbeError: MLflow does not answer there.
     """
     if named := os.environ.get("MLFLOW_TRACKING_URI"):
         _check_no_password(named)
+        _check_answers(named)
         return named, None
     home = root.resolve() / "mlflow"
     uri, artifact_root = f"sqlite:///{home / 'mlflow.db'}", home / "artifacts"
@@ -222,6 +226,19 @@ def tracked_run(
     client.set_terminated(run_id, "FINISHED")
 
 
+@cache
+def _check_answers(uri: str) -> None:
+    """Once in a process: later MLflow's client waits for a server that is started again."""
+    check_mlflow(uri)
+    try:
+        mlflow_client(uri).search_experiments(max_results=1)
+    except Exception as error:  # of MLflow, SQLAlchemy, a driver that is not installed
+        said = " ".join(str(error).split())[:300] or type(error).__name__
+        reason = f"it does not serve us ({said})"
+        hint = "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD say who asks"
+        raise ProbeError(f"{not_mlflow(uri, reason)}; {hint}") from error
+
+
 def _check_no_password(uri: str) -> None:
     if _PASSWORD.search(uri):
         raise TrackingError(
@@ -236,6 +253,12 @@ def _experiment_id(client: "MlflowClient", name: str, artifact_root: Path | None
     from mlflow.exceptions import MlflowException
 
     if existing := client.get_experiment_by_name(name):
+        if existing.lifecycle_stage == "deleted":
+            raise TrackingError(
+                f"the experiment {name!r} was deleted in MLflow, which keeps its name: restore it"
+                f" (mlflow experiments restore -x {existing.experiment_id}), or set"
+                " registry.experiment to another"
+            )
         return str(existing.experiment_id)
     location = artifact_root.resolve().as_uri() if artifact_root else None
     try:

@@ -3,7 +3,8 @@
 Prefect's server takes events of its own shape only, so this small server stands between: it checks
 MLflow's signature (Standard Webhooks: HMAC-SHA256 over `id.timestamp.body`) and launches the
 deployment `release/release` for versions that carry the tag `dpq.recipe`, with the version's source
-as `model.id`. A delivery that is repeated launches nothing: a version is one run.
+as `model.id`, under the watched model's name with `-w4a8` after it. A delivery that is repeated
+launches nothing: a version is one run.
 """
 
 import base64
@@ -14,6 +15,7 @@ import re
 import time
 from collections.abc import Mapping
 from typing import Any
+from urllib.parse import unquote
 
 import httpx
 from starlette.applications import Starlette
@@ -100,5 +102,8 @@ def requested(body: bytes) -> tuple[str, dict[str, Any]] | None:
         raise WebhookError(
             422, f"{name} version {number}: source {source}: a folder or an s3:// address is needed"
         )
-    folder = source.removeprefix("file://")
-    return f"mlflow/{name}/{number}", {"recipe": recipe, "settings": [f"model.id={folder}"]}
+    folder = unquote(source.removeprefix("file://")) if "file://" in source else source
+    settings = {"model.id": folder, "registry.name": f"{name}-w4a8"}
+    written = [f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in settings.items()]
+    written.append("registry.any_base_model=true")  # the name says which model it is of
+    return f"mlflow/{name}/{number}", {"recipe": recipe, "settings": written}

@@ -15,6 +15,7 @@ from dpq_core.digests import code_digest, digest
 from dpq_core.exports.card import licence_of
 from dpq_core.inputs import ModelInputs
 from dpq_core.model.quantization import described, quantization_of
+from dpq_core.paths import is_folder
 from dpq_core.plan import plan_layers
 from dpq_core.quantize import QuantizedLinear
 from dpq_core.recipe import Recipe
@@ -22,7 +23,7 @@ from dpq_core.streaming import StreamedModel
 from infra.store import ArtifactRef, Store
 from tasks.model import Model, stream_of
 from tasks.progress import stepper
-from tasks.windows import load_inputs
+from tasks.windows import count_tokens, load_inputs
 from tasks.worker import this_worker
 
 _PROBE_WINDOWS = 2
@@ -36,14 +37,18 @@ def provenance(recipe: Recipe, model: Model, windows: ArtifactRef) -> dict[str, 
     return {
         "base_model": stored_as
         | {
-            "id": Path(model.id).name if Path(model.id).is_dir() else model.id,
+            "id": Path(model.id).name if is_folder(model.id) else model.id,
             "revision": model.revision,
             "digest": model.digest,
             "licence": licence_of(model.folder),
             "trust_remote_code": recipe.model.trust_remote_code,
         },
         "calibration": recipe.calibration.model_dump(mode="json", exclude={"dataset"})
-        | {"windows": windows.sha256},
+        | {
+            "windows": windows.sha256,
+            "tokens": count_tokens(windows, Store(recipe.execution.store)),
+            "tokens_asked": recipe.calibration.samples * recipe.calibration.sequence_length,
+        },
     }
 
 

@@ -45,7 +45,7 @@ from dpq_core.scores import Scores, load_scores, save_scores
 from infra.registry import Registry
 from infra.store import ArtifactRef, Store
 from tasks.progress import stepper
-from tasks.register import Entry, Registration, enter
+from tasks.register import Base, Entry, Registration, enter
 
 FLOAT = ConvScheme(weights=None, activations=None)
 Method = Literal["post-training", "fine-tuned"]
@@ -222,9 +222,16 @@ def register_classifier(
     identity = digest([recipe.digest, classifier.sha256])
     tags = {"recipe_digest": recipe.digest, "checkpoint_sha256": classifier.sha256}
     address = source or classifier.uri
-    entry = Entry(recipe.registry.name, identity, address, run_id, tags)
+    entry = Entry(
+        recipe.registered_name, identity, address, run_id, base_of_classifier(recipe), tags
+    )
     store = Store(recipe.execution.store)
     return enter(Registry(tracking_uri), store, entry, verdict, champion_before)
+
+
+def base_of_classifier(recipe: ConvRecipe) -> Base:
+    """What a release of a classifier is made of."""
+    return Base(recipe.base_model, any=recipe.registry.any_base_model)
 
 
 def sizes_of(classifier: ArtifactRef) -> WeightSizes:

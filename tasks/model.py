@@ -4,6 +4,7 @@ import json
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from dpq_core.checkpoint import MANIFEST, check_checkpoint
 from dpq_core.digests import code_digest, digest
 from dpq_core.model.layout import ADAPTER
 from dpq_core.model.source import check_source, check_values
+from dpq_core.paths import is_folder
 from dpq_core.reader import SIDE_FILES, CheckpointError, CheckpointReader
 from dpq_core.recipe import ModelSection, Recipe
 from dpq_core.streaming import StreamedModel
@@ -46,7 +48,7 @@ def resolve(model: ModelSection) -> tuple[Path, str | None]:
         CheckpointError: neither a folder nor a model that the hub gives, or one without
             safetensors.
     """
-    if Path(model.id).is_dir():
+    if is_folder(model.id):
         if model.revision is not None:
             raise CheckpointError(
                 f"model.revision: {model.id} is a folder, which has no revisions: leave it out"
@@ -182,6 +184,25 @@ def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> Any:
     """
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
-        first_line = str(error).strip().splitlines()[0]
-        raise CheckpointError(f"{folder}: no usable tokenizer: {first_line}") from error
+    except Exception as error:  # of transformers, tokenizers, and the packages that they want
+        raise CheckpointError(f"{folder}: no usable tokenizer: {_why(folder, error)}") from error
+
+
+_SENTENCEPIECE = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
+
+
+def _why(folder: Path, error: Exception) -> str:
+    """Why a tokenizer cannot be loaded, in words of ours where theirs lead astray."""
+    said = next(iter(str(error).strip().splitlines()), "")
+    has = [name for name in _SENTENCEPIECE if (folder / name).is_file()]
+    if has and not (folder / "tokenizer.json").is_file() and not find_spec("sentencepiece"):
+        # transformers takes the file for tiktoken's then.
+        return (
+            f"{has[0]} is SentencePiece's, and the package sentencepiece is not installed: install"
+            " it, or save the tokenizer as tokenizer.json where it is"
+        )
+    if isinstance(error, ImportError):
+        return f"a package is missing ({said}): install it, or save the tokenizer as tokenizer.json"
+    if isinstance(error, OSError | ValueError):
+        return said or type(error).__name__
+    return f"its files are not as transformers reads them ({type(error).__name__}: {said})"

@@ -1,5 +1,6 @@
 """Everything that can be wrong with a recipe's inputs, found before any long work starts."""
 
+import logging
 from dataclasses import dataclass, replace
 
 import torch
@@ -7,6 +8,7 @@ from prefect import task
 from prefect.cache_policies import NO_CACHE
 from prefect.logging import get_run_logger
 
+from dpq_core.calibration_tokens import CalibrationTokens
 from dpq_core.choices import chosen_scheme
 from dpq_core.exports import check_exportable, planned_targets
 from dpq_core.exports.format import ExportError
@@ -69,6 +71,7 @@ def preflight(recipe: Recipe) -> Inputs:
     check_room(recipe, needed, store, worker)
     tokenizer = load_tokenizer(model.folder, recipe.model.trust_remote_code)
     calibration = windows.store_calibration(recipe.calibration, tokenizer, model.folder, store)
+    _check_tokens(recipe, plan, windows.count_tokens(calibration, store))
     evaluation = prepare(recipe.evaluation, tokenizer, store)
     read = {"calibration": calibration, "evaluation.perplexity": evaluation.perplexity}
     fitting.check_ids(config, tokenizer, read, store)
@@ -123,6 +126,16 @@ def _checked_leaves(recipe: Recipe, calibration: ArtifactRef, store: Store) -> i
             " calibration.samples"
         )
     return leaves
+
+
+def _check_tokens(recipe: Recipe, plan: Plan, got: int) -> None:
+    tokens = CalibrationTokens.of_plan(recipe.calibration, got, plan.layers)
+    get_run_logger().log(
+        logging.WARNING if tokens.got < tokens.asked else logging.INFO,
+        "calibration: %s",
+        tokens.line,
+    )
+    tokens.check(recipe.calibration.required_tokens_per_input)
 
 
 def _check_budget(recipe: Recipe, plan: Plan) -> None:

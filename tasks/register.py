@@ -11,9 +11,10 @@ from prefect.concurrency.asyncio import ConcurrencySlotAcquisitionError
 from prefect.concurrency.sync import concurrency
 
 from dpq_core.digests import digest
+from dpq_core.errors import InputError
 from dpq_core.gates import Verdict
 from dpq_core.recipe import Recipe
-from infra.registry import Registry
+from infra.registry import BASE_MODEL, Registry
 from infra.store import ArtifactRef, Store
 from tasks.model import Model
 
@@ -43,10 +44,55 @@ def promoting() -> Iterator[None]:
         yield
 
 
+class BaseModelError(InputError):
+    """A release of another model than the champion's."""
+
+
+@dataclass(frozen=True)
+class Base:
+    """What a release is made of. digest: of its content, where that is known. any: the champion
+    may be of another."""
+
+    model: str
+    digest: str | None = None
+    any: bool = False
+
+    def obstacle(self, registry: Registry, name: str, champion: int | None) -> str | None:
+        """Why a release may not take the alias from this champion; None: it may."""
+        if champion is None or self.any:
+            return None
+        same = self.digest is not None and self.digest == (
+            registry.tags(name, champion).get("model_digest")
+        )
+        theirs = registry.base_model(name, champion)
+        if same or theirs in (None, self.model):
+            return None
+        return (
+            f"the champion of {name}, version {champion}, was made of {theirs}, and this is of"
+            f" {self.model}: give it a name of its own (registry.name), or set"
+            " registry.any_base_model: true to let it take the alias"
+        )
+
+    def check(self, registry: Registry, name: str, champion: int | None) -> None:
+        """The same before any work.
+
+        Raises:
+            BaseModelError: why it may not take the alias.
+        """
+        if reason := self.obstacle(registry, name, champion):
+            raise BaseModelError(reason)
+
+
+def base_of(recipe: Recipe, model: Model) -> Base:
+    """Of a release of a language model."""
+    return Base(model.id, model.digest, recipe.registry.any_base_model)
+
+
 @dataclass(frozen=True)
 class Registration:
     """Where a release ended up in the registry. verdict: `withheld` in place of `promoted` where
-    the champion changed while the release ran, or the release was rolled back once."""
+    the champion changed while the release ran or is of another base model, or the release was
+    rolled back once."""
 
     name: str
     version: int
@@ -75,7 +121,8 @@ def register(
     tags |= {"checkpoint_sha256": checkpoint.sha256}
     store = Store(recipe.execution.store)
     address = source or checkpoint.uri
-    entry = Entry(recipe.registered_name, identity, address, run_id, tags, about or {})
+    base = base_of(recipe, model)
+    entry = Entry(recipe.registered_name, identity, address, run_id, base, tags, about or {})
     return enter(Registry(tracking_uri), store, entry, verdict, champion_before)
 
 
@@ -88,6 +135,7 @@ class Entry:
     identity: str
     source: str
     run_id: str
+    base: Base
     tags: Mapping[str, str]
     about: Mapping[str, str] = field(default_factory=dict)
 
@@ -106,10 +154,12 @@ def enter(
     with promoting(), registry.exclusive(name, store):
         version = registry.find(name, tags)
         if version is None:
-            version = registry.register(name, entry.source, entry.run_id, {**tags, **entry.tags})
+            new = {**tags, BASE_MODEL: entry.base.model, **entry.tags}
+            version = registry.register(name, entry.source, entry.run_id, new)
         registry.annotate(name, version, entry.about)
         if verdict.verdict == "promoted":
             reason = registry.obstacle(name, version, champion_before)
+            reason = reason or entry.base.obstacle(registry, name, registry.champion(name))
             if reason is None:
                 return Registration(name, version, registry.promote(name, version), verdict)
             verdict = replace(verdict, verdict="withheld", reasons=(reason,))

@@ -2,9 +2,11 @@
 windows of images and texts."""
 
 import hashlib
+import math
 from pathlib import Path
 from typing import Any
 
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -72,6 +74,14 @@ def load_inputs(
         number, _, name = key.partition(".")
         inputs.setdefault(int(number), {})[name] = tensor
     return [inputs[number] for number in sorted(inputs)][:samples]
+
+
+def count_tokens(artifact: ArtifactRef, store: Store) -> int:
+    """Of all calibration windows, those of images included."""
+    with safe_open(store.open(artifact) / _FILE, "pt") as file:
+        names = file.keys()
+        ids = [name for name in names if name == "windows" or name.endswith(".input_ids")]
+        return sum(math.prod(file.get_slice(name).get_shape()) for name in ids)
 
 
 def _store(tensors: dict[str, Tensor], store: Store) -> ArtifactRef:

@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from dpq_core.convnet.recipe import ImagesSection
+from dpq_core.data_files import check_folder, literal
 from dpq_core.digests import file_digest
 from dpq_core.errors import InputError
 
@@ -207,20 +208,49 @@ def _datasets(section: ImagesSection) -> ImageSet:
 def _split(section: ImagesSection, split: str, count: int | None) -> Images:
     from datasets import load_dataset
 
+    assert section.path is not None
+    check_folder(section.path)
+    folder = None if section.data_dir is None else literal(section.data_dir)
     try:
-        rows = load_dataset(section.path, data_dir=section.data_dir, split=split)
+        rows = load_dataset(section.path, data_dir=folder, split=split)
     except Exception as error:  # of any loader
-        reason = " ".join(str(error.__cause__ or error).split())
+        reason = " ".join(str(error.__cause__ or error).split()) or type(error).__name__
         raise ImagesError(f"{section.path}: {split}: {reason}") from error
     for column in (section.image_column, section.label_column):
         if column not in rows.column_names:
-            raise ImagesError(
-                f"{section.path}: no column {column!r}, but {', '.join(rows.column_names)}"
-            )
-    rows = rows.select(range(min(count or len(rows), len(rows))))
-    pixels = np.stack([_square(row[section.image_column], section.size) for row in rows])
-    labels = np.array([row[section.label_column] for row in rows], np.int64)
-    return Images(torch.from_numpy(pixels), torch.from_numpy(labels))
+            found = ", ".join(rows.column_names)
+            raise ImagesError(f"{section.path}: no column {column!r}, but {found}: {_CLASSES}")
+    chosen = range(min(count or len(rows), len(rows)))
+    if not chosen:
+        raise ImagesError(f"{section.path}: {split}: no rows")
+    pictures, labels = zip(*(_row(section, rows, split, number) for number in chosen), strict=True)
+    return Images(torch.from_numpy(np.stack(pictures)), torch.tensor(labels))
+
+
+_CLASSES = (
+    "pictures lie in a folder for each class, or images.image_column and images.label_column name"
+    " the columns"
+)
+
+
+def _row(
+    section: ImagesSection, rows: Any, split: str, number: int
+) -> tuple[NDArray[np.uint8], int]:
+    """A picture [3, size, size] and its class.
+
+    Raises:
+        ImagesError: no picture, or no class.
+    """
+    where = f"{section.path}: {split}: row {number}"
+    try:
+        row = rows[number]
+        picture = _square(row[section.image_column], section.size)
+    except (AttributeError, OSError, ValueError) as error:  # no picture; Pillow's
+        raise ImagesError(f"{where}: no picture that can be read: {error}") from error
+    label = row[section.label_column]
+    if not isinstance(label, int) or label < 0:
+        raise ImagesError(f"{where}: its class is {label!r}, no number from 0: {_CLASSES}")
+    return picture, label
 
 
 def _square(picture: Any, size: int) -> NDArray[np.uint8]:

@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 from dpq_core.digests import digest
 from dpq_core.recipe import ExecutionSection, read_recipe, validated
+from dpq_core.registered_names import ExperimentName, RegisteredName, default_name
 
 Bits = Literal[4, 8, 16]
 
@@ -155,8 +156,13 @@ class BenchmarkSection(Section):
 
 
 class ConvRegistry(Section):
-    name: str = "convnet-int8"
-    experiment: str = "dpq-convnet"
+    name: RegisteredName | None = Field(
+        None, description="registered model; by default of the network and its images"
+    )
+    any_base_model: bool = Field(
+        False, description="take the alias from a champion that was made of another network"
+    )
+    experiment: ExperimentName = "dpq-convnet"
 
 
 class ConvRecipe(Section):
@@ -193,6 +199,28 @@ class ConvRecipe(Section):
         if self.network.kind == "exported" and self.training.epochs:
             raise ValueError("an exported network is trained: set training.epochs: 0")
         return self
+
+    @property
+    def base_model(self) -> str:
+        """What is quantized, in words: a network by id, or one that is trained on these images."""
+        return self.network.id or f"{self._network} on {self._images}"
+
+    @property
+    def _network(self) -> str:
+        network = self.network
+        return str(network.id or network.config.get("model_type") or network.kind)
+
+    @property
+    def _images(self) -> str:
+        images = self.images
+        return images.data_dir or images.folder or images.path or images.source
+
+    @property
+    def registered_name(self) -> str:
+        """Name in the model registry: `<network>-<images>-int8` unless the recipe has one."""
+        if self.registry.name:
+            return self.registry.name
+        return f"{default_name(self._network)}-{default_name(self._images)}-int8"
 
     @property
     def digest(self) -> str:

@@ -23,6 +23,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from jinja2 import TemplateError
+
 from dpq_core import mirror
 from dpq_core.digests import digest, file_digest
 from dpq_core.errors import InputError
@@ -193,6 +195,10 @@ def _check_entry(index: Mapping[str, Any], name: str) -> None:
             )
 
 
+_NO_ROWS = "corresponds to no data"  # says `datasets` of a split
+_OF_THE_DEFINITION = (LookupError, TypeError, AttributeError, NameError, TemplateError)
+
+
 def _load(manager: Any, name: str) -> dict[str, Any]:
     """The suite's tasks by name, with their data: one, or those of a group."""
     try:
@@ -201,6 +207,16 @@ def _load(manager: Any, name: str) -> dict[str, Any]:
         raise
     except Exception as error:  # of datasets, huggingface_hub, jinja, yaml, the suite's own code
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        if isinstance(error, StopIteration | IndexError) or _NO_ROWS in reason:
+            raise SuiteError(
+                f"suite {name!r}: its data hold no documents: look at the files and the split that"
+                " its definition names, and at what its process_docs leaves of them"
+            ) from error
+        if isinstance(error, _OF_THE_DEFINITION):
+            raise SuiteError(
+                f"suite {name!r}: its definition does not fit its data"
+                f" ({type(error).__name__}: {reason})"
+            ) from error
         raise SuiteError(
             f"suite {name!r}: its data cannot be read: {reason.rstrip('.')}: where the hub is out"
             " of reach, let evaluation.data_mirror name a folder or s3:// of the data (`dpq mirror"

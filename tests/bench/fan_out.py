@@ -113,6 +113,7 @@ def recipe_of(folder: Path, model: str, blocks: int) -> Recipe:
                 "dataset": {"path": "text", "data_files": str(text)},
                 "samples": 8,
                 "sequence_length": 512,
+                "required_tokens_per_input": 0,
             },
             "evaluation": {"perplexity": {"dataset": {"path": "text", "data_files": str(text)}}},
             "execution": {"store": str(folder / "store"), "device": "cpu", "runner": "processes"},

@@ -81,6 +81,7 @@ def write_recipe(folder: Path, runner: str, windows: int, shards: int) -> Path:
             "dataset": {"path": "python_docs"},
             "samples": windows,
             "sequence_length": LENGTH,
+            "required_tokens_per_input": 0,
             "batch_size": 1,
         },
         "scheme": {"max_passes": 1},  # for time; a pass needs what the next one needs

@@ -240,6 +240,7 @@ def write_recipe(path: Path, model: str, **sections: object) -> Path:
             "samples": 32,
             "sequence_length": 32,
             "batch_size": 8,
+            "required_tokens_per_input": 0,
         },
         "evaluation": {"perplexity": {"dataset": dataset, "sequence_length": 128}},
         "gates": {"perplexity_increase": 1000},

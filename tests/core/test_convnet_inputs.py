@@ -1,6 +1,7 @@
 """What the second pipeline is given: recipes, idx files, folders of pictures, histograms."""
 
 import gzip
+import json
 import struct
 
 import numpy as np
@@ -179,3 +180,46 @@ def test_the_least_squared_error_range_is_better_than_all_of_it(bits):
     assert error(low, high) <= min(whole, 1.05 * best)
     if bits == 4:
         assert high < 0.5 * values.max()
+
+
+def drawn(folder, *names):
+    for number, name in enumerate(names):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (12, 12), (40 * number, 0, 0)).save(folder / name)
+    return folder
+
+
+def of_folder(folder, **fields):
+    about = {"source": "datasets", "path": "imagefolder", "data_dir": str(folder), "size": 8}
+    return load_images(ImagesSection(**about, **fields))
+
+
+HALVES = {"train_split": "train[:1]", "test_split": "train[1:]"}
+
+
+def test_a_folder_that_exists_is_that_folder(tmp_path):
+    folder = drawn(tmp_path / "pictures[1]", "a/0.png", "b/1.png")
+    assert of_folder(folder, **HALVES).classes == 2
+
+
+def test_pictures_without_folders_of_classes_say_so(tmp_path):
+    names = "train/0.png", "train/1.png", "test/2.png", "test/3.png"
+    with pytest.raises(ImagesError, match=r"row 0: its class is None.*a folder for each class"):
+        of_folder(drawn(tmp_path, *names))
+    with pytest.raises(ImagesError, match=r"no column 'label', but image: .*a folder for each"):
+        of_folder(drawn(tmp_path / "flat", "0.png", "1.png"), **HALVES)
+
+
+def test_classes_that_are_no_numbers_are_named(tmp_path):
+    drawn(tmp_path, "0.png", "1.png")
+    rows = [{"file_name": f"{number}.png", "label": "cat"} for number in range(2)]
+    (tmp_path / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(ImagesError, match="row 0: its class is 'cat', no number"):
+        of_folder(tmp_path, **HALVES)
+
+
+def test_a_broken_picture_is_named(tmp_path):
+    drawn(tmp_path, "a/0.png", "b/1.png")
+    (tmp_path / "a" / "0.png").write_bytes(b"broken")
+    with pytest.raises(ImagesError, match="row 0: no picture that can be read"):
+        of_folder(tmp_path, **HALVES)

@@ -4,12 +4,15 @@ import os
 from pathlib import Path
 
 import datasets
+import fsspec
 import pytest
 import torch
 from transformers import AutoTokenizer, ByT5Tokenizer
 
 from dpq_core import corpus
 from dpq_core.data import DataError, calibration_windows, load_texts, token_windows
+from dpq_core.data_files import literal
+from dpq_core.errors import InputError
 from dpq_core.recipe import TextDataset
 
 SHARED = Path(__file__).parents[2].parent / "shared"
@@ -173,3 +176,58 @@ def test_wikitext2_is_cut_as_the_papers_do():
     assert len(texts) == 4358
     tokenizer = AutoTokenizer.from_pretrained(WIKI_LLAMA)
     assert token_windows(texts, tokenizer, 512).shape == (345480 // 512, 512)
+
+
+@pytest.mark.parametrize("name", ["a[1].jsonl", "a?.jsonl", "a*.jsonl", "a#b%20{c}'d.jsonl"])
+def test_a_file_that_exists_is_that_file(tmp_path, name):
+    write_rows(tmp_path / "a1.jsonl", [{"text": "another"}])
+    path = write_rows(tmp_path / name, [{"text": "this one"}])
+    assert load_texts(files(path)) == ["this one"]
+    assert "another" in load_texts(files(tmp_path / "a?.json*"))  # which does not exist: a pattern
+
+
+def test_an_object_that_exists_is_that_object():
+    memory = fsspec.filesystem("memory")
+    for name in ("a1.jsonl", "a[1].jsonl"):
+        memory.pipe(f"/texts/{name}", json.dumps({"text": name}).encode())
+    assert literal("memory://texts/a[1].jsonl") == "memory://texts/a[[]1].jsonl"
+    assert literal("memory://texts/b[1].jsonl") == "memory://texts/b[1].jsonl"
+    assert literal("https://host/a?b") == "https://host/a?b"
+
+
+def test_a_name_that_datasets_reads_as_addresses_is_refused(tmp_path):
+    path = write_rows(tmp_path / "a::b.jsonl", [{"text": "x"}])
+    with pytest.raises(InputError, match=r"a::b.jsonl: a name with :: cannot be read"):
+        load_texts(files(path))
+
+
+def test_a_folder_whose_name_is_a_pattern_is_refused(tmp_path):
+    (tmp_path / "texts[1]").mkdir()
+    with pytest.raises(InputError, match=r"texts\[1\]: a folder with"):
+        load_texts(TextDataset(path=str(tmp_path / "texts[1]")))
+
+
+@pytest.mark.parametrize(
+    ("builder", "name", "content"),
+    [
+        ("json", "none.jsonl", b""),
+        ("json", "none.jsonl.gz", gzip.compress(b"")),
+        ("json", "blank.jsonl", b"\n \n"),
+        ("json", "list.json", b"[]"),
+        ("text", "none.txt", b""),
+        ("csv", "none.csv", b""),
+        ("parquet", "none.parquet", b""),
+    ],
+)
+def test_an_empty_file_is_called_so(tmp_path, builder, name, content):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError) as caught:
+        load_texts(TextDataset(path=builder, data_files=str(tmp_path / name)))
+    assert str(caught.value) == f"{tmp_path / name}: the file holds no rows"
+
+
+def test_a_builder_without_files_does_not_take_those_that_lie_about(tmp_path, monkeypatch):
+    write_rows(tmp_path / "mine.jsonl", [{"text": "private"}])
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(DataError, match="json: reads files: name them in data_files"):
+        load_texts(TextDataset(path="json"))

@@ -391,3 +391,33 @@ def test_a_tokenizer_that_opens_texts_still_opens_them():
     assert opening.tok_encode("hello") == tokenizer("hello").input_ids
     assert opening.tok_encode("hello")[0] == tokenizer.bos_token_id
     assert harness._harness(tiny(), BYTES, 4).tok_encode("a") == [100]
+
+
+def none_left(path):
+    (path / "kept.py").write_text("def none(rows):\n    return rows.filter(lambda row: False)\n")
+    return "process_docs: !function kept.none\n"
+
+
+@pytest.mark.parametrize("how", ["no rows", "an empty list", "none left"])
+def test_a_suite_without_documents_is_called_so(folder, how):
+    path, write = folder
+    write("bare", [0] if how == "none left" else [])
+    if how == "an empty list":
+        (path / "bare.jsonl").write_text("[]")
+    if how == "none left":
+        (path / "bare.yaml").write_text(none_left(path) + (path / "bare.yaml").read_text())
+    with pytest.raises(SuiteError) as caught:
+        digests(["bare"], path)
+    assert str(caught.value).startswith("suite 'bare': its data hold no documents: ")
+    assert "hub" not in str(caught.value)
+
+
+def test_a_definition_that_does_not_fit_its_data_is_no_matter_of_the_hub(folder):
+    path, write = folder
+    write("other", [0])
+    definition = (path / "other.yaml").read_text()
+    asks = definition.replace("doc_to_text: question", 'doc_to_text: "{{no_such_column.x}}"')
+    (path / "other.yaml").write_text(asks)
+    with pytest.raises(SuiteError, match="'other': its definition does not fit its data") as caught:
+        digests(["other"], path)
+    assert "hub" not in str(caught.value)

@@ -280,6 +280,13 @@ def test_a_remote_mirror_is_copied_and_known_by_its_files(folder, tmp_path):
         act("memory://bucket/other", ["python_docs", "mmlu_pro"])  # need nothing of it
 
 
+def test_a_remote_mirror_whose_name_is_a_pattern_is_that_one(folder, tmp_path):
+    remote = fsspec.filesystem("memory")
+    remote.put(str(folder), "/bucket/mirror[1]", recursive=True)
+    fetch("memory://bucket/mirror[1]", tmp_path / "copy", ["piqa"])
+    assert (tmp_path / "copy" / "piqa" / "validation.jsonl.gz").is_file()
+
+
 def test_what_is_interrupted_leaves_nothing(hub, tmp_path, monkeypatch):
     monkeypatch.setattr(mirror.gzip.GzipFile, "write", lambda *_: 1 / 0)
     (row, _) = make(tmp_path / "made", ["piqa"])

@@ -10,6 +10,8 @@ CONTENT = {
     "calibration": {"dataset": {"path": "text", "data_files": "corpus.txt"}},
 }
 
+UP = "model.layers.0.mlp.up_proj"
+
 
 @pytest.fixture
 def recipe_file(tmp_path):
@@ -34,7 +36,7 @@ def test_defaults_and_values(recipe_file):
     assert recipe.model.id == "org/model"
     assert recipe.scheme.group_size == 64
     assert recipe.scheme.method == "dpq"
-    assert recipe.registered_name == "model-w4a8"
+    assert recipe.registered_name == "org-w4a8"
 
 
 @pytest.mark.parametrize(
@@ -234,3 +236,80 @@ def test_recipes_cannot_be_changed():
     recipe = parse_recipe(CONTENT)
     with pytest.raises(ValueError, match="frozen"):
         recipe.scheme.group_size = 8
+
+
+@pytest.mark.parametrize(
+    ("text", "part"),
+    [
+        ("gates: {}\nmodel: {id: a/b}\ngates: {accuracy_drop: 1}\n", "lines 1 and 3: 'gates'"),
+        ("gates:\n  accuracy_drop: 1\n  accuracy_drop: 2\n", "lines 2 and 3: 'accuracy_drop'"),
+        ("export: [{a: 1, a: 2}]\n", "line 1: 'a' is given twice"),
+    ],
+)
+def test_a_key_given_twice_is_refused_with_its_lines(tmp_path, text, part):
+    path = tmp_path / "twice.yaml"
+    path.write_text(text)
+    assert part in message_of(path)
+
+
+def test_a_merged_key_may_be_given_again(tmp_path, recipe_file):
+    path = tmp_path / "merged.yaml"
+    path.write_text(
+        f"{recipe_file.read_text()}gates: {{<<: &g {{accuracy_drop: 2}}, mode: relative}}\n"
+    )
+    assert load_recipe(path).gates.accuracy_drop == 2
+
+
+@pytest.mark.parametrize(
+    ("override", "read", "value"),
+    [
+        ("execution.store=/a #b", lambda r: r.execution.store, "/a #b"),
+        ("execution.store=#b", lambda r: r.execution.store, "#b"),
+        ("execution.store=a: b", lambda r: r.execution.store, "a: b"),
+        ("execution.store=*", lambda r: r.execution.store, "*"),
+        ("registry.name=it's", lambda r: r.registry.name, "it's"),
+        ("registry.name='3'", lambda r: r.registry.name, "3"),
+        ("model.revision=2024-01-02", lambda r: r.model.revision, "2024-01-02"),
+        ("layers.model.layers.0.mlp.up_proj=w8a8", lambda r: r.layers, {UP: "w8a8"}),
+        (f'layers."{UP}"=w8a8', lambda r: r.layers, {UP: "w8a8"}),
+        ('variants."w4.5".method=rtn', lambda r: r.variants, {"w4.5": {"method": "rtn"}}),
+        ("execution.workers=", lambda r: r.execution.workers, None),
+        ("execution.workers=3", lambda r: r.execution.workers, 3),
+        ("gates.accuracy_drop=0.25", lambda r: r.gates.accuracy_drop, 0.25),
+    ],
+)
+def test_a_setting_is_taken_as_it_is_written(recipe_file, override, read, value):
+    assert read(load_recipe(recipe_file, ["execution.workers=5", override])) == value
+
+
+@pytest.mark.parametrize(
+    "override",
+    ["registry={name: a #b}", "registry={name: a, name: b}", 'registry.name="a" b', "a..b=1"],
+)
+def test_a_setting_of_which_something_would_be_dropped_is_refused(recipe_file, override):
+    assert repr(override) in message_of(recipe_file, [override])
+
+
+@pytest.mark.parametrize(
+    "override",
+    ["scheme.bits=8", "scheme={method: gptq, inner: none, activations: none}"],
+)
+def test_what_a_disabled_repair_would_do_refuses_nothing(recipe_file, override):
+    assert not load_recipe(recipe_file, [override]).repair.enabled
+
+
+def test_repair_names_a_choice_that_does_not_go_with_the_scheme(recipe_file):
+    scheme = "scheme={method: gptq, inner: none, activations: none}"
+    message = message_of(recipe_file, [scheme, "repair.enabled=true"])
+    assert "repair.candidates.w8a8: bits is 8 but inner is 'none'" in message
+    assert "pydantic" not in message
+
+
+def test_layers_of_eight_bits_can_be_kept_in_sixteen(recipe_file):
+    recipe = load_recipe(recipe_file, ["scheme.bits=8", f"layers.{UP}=bf16"])
+    assert recipe.layers == {UP: "bf16"}
+
+
+def test_names_too_long_for_a_file_are_an_error_of_ours(recipe_file):
+    assert "name too long" in message_of("x" * 300).lower()
+    assert load_recipe(recipe_file, [f"model.id={'x' * 300}"]).model.id == "x" * 300

@@ -87,6 +87,10 @@ def unknown_family(model):
         ("evaluation={suites: [piqa], data_mirror: 's3:///'}", "data_mirror s3:///"),
         ("calibration.dataset.text_column=body", "body"),
         ("calibration.sequence_length=100000", "100000"),
+        (
+            "calibration.required_tokens_per_input=4",
+            "1.6 for each of the widest layer's 640 inputs",
+        ),
         ("scheme.method=gptq", "gptq"),
         ("no_equals_sign", "key.path=value"),
     ],

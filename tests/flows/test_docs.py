@@ -33,7 +33,11 @@ from flows.cli import app
 from flows.deployed_recipe import Asked
 
 REPOSITORY = Path(__file__).parents[2]
-PAGES = [REPOSITORY / "README.md", REPOSITORY / "CONTRIBUTING.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
+PAGES = [
+    REPOSITORY / "README.md",
+    REPOSITORY / "CONTRIBUTING.md",
+    *sorted((REPOSITORY / "docs").glob("*.md")),
+]
 QUICKSTART = REPOSITORY / "recipes" / "quickstart.yaml"
 PACKAGES = ("dpq_core", "infra", "tasks", "flows")
 

@@ -62,7 +62,7 @@ MANIFEST = {
         "trust_remote_code": False,
     },
     "scheme": Scheme().model_dump(mode="json"),
-    "calibration": {"windows": "cd" * 32},
+    "calibration": {"windows": "cd" * 32, "tokens": 3_072, "tokens_asked": 4_096},
     "bytes_per_weight": 0.5336,
     "layers": LAYERS,
     "skipped": {"lm_head": "output head, kept in 16 bits"},
@@ -358,6 +358,7 @@ def test_what_was_skipped_is_listed():
     limited = recipe_of(evaluation={"suites": ["piqa"], "limit": 5}, export=["gptq"])
     said = section(tree_of(replace(FULL, recipe=limited, exports=[])), "Skipped")
     for part in (
+        "Calibration: 3,072 of 4,096 tokens asked for, 24 for each of the widest",
         "Not quantized: lm_head (output head, kept in 16 bits)",
         "accuracy.mmlu: 7 requests were longer",
         "the first 5 of each suite",

@@ -209,3 +209,11 @@ def test_texts_in_files_count_by_their_unpacked_size(tmp_path):
     dataset = TextDataset(path="json", data_files=[str(plain), str(packed)])
     assert module._characters(dataset) == 6000
     assert module._characters(TextDataset(path="json", data_files="s3://bucket/a.jsonl")) is None
+
+
+def test_a_forecast_leaves_what_is_wrong_with_files_to_preflight(tmp_path):
+    empty = tmp_path / "empty.jsonl.gz"
+    empty.touch()
+    for name in (str(empty), f"{'x' * 300}.jsonl"):
+        module._characters(TextDataset(path="json", data_files=name))
+    assert module._characters(TextDataset(path="json", data_files=str(empty))) == 0

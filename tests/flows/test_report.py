@@ -57,6 +57,9 @@ def test_a_report_is_in_mlflow_on_the_run_page_and_on_the_terminal(content, serv
     assert cells[:3] == ["perplexity_token", f"{metric.baseline:.4f}", f"{metric.candidate:.4f}"]
     windows = result.manifest["calibration"]["windows"]
     assert windows in text_of(tree, "//dd")
+    calibration = result.manifest["calibration"]
+    assert (calibration["tokens"], calibration["tokens_asked"]) == (1024, 1024)
+    assert "1,024 of 1,024 tokens asked for, 1.6 for each" in text_of(tree, "//dd")
     worst = max(result.manifest["layers"], key=lambda row: row["error"])
     assert tree.xpath("//td[@data-title='layer']")[0].text_content() == worst["name"]
 

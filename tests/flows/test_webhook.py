@@ -4,6 +4,7 @@ import json
 import socket
 import threading
 import time
+from pathlib import Path
 
 import httpx
 import pytest
@@ -17,10 +18,12 @@ from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterIdempotencyKey
 from typer.testing import CliRunner
 
+from dpq_core.recipe import load_recipe
 from flows.cli import app
 from infra.deployments import PREFECT_YAML, deploy
-from infra.webhook import PATH, application
+from infra.webhook import PATH, application, requested
 
+QUICKSTART = Path(__file__).parents[2] / "recipes" / "quickstart.yaml"
 SECRET = "a secret of the tests"
 CREATED = WebhookEvent.from_str("model_version.created")
 
@@ -67,7 +70,11 @@ def test_mlflow_delivers_a_version_and_one_run_begins(address, tmp_path, monkeyp
         time.sleep(0.1)
     (run,) = found
     assert run.parameters["recipe"] == "quickstart"
-    assert run.parameters["settings"] == ["model.id=/models/new"]
+    assert run.parameters["settings"] == [
+        'model.id="/models/new"',
+        'registry.name="base-w4a8"',
+        "registry.any_base_model=true",
+    ]
 
 
 def post(address, body, secret=SECRET, age=0):
@@ -111,7 +118,16 @@ def test_the_same_version_is_the_same_run(address):
     assert first.json() == second.json()
     (run,) = runs("mlflow/other/8")
     assert first.json() == {"run": str(run.id)}
-    assert run.parameters["settings"] == ["model.id=s3://bucket/model"]
+    assert run.parameters["settings"][0] == 'model.id="s3://bucket/model"'
+
+
+def test_what_is_released_is_named_after_the_model_that_is_watched():
+    body = delivery({"dpq.recipe": "quickstart"}, source="file:///models/n%20%231/artifacts/model")
+    _, parameters = requested(body.encode())
+    recipe = load_recipe(QUICKSTART, parameters["settings"])
+    assert recipe.model.id == "/models/n #1/artifacts/model"
+    assert recipe.registered_name == "other-w4a8"
+    assert recipe.registry.any_base_model  # a version's folder is its own: the name says the rest
 
 
 def test_without_a_secret_there_is_no_relay(monkeypatch):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from infra.registry import Registry, RegistryError, Rollback
+from infra.registry import BASE_MODEL, Registry, RegistryError, Rollback
 from infra.tracking import mlflow_client, tracked_run, tracking_store
 
 REPOSITORY = Path(__file__).parents[2]
@@ -244,3 +244,22 @@ def test_nothing_changes_where_the_version_before_is_damaged(uri, registry, name
 def test_references_are_all_that_versions_say(registry, name, run_id):
     registry.register(name, "file:///only-here", run_id, {"checkpoint_sha256": "d" * 64})
     assert {"file:///only-here", "d" * 64} <= set(registry.references())
+
+
+@pytest.mark.parametrize("name", ["it's", 'say "x"', "a b%;`\\ü"])
+def test_every_name_is_found_by_mlflows_filter(registry, name, checkpoint, run_id):
+    version = registry.register(name, checkpoint, run_id, {"release_digest": "d1"})
+    assert registry.find(name, {"release_digest": "d1"}) == version
+    assert registry.promote(name, version) is None
+    assert registry.champion(name) == version
+
+
+def test_a_version_says_what_it_was_made_of_or_its_run_does(uri, registry, name, checkpoint):
+    with tracked_run(uri, "dpq", "release", {}, None) as run:
+        run.log_params({"model": {"id": "org/of-the-run"}})
+    older = registry.register(name, checkpoint, run.run_id, {})
+    newer = registry.register(name, checkpoint, run.run_id, {BASE_MODEL: "org/of-the-tag"})
+    assert registry.base_model(name, older) == "org/of-the-run"
+    assert registry.base_model(name, newer) == "org/of-the-tag"
+    mlflow_client(uri).delete_run(run.run_id)
+    assert registry.base_model(name, newer) == "org/of-the-tag"

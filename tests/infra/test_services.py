@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import httpx
@@ -18,6 +18,7 @@ import pytest
 from prefect import flow, task
 from prefect.context import refresh_global_settings_context
 from prefect.settings import PREFECT_API_URL, get_current_settings, temporary_settings
+from web_server import MLFLOW, PREFECT, web_server
 
 from infra.services import services, ui
 from infra.shared_server import ServerKind, ServiceError, shared_server
@@ -169,23 +170,26 @@ def test_an_abandoned_prefect_server_is_adopted_shared_and_stopped_by_its_last_u
 
 @pytest.mark.parametrize("how", ["environment", "profile"])
 def test_a_configured_prefect_api_is_used_and_nothing_is_started(tmp_path, monkeypatch, how):
-    url = "http://127.0.0.1:9/api"
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://tracking:5000")
-    profile = {PREFECT_API_URL: url} if how == "profile" else {}
-    if how == "environment":
-        monkeypatch.setenv("PREFECT_API_URL", url)
-    with temporary_settings(profile), services(tmp_path) as running:
-        assert running.prefect_api_url == url == get_current_settings().api.url
-        assert running.prefect_ui_url == "http://127.0.0.1:9"
-        assert running.mlflow_tracking_uri == "http://tracking:5000"
-        assert running.artifact_root is None
+    with web_server(PREFECT) as prefect, web_server(MLFLOW) as mlflow:
+        url = f"{prefect}/api"
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", mlflow)
+        profile = {PREFECT_API_URL: url} if how == "profile" else {}
+        if how == "environment":
+            monkeypatch.setenv("PREFECT_API_URL", url)
+        with temporary_settings(profile), services(tmp_path) as running:
+            assert running.prefect_api_url == url == get_current_settings().api.url
+            assert running.prefect_ui_url == prefect
+            assert running.mlflow_tracking_uri == mlflow
+            assert running.artifact_root is None
     assert not list(tmp_path.iterdir())
 
 
 def test_ui_serves_mlflow_on_the_same_store_and_stops_it(tmp_path, monkeypatch):
-    monkeypatch.setenv("PREFECT_API_URL", "http://127.0.0.1:9/api")
-    with ui(tmp_path) as addresses:
-        assert addresses.prefect == "http://127.0.0.1:9"
+    with ExitStack() as stack:
+        prefect = stack.enter_context(web_server(PREFECT))
+        monkeypatch.setenv("PREFECT_API_URL", f"{prefect}/api")
+        addresses = stack.enter_context(ui(tmp_path))
+        assert addresses.prefect == prefect
         family = psutil.Process(server_pid(tmp_path, "mlflow"))
         family = [family, *family.children(recursive=True)]
         found = httpx.post(

@@ -7,6 +7,7 @@ from pathlib import Path
 from urllib.parse import unquote, urlparse
 
 import pytest
+from web_server import MLFLOW, web_server
 
 from infra.tracking import TrackingError, mlflow_client, tracked_run, tracking_store
 
@@ -136,9 +137,23 @@ def test_no_active_run_is_left_or_used(run):
 
 
 def test_a_named_tracking_server_wins_over_the_local_store(tmp_path, monkeypatch):
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://tracking:5000")
-    assert tracking_store(tmp_path) == ("http://tracking:5000", None)
+    with web_server(MLFLOW) as address:
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", address)
+        assert tracking_store(tmp_path) == (address, None)
     assert not list(tmp_path.iterdir())
+
+
+def test_an_experiment_that_was_deleted_is_named_with_the_way_out(store):
+    with tracked_run(store[0], "deleted", "x", {}, store[1]):
+        pass
+    client = mlflow_client(store[0])
+    number = client.get_experiment_by_name("deleted").experiment_id
+    client.delete_experiment(number)
+    with (
+        pytest.raises(TrackingError, match=f"'deleted' was deleted .* restore -x {number}"),
+        tracked_run(store[0], "deleted", "x", {}, store[1]),
+    ):
+        pass
 
 
 @pytest.mark.parametrize(
@@ -161,6 +176,7 @@ def test_a_tracking_address_with_a_password_is_refused_and_not_repeated(tmp_path
     "uri", ["postgresql://dpq@host/mlflow", "http://host:5000", "sqlite:////srv/a@b/mlflow.db"]
 )
 def test_a_tracking_address_without_a_password_is_taken(tmp_path, monkeypatch, uri):
+    monkeypatch.setattr("infra.tracking._check_answers", lambda _: None)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
     assert tracking_store(tmp_path) == (uri, None)
 
