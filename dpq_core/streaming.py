@@ -344,8 +344,7 @@ def empty_model(folder: Path, trust_remote_code: bool = False) -> Any:
     config = load_config(folder, trust_remote_code)
     if hasattr(config, "quantization_config"):
         del config.quantization_config  # ours: transformers and lm-eval would look it up
-    half = (torch.bfloat16, torch.float16)
-    dtype = config.dtype if config.dtype in half else torch.bfloat16
+    dtype = sixteen_bit_type(config)
     family = FAMILIES.get(config.model_type)
     auto = AutoModelForImageTextToText if family and family.vision else AutoModelForCausalLM
     with building, init_empty_weights(include_buffers=False):
@@ -353,6 +352,19 @@ def empty_model(folder: Path, trust_remote_code: bool = False) -> Any:
         if family and family.experts:
             separate_experts(model.get_submodule(family.blocks), family.experts)
     return fit(model).eval()
+
+
+def sixteen_bit_type(config: Any) -> torch.dtype:
+    """The type that a model of this configuration runs in."""
+    half = (torch.bfloat16, torch.float16)
+    found: torch.dtype = config.dtype if config.dtype in half else torch.bfloat16
+    return found
+
+
+def as_run(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """A weight as it is read, for a model that runs in `dtype`: wider ones of FP16 models are
+    narrowed, since these are the numbers that the model multiplies with."""
+    return weight.to(dtype) if dtype == torch.float16 else weight
 
 
 def load_config(folder: Path, trust_remote_code: bool = False) -> Any:

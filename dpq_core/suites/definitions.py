@@ -26,8 +26,6 @@ from typing import Any
 from dpq_core import mirror
 from dpq_core.digests import digest, file_digest
 from dpq_core.errors import InputError
-
-# Its import puts the questions' code into the version of this module (`digests.code_digest`).
 from dpq_core.suites import python_docs
 
 _SHIPPED = Path(python_docs.__file__).parent
