@@ -205,8 +205,8 @@ def _judged(data: ReportData) -> str:
     if gates.mode == "relative":
         unit = "in percent of the baseline"
     said = (
-        f"{passed} of {len(judged)} gates passed. Judged by {what}; limits are {unit}, and what"
-        " reaches one fails."
+        f"{passed} of {len(judged)} gates passed. Judged on {data.verdict.judged_on}, by {what};"
+        f" limits are {unit}, and what reaches one fails."
     )
     if gates.throughput_ratio is not None:
         said += f" Of {THROUGHPUT_RATIO} what reaches its limit passes."

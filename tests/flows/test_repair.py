@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 from conftest import dpq_process, run_flow
 
+from dpq_core.gates import NotMeasuredError
+from dpq_core.halves import ALL, JUDGING
 from dpq_core.recipe import parse_recipe
 from flows.release import release
 from infra.registry import Registry
@@ -44,8 +46,13 @@ def test_rejected_then_promoted_without_touching_a_gate(content, services_home, 
     assert len(unrepaired.rounds) == 1
     result = measured(content, {})
     assert result.verdict.verdict == "promoted", result.rounds
+    asked, judged = (r.verdict.metrics["perplexity_token"].documents for r in (unrepaired, result))
+    assert (unrepaired.verdict.judged_on, result.verdict.judged_on) == (ALL, JUDGING)
+    assert 0 < judged < asked
     assert Registry(tracking_store(services_home)[0]).champion("repair-tests") is not None
     before, *after = result.rounds
+    assert before["gates missed"] == "perplexity_token"
+    assert after[-1]["gates missed"] == "none"
     assert before["measured increase"] >= 0.01 > after[-1]["measured increase"]
     assert before["bits per weight"] < after[-1]["bits per weight"] <= 8.5
     assert 0 < after[-1]["predicted increase"] < before["measured increase"]
@@ -118,12 +125,13 @@ def test_a_layer_that_the_recipe_gives_a_choice_keeps_it(content):
     assert schemes["model.layers.4.mlp.down_proj"] == {"group_size": 32}
 
 
-def test_what_is_broken_is_not_repaired(content, tmp_path):
-    """A suite that fails is a reason to reject, and no number that bits could better."""
+def test_a_baseline_that_was_not_measured_ends_before_the_quantization(content, tmp_path):
+    """It was quantized, rejected for its baseline, and registered once."""
     evaluation = content["evaluation"] | {"suites": ["python_docs"], "timeout": 1e-6}
-    result = measured(content, {"evaluation": evaluation})
-    assert result.verdict.verdict == "rejected"
-    assert len(result.rounds) == 1
+    execution = content["execution"] | {"store": str(tmp_path / "store")}
+    with pytest.raises(NotMeasuredError, match=r"the baseline was not measured.*TimeoutError"):
+        measured(content, {"evaluation": evaluation, "execution": execution})
+    assert not (tmp_path / "store" / "statistics").exists()
 
 
 def test_killed_in_a_round_and_run_again(content, recipe_file, tmp_path):
