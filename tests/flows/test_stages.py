@@ -331,6 +331,23 @@ def test_a_network_is_known_by_the_weights_behind_its_id(tmp_path):
     assert _weights_of(NetworkSection()) == {}
 
 
+def test_weights_copied_over_with_their_time_are_another_model(tmp_path):
+    """`cp -p` of new weights of the same size: the old digest was found, and the old scores."""
+    from infra.store import Store
+    from tasks.model import content_digest
+
+    here, store = shutil.copytree(model(), tmp_path / "model"), Store(tmp_path / "store")
+    path, new = here / "model.safetensors", tmp_path / "new.safetensors"
+    tensors = load_file(path)
+    before = content_digest(here, store)
+    save_file(tensors | {"model.norm.weight": -tensors["model.norm.weight"]}, new, {"format": "pt"})
+    stat = path.stat()
+    os.utime(new, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    shutil.copy2(new, path)
+    assert (path.stat().st_size, path.stat().st_mtime_ns) == (stat.st_size, stat.st_mtime_ns)
+    assert content_digest(here, store) != before
+
+
 def record():
     torch.set_num_threads(1)
     golden = json.loads(GOLDEN.read_text()) if GOLDEN.exists() else {}
