@@ -141,7 +141,10 @@ def skipped(data: ReportData) -> list[str]:
         )
     if not recipe.evaluation.suites:
         lines.append("Accuracy: not measured, the recipe names no suite")
-    if recipe.evaluation.perplexity is None:
+    perplexity = recipe.evaluation.perplexity
+    if perplexity and perplexity.dataset == recipe.calibration.dataset:
+        lines.append("Other text for calibration: none, it reads the text that perplexity judges")
+    if perplexity is None:
         lines.append("Perplexity: not measured, the recipe names no data set")
     if not any(THROUGHPUT in v.metrics for v in data.past if v.number == data.version):
         lines.append("Throughput: not measured in this release")

@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import time
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -21,7 +22,7 @@ from dpq_core.gates import NotMeasuredError
 from dpq_core.recipe import parse_recipe
 from flows.cli import app
 from flows.evaluate import evaluate as evaluate_flow
-from flows.measure import _ended, _outcome
+from flows.measure import _ended, _found, _outcome
 from flows.nightly import why_due
 from flows.release import release
 from infra.registry import Registry
@@ -306,6 +307,17 @@ def test_a_task_that_found_no_server_to_begin_is_submitted_again(starts):
         assert outcome == artifact
     else:
         assert outcome.reason.startswith("did not begin in 3 attempts, and is pending")
+
+
+def test_a_killed_worker_is_a_reason_and_no_score():
+    class Future:
+        state = Pending()
+
+        def wait(self):
+            raise BrokenProcessPool("A process in the pool was terminated abruptly")
+
+    found = _found(Future(), Future)
+    assert found.reason.startswith("failed: its worker was killed, for lack of memory perhaps")
 
 
 def test_a_time_limit_is_named_and_leaves_the_others(evaluate, model, suites, monkeypatch):
