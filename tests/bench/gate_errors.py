@@ -1,6 +1,6 @@
 """How often the accuracy gate lets a candidate pass, by its true loss: docs/verdict.md.
 
-    python tests/bench/gate_errors.py [--turned 4 8] [--trials 100000]
+    python tests/bench/gate_errors.py [--turned 4 8] [--trials 40000]
 
 A document's answer turns wrong with probability (t + d/100)/2 and right with (t − d/100)/2, for a
 share t of turned answers and a true drop of d points: multinomial draws, suites apart, the mean
@@ -62,7 +62,7 @@ def passed(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--turned", type=float, nargs="+", default=[4, 8], help="percent")
-    parser.add_argument("--trials", type=int, default=100_000)
+    parser.add_argument("--trials", type=int, default=40_000)
     arguments = parser.parse_args()
     rng = np.random.default_rng(SEED)
     print("| documents | turned | true drop | one look | four looks | halves | shown |")

@@ -3,15 +3,19 @@
 import csv
 import json
 import time
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from conftest import dpq_process, run_flow
 
-from dpq_core.gates import NotMeasuredError
+from dpq_core.gates import Metric, NotMeasuredError, Verdict
 from dpq_core.halves import ALL, JUDGING
 from dpq_core.recipe import parse_recipe
+from flows.attempt import Attempt
 from flows.release import release
+from flows.repair import repair
 from infra.registry import Registry
 from infra.tracking import PARENT, mlflow_client, tracking_store
 
@@ -83,6 +87,33 @@ def test_rejected_then_promoted_without_touching_a_gate(content, services_home, 
     again = measured(content, {})
     assert {stage: artifacts(store, stage) for stage in stages} == made
     assert again.rounds == result.rounds
+
+
+@pytest.mark.parametrize("judged", ["promoted", "rejected"])
+def test_the_half_that_judges_has_the_last_word(content, judged, monkeypatch):
+    """And no round follows it: it is looked at once."""
+    recipe, looks = parse_recipe(content), []
+    metric = Metric("perplexity_token", 3.0, 3.0, 0.0, limit=0.01, passed=True)
+    look = Verdict("promoted", (), {"perplexity_token": metric})
+    reasons = () if judged == "promoted" else ("perplexity_token: increase",)
+    missed = replace(metric, delta=0.02, passed=judged == "promoted")
+    said = Verdict(judged, reasons, {"perplexity_token": missed})
+
+    def gate(*arguments, **keywords):
+        looks.append(keywords.get("chooses", False))
+        return said
+
+    monkeypatch.setattr("flows.attempt.gate", gate)
+    candidate = SimpleNamespace(integrity={})
+    found = repair(recipe, None, {}, Attempt(recipe, candidate, {}, look, look))
+    assert looks == [False]
+    assert len(found.attempts) == 1
+    assert (found.last.look, found.last.verdict.verdict) == (look, judged)
+    why = [
+        "the half of the documents that chooses lets it pass" in r
+        for r in found.last.verdict.reasons
+    ]
+    assert any(why) is (judged == "rejected")
 
 
 def test_a_budget_that_is_too_small_says_what_is_needed(content):
