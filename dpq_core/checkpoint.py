@@ -255,12 +255,17 @@ class QuantizedCheckpoint:
     def _expected(self) -> dict[str, tuple[list[int], str | None]]:
         expected: dict[str, tuple[list[int], str | None]] = {}
         model = self.empty_model()
+        half = model.dtype == torch.float16  # kept weights are too, or BF16 of earlier releases
         for name, parameter in model.named_parameters():
             layer = name.removesuffix(".weight")
             if layer in self.shapes:
                 rows, features = self.shapes[layer]
                 stored = expected_shapes(rows, features, self.schemes[layer])
-                expected |= {f"{layer}.{suffix}": entry for suffix, entry in stored.items()}
+                kept = half and self.schemes[layer].method == "none"
+                expected |= {
+                    f"{layer}.{suffix}": (shape, None if kept else dtype)
+                    for suffix, (shape, dtype) in stored.items()
+                }
             else:
                 expected[name] = (list(parameter.shape), None)
         if model.config.tie_word_embeddings:

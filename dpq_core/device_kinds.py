@@ -64,9 +64,16 @@ def index_of(name: str) -> int:
 
 
 def _cpu_arithmetic(_index: int) -> str:
-    """Its vector instructions, and whether BF16 units multiply."""
-    found = f"cpu-{torch.backends.cpu.get_cpu_capability().lower()}"
-    return f"{found}-bf16" if products.bf16_units() else found
+    """What torch uses of its vector instructions, the units for products of few bits, each of which
+    adds in an order of its own, and what the libraries are told to leave out."""
+    used = torch.backends.cpu.get_cpu_capability().lower()
+    units = [name for name in products.features() if name in _UNITS]
+    multiplied = "bf16" if products.bf16_units() else "fp32"
+    told = [f"{name}={value}".lower() for name, value in products.limits().items()]
+    return "-".join(["cpu", used, *units, multiplied, *told])
+
+
+_UNITS = ("avx512_vnni", "avx512_bf16", "amx_bf16", "bf16")
 
 
 def _cuda_arithmetic(index: int) -> str:

@@ -22,6 +22,14 @@ def file_digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def identity(path: Path) -> list[int]:
+    """What changes whenever a file's content does, without reading it: size, time of its last
+    change, and what no copy preserves (`cp -p`, `tar`, `rsync -t` set the time of the content):
+    the time at which anything of the file was changed last, and which file of the disk it is."""
+    stat = path.stat()
+    return [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
+
+
 def write_json(path: Path, content: Any, indent: int | None = 2) -> None:
     """Write JSON in the one way that the same content gives the same bytes."""
     path.write_text(json.dumps(content, indent=indent, sort_keys=True) + "\n")
@@ -30,8 +38,8 @@ def write_json(path: Path, content: Any, indent: int | None = 2) -> None:
 def code_digest(module: str) -> str:
     """SHA-256 (hex) of a module's source and of all that it imports from its own package.
 
-    The version of the code that computes a result: it changes when, and only when, a source file
-    that the computation can reach changes.
+    For a run's record of what code it ran. Cache keys have versions of arithmetic instead
+    (`tasks/support/stages.py`): a comment changes no result.
     """
     with _PARSING:
         return _code_digest(module)

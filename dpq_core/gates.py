@@ -2,8 +2,10 @@
 
 A gate compares one number with one limit, strictly: a perplexity increase equal to the limit fails.
 The number is the difference that was measured (the mission's rule) or, where `gates.confidence` is
-set, the end of its interval that looks worst. What is missing, not finite, or not measured on the
-same documents fails. Integrity is not a matter of degree and has no limit.
+set, the end of its interval that looks worst. A candidate whose scores are not finite fails. What
+was not measured (a suite that failed, a baseline that is not finite, other documents, too few for
+the interval that is asked for) is judged neither way: the verdict is then `error`, and no release
+ends with it. Integrity is not a matter of degree and has no limit.
 
 The gate on speed has a limit that must be reached: W4A8 decodes one sequence at least so many times
 as fast as BF16, both measured in one process on one device (`dpq_core.throughput`).
@@ -11,9 +13,10 @@ as fast as BF16, both measured in one process on one device (`dpq_core.throughpu
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal
 
+from dpq_core.halves import ALL
 from dpq_core.pairing import CONFIDENCE, Difference, Evaluation, Failure, difference
 from dpq_core.recipe import GatesSection
 from dpq_core.scores import PERPLEXITIES, PERPLEXITY, PERPLEXITY_WORD, Scores
@@ -49,14 +52,30 @@ class Metric(Difference):
 @dataclass(frozen=True)
 class Verdict:
     """`promoted`, `rejected`, or `inspected` where documents were left out and nothing is broken;
-    with every reason and all the numbers. `withheld`: the gates let it pass, the registry not."""
+    with every reason and all the numbers. `withheld`: the gates let it pass, the registry not.
+    `error`: something was not measured, and nothing is said of the candidate. judged_on: which
+    documents."""
 
-    verdict: Literal["promoted", "rejected", "inspected", "withheld"]
+    verdict: Literal["promoted", "rejected", "inspected", "withheld", "error"]
     reasons: tuple[str, ...]
     metrics: dict[str, Metric]
+    judged_on: str = ALL
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
+
+    def or_error(self, what: str) -> "Verdict":
+        """The same. Raises NotMeasuredError, of `what`, where it is none."""
+        if self.verdict != "error":
+            return self
+        raise NotMeasuredError(
+            f"{what} was not measured, so nothing is judged or registered; run again when it can"
+            f" be, what is finished is kept: {'; '.join(self.reasons)}"
+        )
+
+
+class NotMeasuredError(RuntimeError):
+    """No verdict: for lack of memory, of time, of data, of documents."""
 
 
 def compare(
@@ -100,39 +119,55 @@ def judge(
     differences: Mapping[str, Difference],
     integrity: Mapping[str, str | None],
     gates: GatesSection,
-    limited: bool,
+    limited: str | None,
     ratios: Mapping[str, float | Failure] | None = None,
+    judged_on: str = ALL,
 ) -> Verdict:
     """Apply the gates.
 
     Args:
         differences: as `compare` gives them.
         integrity: check name → None where it passed, else what is wrong.
-        limited: whether documents were left out of the evaluation.
+        limited: the setting that left documents out of the evaluation, if any did.
         ratios: by kind of device, decoding speed of W4A8 over BF16, or why it is missing; None
             where speed is not judged (yet).
+        judged_on: which documents the differences are of.
     """
     metrics = {name: _judged(name, d, gates) for name, d in differences.items()}
     if ratios is not None:
         metrics |= _judged_ratios(ratios, gates.throughput_ratio)
+    missing = _missing(metrics, gates)
+    if not any(metric.limit is not None for metric in metrics.values()):
+        missing.append("nothing was measured that a gate could judge")
+    if missing:
+        return Verdict("error", tuple(missing), metrics, judged_on)
     reasons = [f"integrity: {name}: {wrong}" for name, wrong in integrity.items() if wrong]
     reasons += [_reason(name, m, gates) for name, m in metrics.items() if not m.passed]
-    if not any(metric.limit is not None for metric in metrics.values()):
-        reasons.append("nothing was measured that a gate could judge")
     broken = any(integrity.values()) or any(metric.wrong for metric in metrics.values())
     if limited and not gates.allow_limited:
         reasons.append(
-            "evaluation.limit left documents out: such a run is for looking, not for promotion "
+            f"{limited} left documents out: such a run is for looking, not for promotion "
             "(unless gates.allow_limited is set)"
         )
-        return Verdict("rejected" if broken else "inspected", tuple(reasons), metrics)
-    return Verdict("rejected" if reasons else "promoted", tuple(reasons), metrics)
+        looked_at = Verdict("inspected", tuple(reasons), metrics, judged_on)
+        return replace(looked_at, verdict="rejected") if broken else looked_at
+    return Verdict("rejected" if reasons else "promoted", tuple(reasons), metrics, judged_on)
+
+
+def _missing(metrics: Mapping[str, Metric], gates: GatesSection) -> list[str]:
+    """What was not measured, and why; of an average only where no suite of it says so."""
+    said = {name: _reason(name, m, gates) for name, m in metrics.items() if m.unmeasured}
+    single = [reason for name, reason in said.items() if name not in _AVERAGES]
+    return single or list(said.values())
+
+
+_AVERAGES = ("commonsense_accuracy", "accuracy_average")
 
 
 def ratio_metric(metric: str, found: float | Failure, limit: float | None) -> Metric:
     """A ratio to the baseline, which must reach `limit`; what is missing or not finite does not."""
     if isinstance(found, Failure):
-        return Metric(metric, limit=limit, wrong=found.reason)
+        return Metric(metric, limit=limit, wrong=found.reason, unmeasured=limit is not None)
     if not math.isfinite(found):
         return Metric(metric, limit=limit, wrong=f"it is {found}")
     passed = limit is None or found >= limit
@@ -142,7 +177,8 @@ def ratio_metric(metric: str, found: float | Failure, limit: float | None) -> Me
 def _judged_ratios(ratios: Mapping[str, float | Failure], limit: float | None) -> dict[str, Metric]:
     """A metric a device. What nobody asked for and is not there is no metric."""
     if limit is not None and not ratios:
-        return {THROUGHPUT_RATIO: Metric(_DECODING, limit=limit, wrong="not measured")}
+        wrong = "not measured"
+        return {THROUGHPUT_RATIO: Metric(_DECODING, limit=limit, wrong=wrong, unmeasured=True)}
     return {
         f"{THROUGHPUT_RATIO}.{device}": ratio_metric(_DECODING, found, limit)
         for device, found in ratios.items()
@@ -156,7 +192,7 @@ _DECODING = "decoding, batch 1, W4A8 / BF16"
 def _limit(name: str, gates: GatesSection) -> float | None:
     if name == PERPLEXITY:
         return gates.perplexity_increase
-    if name in ("commonsense_accuracy", "accuracy_average", f"accuracy.{MMLU}"):
+    if name in (*_AVERAGES, f"accuracy.{MMLU}"):
         return gates.accuracy_drop
     return None
 
@@ -170,6 +206,7 @@ def _judged(name: str, found: Difference, gates: GatesSection) -> Metric:
         return Metric(**base, passed=True)
     loss, worst = _loss(found, gates)
     judged = loss if gates.confidence is None else worst
+    base["unmeasured"] = judged is None
     return Metric(
         **base,
         limit=limit,

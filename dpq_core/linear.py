@@ -49,7 +49,8 @@ def layer_tensors(layer: QuantizedLinear) -> dict[str, Tensor]:
 
 
 def expected_shapes(rows: int, features: int, scheme: Scheme) -> dict[str, tuple[list[int], str]]:
-    """Shape and safetensors type of each tensor of a stored layer [rows, features]."""
+    """Shape and safetensors type of each tensor of a stored layer [rows, features]. A weight that
+    is kept is BF16 here, and F16 in models that run in it."""
     groups = -(-features // scheme.group_size)
     shapes: dict[str, tuple[list[int], str]] = {}
     if scheme.method == "none":

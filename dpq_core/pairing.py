@@ -8,12 +8,14 @@ of 0.44 points). Documents are paired; what counts is those whose answer turned.
   change is −1, 0 or 1, so a resample is one multinomial draw of three counts; half an answer is
   added to those that turned right and to those that turned wrong (Agresti and Min, 2005), without
   which ten documents that agree would look certain.
-- p: McNemar's exact test (1947): how likely the turned answers are this uneven if both models are
-  equally good.
+- p: of the same mean over suites. Were both models equally good, each turned answer could as well
+  have turned the other way (Fisher's sign flips, suites apart); p is how often the mean then moves
+  at least so far. For one suite that is McNemar's exact test (1947).
 - Perplexity: windows are resampled, the same ones for both models.
 
 Nothing is averaged over: a suite that failed, a document that one of the two lacks, or a value that
-is not finite leaves no number but the reason.
+is not finite leaves no number but the reason. Scores of the candidate that are not finite are what
+was measured of it; every other reason means that nothing was (`unmeasured`).
 """
 
 import math
@@ -32,6 +34,7 @@ _RESAMPLES = 10_000
 _AT_ONCE = 500  # resamples of windows: their counts take _AT_ONCE × windows × 8 bytes
 SEED = 0  # of the bootstrap
 _FEWEST = 10  # windows: fewer say nothing of their own spread
+_ROUNDING = 1e-9  # points: of sums that are equal
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,10 @@ class Failure:
     """Why there are no scores."""
 
     reason: str
+
+
+class _NotFinite(Failure):
+    """There are, of the candidate, and not all are numbers."""
 
 
 Evaluation = Mapping[str, Scores | Failure]  # by suite, or perplexity_token
@@ -59,6 +66,7 @@ class Difference:
     turned_wrong: int | None = None
     p_value: float | None = None
     wrong: str | None = None  # why delta is missing
+    unmeasured: bool = False  # not for what the candidate's scores are: nothing can be judged
 
 
 def difference(
@@ -76,14 +84,17 @@ def difference(
     after = [candidate.get(suite, missing) for suite in suites]
     metric = ", ".join(sorted({s.metric for s in before + after if isinstance(s, Scores)}))
     values = _mean(before), _mean(after)
-    pairs, reasons = [], []
+    pairs, reasons, unmeasured = [], [], False
     for suite, first, second in zip(suites, before, after, strict=True):
-        if reason := _unpaired(first, second):
-            reasons.append(f"{suite}: {reason}" if len(suites) > 1 else reason)
+        if found := _unpaired(first, second):
+            reasons.append(f"{suite}: {found.reason}" if len(suites) > 1 else found.reason)
+            unmeasured |= not isinstance(found, _NotFinite)
         elif isinstance(first, Scores) and isinstance(second, Scores):
             pairs.append((first, second))
     if reasons or values[0] is None or values[1] is None:
-        return Difference(metric, *values, wrong="; ".join(reasons) or "not finite")
+        unmeasured |= not reasons and values[0] is None  # the baseline's sum overflows
+        wrong = "; ".join(reasons) or f"{'baseline' if values[0] is None else 'candidate'} infinite"
+        return Difference(metric, *values, wrong=wrong, unmeasured=unmeasured)
     paired = Difference(
         metric,
         *values,
@@ -135,34 +146,38 @@ def _mean(scores: Sequence[Scores | Failure]) -> float | None:
     return sum(values) / len(values)
 
 
-def _unpaired(before: Scores | Failure, after: Scores | Failure) -> str | None:
+def _unpaired(before: Scores | Failure, after: Scores | Failure) -> Failure | None:
     """Why two results cannot be compared document by document."""
-    for side, scores in (("baseline", before), ("candidate", after)):
-        if isinstance(scores, Failure):
-            return f"{side} {scores.reason}"
-        broken = sum(not math.isfinite(value) for value in scores.values)
-        if broken:
-            return f"{side}: the scores of {broken} of {len(scores)} documents are not finite"
-    assert isinstance(before, Scores)
-    assert isinstance(after, Scores)
+    if isinstance(before, Failure):
+        return Failure(f"baseline {before.reason}")
+    if isinstance(after, Failure):
+        return Failure(f"candidate {after.reason}")
+    if broken := _not_finite(before):
+        return Failure(f"baseline: {broken}")
     if before.metric != after.metric:
-        return f"baseline has {before.metric}, candidate {after.metric}"
-    if before.documents == after.documents and before.weights == after.weights:
-        return None if before.documents else "no documents"
-    first, second = Counter(before.documents), Counter(after.documents)
-    return (
-        f"not the same documents: {(first - second).total()} of the baseline's are missing from the"
-        f" candidate's, {(second - first).total()} of the candidate's from the baseline's"
-    )
+        return Failure(f"baseline has {before.metric}, candidate {after.metric}")
+    if before.documents != after.documents or before.weights != after.weights:
+        first, second = Counter(before.documents), Counter(after.documents)
+        return Failure(
+            f"not the same documents: {(first - second).total()} of the baseline's are missing from"
+            f" the candidate's, {(second - first).total()} of the candidate's from the baseline's"
+        )
+    if not before.documents:
+        return Failure("no documents")
+    broken = _not_finite(after)
+    return _NotFinite(f"candidate: {broken}") if broken else None
+
+
+def _not_finite(scores: Scores) -> str:
+    broken = sum(not math.isfinite(value) for value in scores.values)
+    return f"the scores of {broken} of {len(scores)} documents are not finite" if broken else ""
 
 
 def _with_turned_answers(
     paired: Difference, pairs: Sequence[tuple[Scores, Scores]], confidence: float
 ) -> Difference:
-    from scipy.stats import binomtest  # seconds
-
     rng = np.random.default_rng(SEED)
-    deltas = np.zeros(_RESAMPLES)
+    deltas, flipped = np.zeros(_RESAMPLES), np.zeros(_RESAMPLES)
     right = wrong = 0
     for before, after in pairs:
         changes = np.subtract(after.values, before.values)
@@ -171,13 +186,30 @@ def _with_turned_answers(
         draws = rng.multinomial(len(changes), shares, size=_RESAMPLES)
         deltas += 100 * (draws[:, 2] - draws[:, 0]) / len(changes) / len(pairs)
         wrong, right = wrong + counts[0], right + counts[2]
+        turned = counts[0] + counts[2]
+        flips = 2 * rng.binomial(turned, 0.5, size=_RESAMPLES) - turned
+        flipped += 100 * flips / len(changes) / len(pairs)
     return replace(
         paired,
         interval=_interval(deltas, confidence),
         turned_right=right,
         turned_wrong=wrong,
-        p_value=float(binomtest(right, right + wrong).pvalue) if right + wrong else 1.0,
+        p_value=_exact_p(right, wrong) if len(pairs) == 1 else _flipped_p(flipped, paired.delta),
     )
+
+
+def _exact_p(right: int, wrong: int) -> float:
+    """McNemar's, two-sided: of `right + wrong` fair coins."""
+    from scipy.stats import binomtest  # seconds
+
+    return float(binomtest(right, right + wrong).pvalue) if right + wrong else 1.0
+
+
+def _flipped_p(flipped: NDArray[np.float64], delta: float | None) -> float:
+    """Share of flips that move the mean at least as far; the answers as they are count as one."""
+    assert delta is not None
+    far = np.abs(flipped) >= abs(delta) - _ROUNDING
+    return float((1 + far.sum()) / (1 + len(flipped)))
 
 
 def _perplexity_interval(

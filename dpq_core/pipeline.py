@@ -26,7 +26,7 @@ from dpq_core.quantize import QuantizedLinear, quantize_or_keep
 from dpq_core.recipe import CalibrationSection
 from dpq_core.scheme import Scheme
 from dpq_core.shared_input import SharedInput
-from dpq_core.streaming import StreamedModel
+from dpq_core.streaming import StreamedModel, as_run
 
 
 def quantize_checkpoint(
@@ -92,7 +92,8 @@ def _quantized(
     for readers in readers_of_one_input(layers):
         inputs = SharedInput(statistics.pop(readers[0].statistics))
         for layer in readers:
-            weight = stream.reader.tensor(f"{layer.name}.weight").to(stream.device)
+            read = stream.reader.tensor(f"{layer.name}.weight")
+            weight = as_run(read, stream.dtype).to(stream.device)
             yield (
                 layer.name,
                 quantize_or_keep(weight, inputs, layer.scheme, calibration.min_tokens_per_input),

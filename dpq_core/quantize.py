@@ -67,7 +67,7 @@ class QuantizedLinear:
     """One linear layer: how it was quantized, its weight, and its static activation scale."""
 
     scheme: Scheme
-    weight: QuantizedWeight | RoundedWeight | Tensor  # [out, in] bf16 where the method is `none`
+    weight: QuantizedWeight | RoundedWeight | Tensor  # [out, in] of 16 bits where method is `none`
     input_scale: Tensor | None  # fp32 scalar; None: dynamic or 16-bit activations
     report: LayerReport
 
@@ -106,8 +106,9 @@ def quantize_or_keep(
     scheme: Scheme,
     min_tokens_per_input: float,
 ) -> QuantizedLinear:
-    """Quantize a layer; but one (a rarely chosen expert) that saw no calibration token, or fewer
-    than `min_tokens_per_input` for each of its inputs, stays in 16 bits; its report says so.
+    """Quantize a layer, or keep it in 16 bits where its scheme says so: FP16 as it is, all else in
+    BF16. One (a rarely chosen expert) that saw no calibration token, or fewer than
+    `min_tokens_per_input` for each of its inputs, is kept too; its report says so.
 
     A Hessian of fewer tokens than inputs is singular: compensation fits these tokens, and on others
     does worse than no compensation (`docs/log.md`).
@@ -149,7 +150,7 @@ def _quantized(weight: Tensor, inputs: SharedInput, scheme: Scheme) -> Quantized
         raise ValueError("the weight has NaN or infinite values")
     input_scale = _input_scale(inputs.magnitudes, scheme)
     if scheme.method == "none":
-        kept = weight.to(torch.bfloat16)
+        kept = weight if weight.dtype == torch.float16 else weight.to(torch.bfloat16)
         return QuantizedLinear(scheme, kept, input_scale, LayerReport(0.0, scheme.damp_frac, 0))
     weight = weight.detach().float()
     if scheme.bits == 8:

@@ -327,8 +327,7 @@ def empty_model(folder: Path, trust_remote_code: bool = False) -> Any:
     for each in (config, config.get_text_config()):
         if hasattr(each, "quantization_config"):
             del each.quantization_config  # transformers and lm-eval would look it up
-    half = (torch.bfloat16, torch.float16)
-    dtype = config.dtype if config.dtype in half else stored_type(folder)
+    dtype = sixteen_bit_type(config, folder)
     family = FAMILIES.get(config.model_type)
     auto = AutoModelForImageTextToText if family and family.vision else AutoModelForCausalLM
     with building, init_empty_weights(include_buffers=False):
@@ -336,6 +335,19 @@ def empty_model(folder: Path, trust_remote_code: bool = False) -> Any:
         if family and family.experts:
             separate_experts(model.get_submodule(family.blocks), family.experts)
     return fit(model).eval()
+
+
+def sixteen_bit_type(config: Any, folder: Path) -> torch.dtype:
+    """The type that a checkpoint's model runs in."""
+    half = (torch.bfloat16, torch.float16)
+    found: torch.dtype = config.dtype if config.dtype in half else stored_type(folder)
+    return found
+
+
+def as_run(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """A weight as it is read, for a model that runs in `dtype`: wider ones of FP16 models are
+    narrowed, since these are the numbers that the model multiplies with."""
+    return weight.to(dtype) if dtype == torch.float16 else weight
 
 
 def load_config(folder: Path, trust_remote_code: bool = False) -> Any:

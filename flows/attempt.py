@@ -7,6 +7,7 @@ from prefect import task
 from prefect.cache_policies import NO_CACHE
 
 from dpq_core.gates import Verdict, compare, judge
+from dpq_core.halves import ALL, CHOOSING, JUDGING, those
 from dpq_core.pairing import CONFIDENCE, Failure
 from dpq_core.recipe import Recipe
 from flows.measure import measure
@@ -19,13 +20,15 @@ from tasks.preflight import Inputs
 
 @dataclass(frozen=True)
 class Attempt:
-    """A candidate, what was measured of it, and the verdict. predicted: its increase of perplexity
-    as planned; None for the first. ratios: of its speed, by kind of device; None before it was
-    timed."""
+    """A candidate, what was measured of it, and the verdict. With repair that is first a look at
+    the documents that choose, and once nothing is chosen any more the verdict of the others; `look`
+    stays. predicted: its increase of perplexity as planned; None for the first. ratios: of its
+    speed, by kind of device; None before it was timed."""
 
     recipe: Recipe
     candidate: Candidate
     measured: Measured
+    look: Verdict
     verdict: Verdict
     predicted: float | None = None
     ratios: Mapping[str, float | Failure] | None = None
@@ -43,11 +46,23 @@ class Attempt:
 def attempt(
     recipe: Recipe, inputs: Inputs, baseline: Measured, predicted: float | None = None
 ) -> Attempt:
-    """Make a candidate, measure it, judge it; to be called inside a flow with `task_runner(…)`."""
+    """Make a candidate, measure it, look at it; to be called inside a flow with `task_runner(…)`.
+
+    Raises:
+        NotMeasuredError: a number is missing: no verdict.
+    """
     candidate = make_candidate(recipe, inputs)
     measured = measure(recipe, inputs.evaluation, subject_of(recipe, candidate, "candidate"))
-    verdict = gate(recipe, baseline, measured, candidate)
-    return Attempt(recipe, candidate, measured, verdict, predicted)
+    look = gate(recipe, baseline, measured, candidate, chooses=recipe.repair.enabled)
+    return Attempt(recipe, candidate, measured, look, look, predicted)
+
+
+def judged(attempt: Attempt, baseline: Measured) -> Attempt:
+    """The attempt with the verdict of the documents that judge."""
+    if not attempt.recipe.repair.enabled:
+        return attempt
+    verdict = gate(attempt.recipe, baseline, attempt.measured, attempt.candidate, attempt.ratios)
+    return replace(attempt, verdict=verdict)
 
 
 def subject_of(recipe: Recipe, candidate: Candidate, role: str) -> Subject:
@@ -63,13 +78,41 @@ def gate(
     measured: Measured,
     candidate: Candidate,
     ratios: Mapping[str, float | Failure] | None = None,
+    chooses: bool = False,
 ) -> Verdict:
-    """The verdict on a candidate."""
-    store = Store(recipe.execution.store)
-    differences = compare(
-        load_evaluation(baseline, store),
-        load_evaluation(measured, store),
-        recipe.gates.confidence or CONFIDENCE,
-    )
-    limited = recipe.evaluation.limit is not None
-    return judge(differences, candidate.integrity, recipe.gates, limited, ratios)
+    """The verdict on a candidate; with `chooses` what the gates say on the documents that choose.
+
+    Raises:
+        NotMeasuredError: a number is missing: no verdict.
+    """
+    verdict = _judge(recipe, baseline, measured, candidate.integrity, ratios, chooses)
+    return verdict.or_error("the candidate")
+
+
+def check_baseline(recipe: Recipe, baseline: Measured) -> None:
+    """Whether candidates can be judged at all, before any is paid for: the gates are applied to the
+    baseline itself.
+
+    Raises:
+        NotMeasuredError: a number is missing.
+    """
+    _judge(recipe, baseline, baseline, {}).or_error("the baseline")
+    if recipe.repair.enabled:
+        _judge(recipe, baseline, baseline, {}, chooses=True).or_error("the baseline")
+
+
+def _judge(
+    recipe: Recipe,
+    baseline: Measured,
+    measured: Measured,
+    integrity: Mapping[str, str | None],
+    ratios: Mapping[str, float | Failure] | None = None,
+    chooses: bool = False,
+) -> Verdict:
+    store, judged_on = Store(recipe.execution.store), ALL
+    if recipe.repair.enabled:
+        judged_on = CHOOSING if chooses else JUDGING
+    before, after = (those(load_evaluation(m, store), judged_on) for m in (baseline, measured))
+    differences = compare(before, after, recipe.gates.confidence or CONFIDENCE)
+    limited = "evaluation.limit" if recipe.evaluation.limit is not None else None
+    return judge(differences, integrity, recipe.gates, limited, ratios, judged_on)

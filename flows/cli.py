@@ -93,6 +93,10 @@ def evaluate(
             from flows.terminal import show_evaluation
 
             show_evaluation(report)
+        if not report.complete:
+            said = "not all was measured; run again when it can be, what is finished is kept"
+            print(f"error: {said}: {'; '.join(report.reasons)}", file=sys.stderr)
+            raise typer.Exit(1)
 
 
 @app.command()

@@ -13,6 +13,7 @@ from dpq_core.convnet.gates import accuracy_change, judge_classifier
 from dpq_core.convnet.recipe import ActivationScheme, ConvRecipe, ConvScheme, WeightScheme
 from dpq_core.device import share_machine
 from dpq_core.gates import Verdict
+from dpq_core.halves import ALL, CHOOSING, JUDGING
 from flows.attended import attended
 from infra.registry import Registry
 from infra.settings import home
@@ -94,18 +95,25 @@ class ConvRelease:
 
 @dataclass(frozen=True)
 class _Measured:
-    """A classifier, its scores and what the gates say."""
+    """A classifier, its scores, and what the gates say where it is looked at: on all images, or on
+    those that choose whether to fine-tune."""
 
     method: Method
     classifier: ArtifactRef
     found: ImageScores
-    verdict: Verdict
+    look: Verdict
+
+    @property
+    def missed(self) -> list[str]:
+        """Gates."""
+        checks = [] if self.found.wrong is None else ["integers"]
+        return checks + [name for name, m in self.look.metrics.items() if not m.passed]
 
     def as_row(self) -> dict[str, Any]:
-        metrics = self.verdict.metrics
+        metrics = self.look.metrics
         return {
             "method": self.method,
-            "verdict": self.verdict.verdict,
+            "gates missed": ", ".join(self.missed) or "none",
             "accuracy": metrics["accuracy"].candidate,
             "delta": metrics["accuracy"].delta,
             "arithmetic": self.found.arithmetic,
@@ -128,16 +136,23 @@ class _Inputs:
         trained = train(recipe, pictures)
         baseline = quantize_classifier(recipe, FLOAT, "post-training", pictures, trained)
         scores = score_classifier(recipe, FLOAT, baseline, pictures)
-        return cls(recipe, pictures, trained, baseline, scores)
+        inputs = cls(recipe, pictures, trained, baseline, scores)
+        for which in (CHOOSING, JUDGING) if recipe.qat.enabled else (ALL,):
+            inputs.judge(baseline, scores, which).or_error("the float network")
+        return inputs
 
-    def measure(self, method: Method, scheme: ConvScheme) -> _Measured:
-        recipe = self.recipe
-        made = quantize_classifier(recipe, scheme, method, self.pictures, self.trained)
-        found = score_classifier(recipe, scheme, made, self.pictures)
-        change = accuracy_change(self.scores.scores, found.scores, recipe.gates.confidence)
+    def measure(self, method: Method, scheme: ConvScheme, which: str = ALL) -> _Measured:
+        made = quantize_classifier(self.recipe, scheme, method, self.pictures, self.trained)
+        found = score_classifier(self.recipe, scheme, made, self.pictures)
+        return _Measured(method, made, found, self.judge(made, found, which))
+
+    def judge(self, classifier: ArtifactRef, found: ImageScores, which: str) -> Verdict:
+        """On the images that `which` says (`dpq_core.halves`)."""
+        gates, of = self.recipe.gates, (self.scores.scores, found.scores)
+        change = accuracy_change(*of, gates.confidence, which)
         checks = {"integers": found.wrong}
-        verdict = judge_classifier(change, sizes_of(made), checks, recipe.gates)
-        return _Measured(method, made, found, verdict)
+        limited = "images.test_samples" if self.recipe.images.test_samples else None
+        return judge_classifier(change, sizes_of(classifier), checks, gates, limited, which)
 
     def latency(self, classifier: ArtifactRef) -> list[dict[str, float]]:
         return time_classifier(self.recipe, self.baseline, classifier, self.pictures)
@@ -147,6 +162,8 @@ class _Inputs:
 @attended
 def convnet(recipe: ConvRecipe) -> ConvRelease:
     """Quantize a classifier, measure it against the float one, and promote it within the gates.
+
+    With `qat.enabled` half of the images say whether to fine-tune, and the other half judge.
 
     Raises:
         The errors of the stages; a rejection is a result and no error.
@@ -162,15 +179,17 @@ def convnet(recipe: ConvRecipe) -> ConvRelease:
         pictures = images(recipe)
         base_of_classifier(recipe).check(registry, name, champion)
         inputs = _Inputs.of(recipe, pictures)
-        attempts = [inputs.measure("post-training", recipe.scheme)]
-        if attempts[0].verdict.verdict == "rejected" and recipe.qat.enabled:
-            attempts.append(inputs.measure("fine-tuned", recipe.scheme))
+        look, judges = (CHOOSING, JUDGING) if recipe.qat.enabled else (ALL, ALL)
+        attempts = [inputs.measure("post-training", recipe.scheme, look)]
+        if attempts[0].missed and recipe.qat.enabled:
+            attempts.append(inputs.measure("fine-tuned", recipe.scheme, look))
         last = attempts[-1]
+        judged = inputs.judge(last.classifier, last.found, judges).or_error("the classifier")
         latency = inputs.latency(last.classifier) if recipe.scheme.integer else []
         rows = [attempt.as_row() for attempt in attempts]
-        source = published(destination, registry, last.verdict, name, last.classifier)
+        source = published(destination, registry, judged, name, last.classifier)
         registration = register_classifier(
-            tracking_uri, run.run_id, recipe, last.classifier, last.verdict, champion, source
+            tracking_uri, run.run_id, recipe, last.classifier, judged, champion, source
         )
         verdict = registration.verdict
         _log(run, recipe, verdict, last.classifier, rows, latency)
@@ -199,7 +218,7 @@ def convnet_ladder(recipe: ConvRecipe) -> dict[str, list[dict[str, Any]]]:
 
 def _ladder_row(inputs: _Inputs, name: str, method: Method, scheme: ConvScheme) -> dict[str, Any]:
     measured = inputs.measure(method, scheme)
-    metric, sizes = measured.verdict.metrics["accuracy"], sizes_of(measured.classifier)
+    metric, sizes = measured.look.metrics["accuracy"], sizes_of(measured.classifier)
     return {
         "variant": name,
         "accuracy": metric.candidate,

@@ -26,7 +26,9 @@ from tasks.worker import about_worker
 
 @dataclass(frozen=True)
 class EvaluationReport:
-    """Scores of a checkpoint; with a baseline, the differences and what the gates say of them."""
+    """Scores of a checkpoint; with a baseline, the differences and what the gates say of them.
+    complete: whether all was measured that the recipe asks for; else the reasons say what was not,
+    and nothing else is said of the gates."""
 
     checkpoint: str
     against: str | None
@@ -34,16 +36,19 @@ class EvaluationReport:
     scores: Evaluation
     metrics: dict[str, Metric]
     reasons: tuple[str, ...]
+    complete: bool
 
     def as_dict(self) -> dict[str, Any]:
-        """The object that `dpq evaluate --json` prints. passed: None where nothing was compared."""
+        """The object that `dpq evaluate --json` prints. passed: None where nothing was compared, or
+        not all was measured."""
         return {
             "checkpoint": self.checkpoint,
             "against": self.against,
             "run_id": self.run_id,
             "scores": score_rows(self.scores),
             "metrics": {name: asdict(metric) for name, metric in self.metrics.items()},
-            "passed": not self.reasons if self.against else None,
+            "passed": not self.reasons if self.against and self.complete else None,
+            "complete": self.complete,
             "reasons": list(self.reasons),
         }
 
@@ -72,7 +77,7 @@ def evaluate(recipe: Recipe, checkpoint: str, against: str | None = None) -> Eva
         measured = {role: measure(recipe, data, subject) for role, (subject, data) in found.items()}
         store = Store(recipe.execution.store)
         scores = {role: load_evaluation(each, store) for role, each in measured.items()}
-        metrics, reasons = _compared(recipe, scores)
+        metrics, reasons, complete = _compared(recipe, scores)
         log_scores(run, scores)
         log_metrics(run, metrics)
         parts = log_evaluation(run, recipe, measured)
@@ -80,7 +85,8 @@ def evaluate(recipe: Recipe, checkpoint: str, against: str | None = None) -> Eva
         if metrics:
             create_table_artifact(gate_rows(metrics), key="gates")
         publish_parts(parts)
-    return EvaluationReport(checkpoint, against, run.run_id, scores["candidate"], metrics, reasons)
+    own = scores["candidate"]
+    return EvaluationReport(checkpoint, against, run.run_id, own, metrics, reasons, complete)
 
 
 def _inspect(recipe: Recipe, role: str, checkpoint: str) -> tuple[Subject, EvaluationData]:
@@ -97,13 +103,15 @@ def _inspect(recipe: Recipe, role: str, checkpoint: str) -> tuple[Subject, Evalu
 
 def _compared(
     recipe: Recipe, scores: dict[str, Evaluation]
-) -> tuple[dict[str, Metric], tuple[str, ...]]:
-    """Differences, and why the gates would not let them pass. Without a baseline: what failed."""
+) -> tuple[dict[str, Metric], tuple[str, ...], bool]:
+    """Differences, why the gates would not let them pass, and whether all was measured. Without a
+    baseline: what failed."""
     if "baseline" not in scores:
         failed = {n: s for n, s in scores["candidate"].items() if isinstance(s, Failure)}
-        return {}, tuple(f"{name}: {failure.reason}" for name, failure in failed.items())
+        reasons = tuple(f"{name}: {failure.reason}" for name, failure in failed.items())
+        return {}, reasons, not failed
     confidence = recipe.gates.confidence or CONFIDENCE
     differences = compare(scores["baseline"], scores["candidate"], confidence)
-    limited = recipe.evaluation.limit is not None
+    limited = "evaluation.limit" if recipe.evaluation.limit is not None else None
     verdict = judge(differences, {}, recipe.gates, limited)
-    return verdict.metrics, verdict.reasons
+    return verdict.metrics, verdict.reasons, verdict.verdict != "error"

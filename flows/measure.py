@@ -9,6 +9,7 @@ from prefect.futures import PrefectFuture
 
 from dpq_core.pairing import Failure
 from dpq_core.recipe import Recipe
+from flows.quantize import worker_lost
 from infra.store import ArtifactRef, StoreError
 from tasks.evaluate import EvaluationData, Measured, Subject, measurements
 
@@ -28,7 +29,7 @@ def measure(recipe: Recipe, data: EvaluationData, subject: Subject) -> Measured:
 
     def finish_one() -> None:
         name, submit, future = waiting.popleft()
-        measured[name] = _outcome(_ended(future, submit))
+        measured[name] = _found(future, submit)
 
     for name, (task, arguments) in tasks.items():
         if len(waiting) == recipe.evaluation.workers:
@@ -42,6 +43,19 @@ def measure(recipe: Recipe, data: EvaluationData, subject: Subject) -> Measured:
 
 _Submit = Callable[[], PrefectFuture[ArtifactRef]]
 _STARTS = 3
+
+
+def _found(future: PrefectFuture[ArtifactRef], submit: _Submit) -> ArtifactRef | Failure:
+    """What a task found, or why it did not; one whose worker was killed too."""
+    try:
+        return _outcome(_ended(future, submit))
+    except Exception as error:
+        if not worker_lost(error):
+            raise
+        return Failure(
+            "failed: its worker was killed, for lack of memory perhaps: lower evaluation.workers"
+            " or evaluation.batch_size"
+        )
 
 
 def _ended(future: PrefectFuture[ArtifactRef], submit: _Submit) -> State[ArtifactRef]:

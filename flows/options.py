@@ -70,7 +70,7 @@ class Options:
     def next_after(self, attempt: Attempt) -> Assignment:
         """The assignment to try after `attempt`."""
         now = total(self._options, self._choices_of(attempt.recipe))
-        perplexity = attempt.verdict.metrics.get(PERPLEXITY)
+        perplexity = attempt.look.metrics.get(PERPLEXITY)
         gain = _gain(perplexity, now.loss)
         most = self._loss_to_aim_at(attempt, now.loss, gain)
         budget = int(self._recipe.repair.max_bits_per_weight * self._weights / 8) - self._fixed
@@ -113,7 +113,7 @@ class Options:
 
     def _loss_to_aim_at(self, attempt: Attempt, loss: float, gain: float) -> float:
         most = _PROGRESS * loss
-        perplexity = attempt.verdict.metrics.get(PERPLEXITY)
+        perplexity = attempt.look.metrics.get(PERPLEXITY)
         if perplexity is not None and not perplexity.passed:
             limit = _limit_left(perplexity, attempt.recipe)
             assert perplexity.baseline is not None

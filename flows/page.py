@@ -142,7 +142,10 @@ def skipped(data: ReportData) -> list[str]:
         )
     if not recipe.evaluation.suites:
         lines.append("Accuracy: not measured, the recipe names no suite")
-    if recipe.evaluation.perplexity is None:
+    perplexity = recipe.evaluation.perplexity
+    if perplexity and perplexity.dataset == recipe.calibration.dataset:
+        lines.append("Other text for calibration: none, it reads the text that perplexity judges")
+    if perplexity is None:
         lines.append("Perplexity: not measured, the recipe names no data set")
     if not any(THROUGHPUT in v.metrics for v in data.past if v.number == data.version):
         lines.append("Throughput: not measured in this release")
@@ -206,8 +209,8 @@ def _judged(data: ReportData) -> str:
     if gates.mode == "relative":
         unit = "in percent of the baseline"
     said = (
-        f"{passed} of {len(judged)} gates passed. Judged by {what}; limits are {unit}, and what"
-        " reaches one fails."
+        f"{passed} of {len(judged)} gates passed. Judged on {data.verdict.judged_on}, by {what};"
+        f" limits are {unit}, and what reaches one fails."
     )
     if gates.throughput_ratio is not None:
         said += f" Of {THROUGHPUT_RATIO} what reaches its limit passes."

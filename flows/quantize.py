@@ -190,6 +190,11 @@ def blocks_by_task(inputs: Inputs) -> list[Passes]:
     ]
 
 
+def worker_lost(error: Exception) -> bool:
+    """Whether a runner says so: that its worker was killed."""
+    return isinstance(error, BrokenExecutor) or type(error).__name__ == "KilledWorker"
+
+
 def _result(name: str, future: PrefectFuture[_Result]) -> _Result:
     """What came of layers, or of blocks' calibration, or of a share of it.
 
@@ -199,7 +204,7 @@ def _result(name: str, future: PrefectFuture[_Result]) -> _Result:
     try:
         return future.result()
     except Exception as error:
-        if isinstance(error, BrokenExecutor) or type(error).__name__ == "KilledWorker":
+        if worker_lost(error):
             raise WorkerLostError(
                 f"{name}: the worker that had it was killed, for lack of memory perhaps: "
                 "lower execution.workers, and run again: what is finished is kept"

@@ -11,7 +11,7 @@ from dpq_core.device import share_machine
 from dpq_core.gates import Verdict
 from dpq_core.recipe import Recipe, RecipeError
 from flows.approval import approved
-from flows.attempt import Attempt, attempt
+from flows.attempt import Attempt, attempt, check_baseline
 from flows.attended import attended
 from flows.benchmark import publish_times, with_benchmark
 from flows.exporting import with_exports, write_cards
@@ -72,7 +72,8 @@ def release(recipe: Recipe) -> Release:
     last word.
 
     Raises:
-        The errors of the stages; a rejection is a result and no error.
+        The errors of the stages; a rejection is a result and no error. NotMeasuredError: a number
+            that a gate needs is missing; nothing is registered, and the next run goes on.
     """
     if recipe.evaluation.perplexity is None and not recipe.evaluation.suites:
         raise RecipeError("evaluation measures nothing: name a perplexity data set, or suites")
@@ -89,6 +90,7 @@ def release(recipe: Recipe) -> Release:
         baseline = measure(
             recipe, data, Subject("baseline", model.folder, model.digest, source=True)
         )
+        check_baseline(recipe, baseline)
         repaired = repair(recipe, inputs, baseline, attempt(recipe, inputs, baseline))
         timed, speeds = with_benchmark(baseline, repaired.last)
         last, exports = with_exports(baseline, timed)
@@ -158,13 +160,13 @@ def _log_rounds(
     tracking_uri: str,
     artifact_root: Path | None,
 ) -> None:
-    """A nested run for each round, with its layers' choices and its metrics."""
+    """A nested run for each round, with its layers' choices and what was looked at."""
     for number, (each, row) in enumerate(zip(attempts, rows, strict=True)):
         experiment, tags = each.recipe.registry.experiment, {PARENT: run.run_id}
         name = f"round {number}"
         with tracked_run(tracking_uri, experiment, name, tags, artifact_root) as nested:
             nested.log_dict({"layers": each.recipe.layers}, "layers.json")
-            numbers = {key.replace(" ", "_"): row[key] for key in row if key != "verdict"}
+            numbers = {key.replace(" ", "_"): row[key] for key in row if key != "gates missed"}
             nested.log_metrics(numbers)
-            log_metrics(nested, each.verdict.metrics)
-            nested.set_tags({"verdict": each.verdict.verdict})
+            log_metrics(nested, each.look.metrics)
+            nested.set_tags({"gates missed": str(row["gates missed"])})

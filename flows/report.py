@@ -127,7 +127,7 @@ def interval(metric: Metric, spec: str = ".4f") -> str:
 
 
 def turned(metric: Metric) -> str:
-    """How many answers turned right and wrong, and how likely that is of equals (McNemar)."""
+    """How many answers turned right and wrong, and how likely such a mean is of equals."""
     if metric.turned_right is None:
         return "–"
     return f"+{metric.turned_right} −{metric.turned_wrong}, p {metric.p_value:.2g}"
@@ -151,6 +151,7 @@ def _summary(
         + ("No champion before." if previous is None else f"Champion before: {previous}."),
         "",
         *(f"- {line}" for line in [*verdict.reasons, *notes(verdict.metrics)]),
+        f"- judged on {verdict.judged_on}",
         *(f"- {line}" for line in model_notes(manifest)),
     ]
     return "\n".join(lines)

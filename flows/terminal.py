@@ -32,6 +32,7 @@ def show_release(release: Release) -> None:
     console.print(f"[bold {_COLOURS[verdict.verdict]}]{verdict.verdict}[/]", highlight=False)
     for reason in verdict.reasons:
         console.print(f"  {reason}", highlight=False, markup=False)
+    console.print(f"  judged on {verdict.judged_on}", highlight=False)
     for line in model_notes(release.manifest):
         console.print(f"  {line}", highlight=False, markup=False)
     for export in release.exports:
@@ -93,6 +94,7 @@ def show_convnet(release: "ConvRelease") -> None:
     for reason in release.verdict.reasons:
         console.print(f"  {reason}", highlight=False, markup=False)
     console.print(
+        f"  judged on {release.verdict.judged_on}\n"
         f"{release.registration.name} version {release.registration.version}\n"
         f"classifier {release.classifier}\nMLflow run {release.run_id}",
         highlight=False,

@@ -11,7 +11,7 @@ from prefect.cache_policies import NO_CACHE
 from torch import Tensor
 
 from dpq_core.checkpoint import QuantizedCheckpoint, load_layer, write_checkpoint
-from dpq_core.digests import code_digest, digest
+from dpq_core.digests import digest
 from dpq_core.exports.card import licence_of
 from dpq_core.inputs import ModelInputs
 from dpq_core.model.quantization import described, quantization_of
@@ -23,6 +23,7 @@ from dpq_core.streaming import StreamedModel
 from infra.store import ArtifactRef, Store
 from tasks.model import Model, stream_of
 from tasks.progress import stepper
+from tasks.support.stages import computed_by
 from tasks.windows import count_tokens, load_inputs
 from tasks.worker import this_worker
 
@@ -61,7 +62,7 @@ def assemble(
     about = provenance(recipe, model, windows)
     key = digest(
         {
-            "code": code_digest("dpq_core.checkpoint"),
+            **computed_by("checkpoints"),
             "layers": {name: artifact.sha256 for name, artifact in layers.items()},
             "scheme": recipe.scheme.model_dump(mode="json"),
             "about": about,
@@ -96,7 +97,8 @@ def verify(
     the logits of the model that was put together from the layers' own artifacts.
     """
     store = Store(recipe.execution.store)
-    key = digest({"code": code_digest("dpq_core.checkpoint"), "checkpoint": checkpoint.sha256})
+    made_by = computed_by("integrity", this_worker(recipe.execution).arithmetic)
+    key = digest({**made_by, "checkpoint": checkpoint.sha256})
 
     def make(folder: Path) -> None:
         checks = _check(recipe, model, windows, layers, store.open(checkpoint), store)

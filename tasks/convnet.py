@@ -37,15 +37,19 @@ from dpq_core.convnet.images import (
 from dpq_core.convnet.integers import IntegerClassifier, latencies
 from dpq_core.convnet.networks import build_network, network_file
 from dpq_core.convnet.quantize import fine_tune, post_training
-from dpq_core.convnet.recipe import ConvRecipe, ConvScheme
+from dpq_core.convnet.recipe import ConvRecipe, ConvScheme, NetworkSection
 from dpq_core.convnet.train import fit, predict, score, seeded
-from dpq_core.digests import code_digest, digest, file_digest, write_json
+from dpq_core.device_kinds import kind_of
+from dpq_core.digests import digest, file_digest, write_json
 from dpq_core.gates import Verdict
+from dpq_core.recipe import ModelSection
 from dpq_core.scores import Scores, load_scores, save_scores
 from infra.registry import Registry
 from infra.store import ArtifactRef, Store
+from tasks.model import resolve
 from tasks.progress import stepper
 from tasks.register import Base, Entry, Registration, enter
+from tasks.support.stages import computed_by
 
 FLOAT = ConvScheme(weights=None, activations=None)
 Method = Literal["post-training", "fine-tuned"]
@@ -74,9 +78,8 @@ def images(recipe: ConvRecipe) -> ArtifactRef:
     Raises:
         ImagesError: they cannot be read.
     """
-    code = code_digest("dpq_core.convnet.images")
     section = recipe.images.model_dump(mode="json", exclude={"folder"})
-    key = digest({"code": code, "images": section, "files": sources(recipe.images)})
+    key = digest({**_by("images"), "images": section, "files": sources(recipe.images)})
 
     def make(folder: Path) -> None:
         save_images(load_images(recipe.images), folder / _IMAGES)
@@ -93,15 +96,20 @@ def train(recipe: ConvRecipe, pictures: ArtifactRef) -> ArtifactRef:
     """
     store = Store(recipe.execution.store)
     about = recipe.model_dump(mode="json", include={"network", "training"})
-    code = code_digest("dpq_core.convnet.networks"), code_digest("dpq_core.convnet.train")
-    if recipe.network.kind == "exported":
-        about["archive"] = file_digest(network_file(recipe.network))
-    key = digest({"code": code, "images": pictures.sha256, **about})
+    of = _local(recipe.network)
+    key = digest(
+        {
+            **_by("float-networks"),
+            "images": pictures.sha256,
+            "weights": _weights_of(of),
+            **about,
+        }
+    )
 
     def make(folder: Path) -> None:
         found, section = _open_images(pictures, store), recipe.training
         with seeded(section.seed) as generator:
-            network = build_network(recipe.network, found.shape, found.classes).train()
+            network = build_network(of, found.shape, found.classes).train()
             step = stepper("train", section.epochs)
             fit(
                 network,
@@ -139,9 +147,8 @@ def quantize_classifier(
         "network": recipe.network.model_dump(mode="json"),
         **recipe.model_dump(mode="json", include=fields if scheme != FLOAT else set()),
     }
-    code = code_digest("dpq_core.convnet.quantize"), code_digest("dpq_core.convnet.artifact")
     made_of = {"trained": trained.sha256, "images": pictures.sha256}
-    key = digest({"code": code, **made_of, **about})
+    key = digest({**_by("classifiers"), **made_of, **about})
 
     def make(folder: Path) -> None:
         found = _open_images(pictures, store)
@@ -162,10 +169,9 @@ def score_classifier(
     """Accuracy on the held-out images of the artifact as it is loaded: by integer kernels where
     the scheme has any, and the graph's rounding in floating point elsewhere."""
     store = Store(recipe.execution.store)
-    code = code_digest("dpq_core.convnet.integers"), code_digest("dpq_core.convnet.train")
     of = {"classifier": classifier.sha256, "images": pictures.sha256}
     batch = max(recipe.benchmark.batches)
-    key = digest({"code": code, **of, "batch": batch})
+    key = digest({**_by("image-scores"), **of, "batch": batch})
 
     def make(folder: Path) -> None:
         test = _open_images(pictures, store).test
@@ -245,13 +251,42 @@ def sizes_of(classifier: ArtifactRef) -> WeightSizes:
     )
 
 
+def _by(stage: str) -> dict[str, Any]:
+    """Of a key: these networks run on the CPU."""
+    return computed_by(stage, kind_of("cpu").arithmetic(0))
+
+
+def _weights_of(network: NetworkSection) -> dict[str, str]:
+    """SHA-256 of the files that a network with an `id` is read from: another's weights may come to
+    lie at the same path, or under the same name on the hub.
+
+    Raises:
+        CheckpointError, NetworkError: they are not there.
+    """
+    if network.kind == "exported":
+        return {"archive": file_digest(network_file(network))}
+    if network.id is None:
+        return {}
+    folder = Path(network.id)
+    return {path.name: file_digest(path) for path in sorted(folder.iterdir()) if path.is_file()}
+
+
+def _local(network: NetworkSection) -> NetworkSection:
+    """The section with the folder of what its `id` stands for now, so that what is read is what was
+    named."""
+    if network.kind != "transformers" or network.id is None:
+        return network
+    folder, _ = resolve(ModelSection(id=network.id))
+    return network.model_copy(update={"id": str(folder)})
+
+
 def _open_images(pictures: ArtifactRef, store: Store) -> ImageSet:
     return read_images(store.open(pictures) / _IMAGES)
 
 
 def _open_network(recipe: ConvRecipe, found: ImageSet, trained: ArtifactRef) -> nn.Module:
     with seeded(recipe.training.seed):
-        network = build_network(recipe.network, found.shape, found.classes)
+        network = build_network(_local(recipe.network), found.shape, found.classes)
     load_model(network, str(trained.folder / _WEIGHTS))
     return network
 

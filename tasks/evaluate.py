@@ -19,7 +19,7 @@ from prefect.tasks import Task
 from dpq_core import mirror
 from dpq_core.checkpoint import by_its_library, load_model
 from dpq_core.device import halving_batches, whole_machine
-from dpq_core.digests import code_digest, digest
+from dpq_core.digests import digest
 from dpq_core.errors import InputError
 from dpq_core.harness import Progress, evaluate_suite
 from dpq_core.pairing import Evaluation, Failure
@@ -31,6 +31,7 @@ from infra.store import ArtifactRef, Store, StoreError
 from tasks import windows
 from tasks.model import load_tokenizer
 from tasks.progress import progress_of
+from tasks.support.stages import computed_by
 from tasks.worker import this_worker
 
 _FILE = "scores.parquet"
@@ -87,7 +88,7 @@ def measure_perplexity(recipe: Recipe, subject: Subject, data: EvaluationData) -
     assert artifact is not None
     store = Store(recipe.execution.store)
     about = {
-        "code": code_digest("dpq_core.perplexity"),
+        **computed_by("perplexity", this_worker(recipe.execution).arithmetic),
         "windows": artifact.sha256,
         "batch_size": section.batch_size,
     }
@@ -114,7 +115,7 @@ def measure_suite(
     """
     section = recipe.evaluation
     about = {
-        "code": code_digest("dpq_core.harness"),
+        **computed_by("suite", this_worker(recipe.execution).arithmetic),
         "suite": data.suites[suite],
         "batch_size": section.batch_size,
         "limit": section.limit,
@@ -172,15 +173,8 @@ def _scored(
 ) -> ArtifactRef:
     """Scores from the store, or from the model."""
     worker = this_worker(recipe.execution)
-    key = digest(
-        {
-            **about,
-            "checkpoint": subject.digest,
-            "loading": code_digest("dpq_core.checkpoint"),
-            "arithmetic": worker.arithmetic,
-        }
-        | ({"source": True} if subject.source and by_its_library(subject.folder) else {})
-    )
+    as_source = subject.source and by_its_library(subject.folder)
+    key = digest({**about, "checkpoint": subject.digest} | ({"source": True} if as_source else {}))
 
     def make(folder: Path) -> None:
         with whole_machine(parts=recipe.evaluation.workers):

@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +9,14 @@ from prefect import task
 from prefect.cache_policies import NO_CACHE
 
 from dpq_core.checkpoint import QuantizedCheckpoint
-from dpq_core.digests import code_digest, digest
+from dpq_core.device_kinds import kind_of
+from dpq_core.digests import digest
 from dpq_core.exports import export_checkpoint, failures, read_export
 from dpq_core.exports.card import CARD, model_card
 from dpq_core.recipe import Recipe
 from infra.store import ArtifactRef, Store
 from infra.tracking import TrackedRun
-
-_READERS = ("transformers", "compressed-tensors")  # what the verification depends on, besides us
+from tasks.support.stages import computed_by
 
 
 @dataclass(frozen=True)
@@ -55,8 +54,7 @@ def export(recipe: Recipe, checkpoint: ArtifactRef, name: str) -> Export:
     store = Store(recipe.execution.store)
     key = digest(
         {
-            "code": code_digest("dpq_core.exports"),
-            "readers": {package: version(package) for package in _READERS},
+            **computed_by("exports", kind_of("cpu").arithmetic(0)),  # which verifies
             "checkpoint": checkpoint.sha256,
             "format": name,
         }

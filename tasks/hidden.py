@@ -13,7 +13,7 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 
 from dpq_core.checkpoint import load_layer
-from dpq_core.digests import code_digest, digest
+from dpq_core.digests import digest
 from dpq_core.inputs import Batch, ModelInputs
 from dpq_core.leaves import leaves_of
 from dpq_core.quantize import QuantizedLinear
@@ -21,6 +21,7 @@ from dpq_core.recipe import Recipe
 from dpq_core.streaming import StreamedModel
 from infra.store import ArtifactRef, Store, StoreError
 from tasks.model import Model, stream_of
+from tasks.support.stages import computed_by
 from tasks.support.write_behind import WriteBehind
 from tasks.windows import load_inputs
 from tasks.worker import Worker
@@ -61,11 +62,10 @@ class HiddenStates:
     def base(self) -> dict[str, Any]:
         """All that they depend on, but for place and layers: of a store key."""
         return {
-            "code": code_digest("dpq_core.calibration"),
+            **computed_by("statistics", self.worker.arithmetic),
             "model": self.model.digest,
             "windows": self.windows.sha256,
             "batch_size": self.recipe.calibration.batch_size,
-            "arithmetic": self.worker.arithmetic,
         }
 
     @cached_property

@@ -43,7 +43,9 @@ def log_release(
 def log_verdict(run: TrackedRun, verdict: Verdict) -> None:
     """The verdict, in place of an earlier one."""
     run.log_dict(verdict.as_dict(), "verdict.json")
-    run.set_tags({"verdict": verdict.verdict, "reasons": "; ".join(verdict.reasons)})
+    reasons = "; ".join(verdict.reasons)
+    tags = {"verdict": verdict.verdict, "reasons": reasons, "judged_on": verdict.judged_on}
+    run.set_tags(tags)
 
 
 def log_metrics(run: TrackedRun, metrics: Mapping[str, Difference]) -> None:

@@ -12,7 +12,7 @@ import torch
 from transformers import AutoTokenizer
 
 from dpq_core.checkpoint import MANIFEST, check_checkpoint
-from dpq_core.digests import code_digest, digest
+from dpq_core.digests import digest, identity
 from dpq_core.model.layout import ADAPTER
 from dpq_core.model.source import check_source, check_values
 from dpq_core.paths import is_folder
@@ -21,6 +21,7 @@ from dpq_core.recipe import ModelSection, Recipe
 from dpq_core.streaming import StreamedModel
 from infra import remote
 from infra.store import Store
+from tasks.support.stages import computed_by
 
 
 @dataclass(frozen=True)
@@ -157,13 +158,13 @@ def inspect_any(checkpoint: str, store: Store, trust_remote_code: bool = False) 
 
 def content_digest(folder: Path, store: Store, check: Callable[[], None] = lambda: None) -> str:
     """Digest of a checkpoint's weights, configuration and tokenizer. The files are checked and
-    read once for as long as they do not change."""
+    read once for as long as they do not change: `dpq_core.digests.identity`."""
     reader = CheckpointReader(folder)
-    stats = {str(path.resolve()): path.stat() for path in reader.files}
+    files = {str(path.resolve()): path for path in reader.files}
     key = digest(
         {
-            "code": code_digest("dpq_core.checkpoint"),
-            "files": {name: [s.st_size, s.st_mtime_ns] for name, s in stats.items()},
+            **computed_by("model"),
+            "files": {name: identity(path) for name, path in files.items()},
         }
     )
 

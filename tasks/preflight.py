@@ -10,6 +10,7 @@ from prefect.logging import get_run_logger
 
 from dpq_core.calibration_tokens import CalibrationTokens
 from dpq_core.choices import chosen_scheme
+from dpq_core.device import DeviceError, resolve_device
 from dpq_core.exports import check_exportable, planned_targets
 from dpq_core.exports.format import ExportError
 from dpq_core.footprint import Footprint, footprint
@@ -111,10 +112,25 @@ def _check_benchmark(recipe: Recipe, model: Model) -> None:
     """What a release is to time can be made of the model, and has room in its context."""
     if not recipe.benchmark.devices:
         return
+    if recipe.gates.throughput_ratio is not None:
+        _check_timed(recipe)
     source = Checkpoint.of(recipe, model.folder)
     check_context(source.empty().config.get_text_config(), recipe.benchmark)
     for variant in recipe.benchmark.variants:
         source.linears(variant)
+
+
+def _check_timed(recipe: Recipe) -> None:
+    """A gate on speed is of devices that are here: else no release could end with a verdict."""
+    for kind in recipe.benchmark.devices:
+        try:
+            resolve_device(kind)
+        except DeviceError as error:
+            raise RecipeError(
+                f"gates.throughput_ratio is {recipe.gates.throughput_ratio:g}, and this machine has"
+                f" no {kind} device to measure it on: run where there is one, or leave {kind} out"
+                " of benchmark.devices"
+            ) from error
 
 
 def _checked_leaves(recipe: Recipe, calibration: ArtifactRef, store: Store) -> int:

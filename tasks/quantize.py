@@ -4,28 +4,32 @@ from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
 
+import torch
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
 from dpq_core.checkpoint import save_layer
-from dpq_core.digests import code_digest, digest
+from dpq_core.digests import digest
 from dpq_core.plan import PlannedLayer
 from dpq_core.quantize import quantize_or_keep
 from dpq_core.reader import CheckpointReader
 from dpq_core.recipe import Recipe
 from dpq_core.shared_input import SharedInput
+from dpq_core.streaming import as_run, load_config, sixteen_bit_type
 from infra.store import ArtifactRef, Store
 from tasks.calibrate import load_statistics
 from tasks.model import Model
+from tasks.support.stages import computed_by
 from tasks.support.work import Made, Readers
 from tasks.worker import Worker, this_worker
 
 
 @lru_cache(maxsize=4)
-def _reader(folder: Path, model_digest: str) -> CheckpointReader:
-    """A checkpoint's reader, kept: a mixture has thousands of layers, and the headers of all shards
-    would be read for each. The digest says that it is still the same checkpoint."""
-    return CheckpointReader(folder)
+def _source(folder: Path, model_digest: str, trusted: bool) -> tuple[CheckpointReader, torch.dtype]:
+    """A checkpoint's reader, and the type that it runs in, kept: a mixture has thousands of layers,
+    and the headers of all shards would be read for each. The digest says that it is still the same
+    checkpoint."""
+    return CheckpointReader(folder), sixteen_bit_type(load_config(folder, trusted), folder)
 
 
 class LayerError(RuntimeError):
@@ -64,13 +68,12 @@ def _key(
 ) -> str:
     return digest(
         {
-            "code": code_digest("dpq_core.quantize"),
+            **computed_by("layers", worker.arithmetic),
             "model": model.digest,
             "layer": layer.name,
             "statistics": statistics.sha256,
             "scheme": layer.scheme.model_dump(mode="json"),
             "min_tokens_per_input": recipe.calibration.min_tokens_per_input,
-            "arithmetic": worker.arithmetic,
         }
     )
 
@@ -83,7 +86,9 @@ def _maker(
     shared_input: Callable[[], SharedInput],
 ) -> Callable[[Path], None]:
     def make(folder: Path) -> None:
-        weight = _reader(model.folder, model.digest).tensor(f"{layer.name}.weight")
+        trusted = recipe.model.trust_remote_code
+        reader, dtype = _source(model.folder, model.digest, trusted)
+        weight = as_run(reader.tensor(f"{layer.name}.weight"), dtype)
         try:
             quantized = quantize_or_keep(
                 weight.to(worker.device),

@@ -9,7 +9,7 @@ from prefect import task
 from prefect.cache_policies import NO_CACHE
 
 from dpq_core.checkpoint import load_layer, load_report
-from dpq_core.digests import code_digest, digest
+from dpq_core.digests import digest
 from dpq_core.proxy import OutputMoments, output_moments
 from dpq_core.quantize import QuantizedLinear
 from dpq_core.recipe import Recipe
@@ -17,6 +17,7 @@ from dpq_core.sensitivity import Variant, block_losses
 from infra.store import ArtifactRef, Store
 from tasks.model import Model, stream_of
 from tasks.progress import stepper
+from tasks.support.stages import computed_by
 from tasks.windows import load_inputs
 from tasks.worker import this_worker
 
@@ -46,12 +47,11 @@ def sensitivity(
     samples, batch_size = recipe.repair.samples, recipe.calibration.batch_size
     key = digest(
         {
-            "code": code_digest("dpq_core.sensitivity"),
+            **computed_by("sensitivity", worker.arithmetic),
             "model": model.digest,
             "windows": windows.sha256,
             "samples": samples,
             "batch_size": batch_size,
-            "arithmetic": worker.arithmetic,
             "variants": {
                 name: {choice: artifact.sha256 for choice, artifact in choices.items()}
                 for name, choices in variants.items()
@@ -94,12 +94,11 @@ def moments(recipe: Recipe, model: Model, windows: ArtifactRef) -> dict[str, Out
     samples, batch_size = recipe.repair.samples, recipe.calibration.batch_size
     key = digest(
         {
-            "code": code_digest("dpq_core.proxy"),
+            **computed_by("moments", worker.arithmetic),
             "model": model.digest,
             "windows": windows.sha256,
             "samples": samples,
             "batch_size": batch_size,
-            "arithmetic": worker.arithmetic,
         }
     )
 

@@ -12,6 +12,7 @@ from dataclasses import replace
 from dpq_core.convnet.artifact import WeightSizes
 from dpq_core.convnet.recipe import ConvGates
 from dpq_core.gates import Verdict, judge, ratio_metric
+from dpq_core.halves import ALL, those
 from dpq_core.pairing import CONFIDENCE, Difference, difference
 from dpq_core.recipe import GatesSection
 from dpq_core.scores import Scores
@@ -22,11 +23,14 @@ _JUDGED_AS = "accuracy_average"  # its name among the language models' gates
 
 
 def accuracy_change(
-    baseline: Scores, candidate: Scores, confidence: float | None = None
+    baseline: Scores,
+    candidate: Scores,
+    confidence: float | None = None,
+    which: str = ALL,
 ) -> Difference:
-    """Of two classifiers on the same images, in percent."""
-    sides = ({ACCURACY: baseline}, {ACCURACY: candidate})
-    return difference(*sides, [ACCURACY], confidence or CONFIDENCE)
+    """Of two classifiers on the same images, or those of them that `which` says, in percent."""
+    before, after = (those({ACCURACY: scores}, which) for scores in (baseline, candidate))
+    return difference(before, after, [ACCURACY], confidence or CONFIDENCE)
 
 
 def judge_classifier(
@@ -34,14 +38,22 @@ def judge_classifier(
     sizes: WeightSizes,
     integrity: Mapping[str, str | None],
     gates: ConvGates,
+    limited: str | None = None,
+    judged_on: str = ALL,
 ) -> Verdict:
-    """`promoted` or `rejected`, with every reason.
+    """The verdict, with every reason.
 
     Args:
         integrity: check name → None where it passed, else what is wrong.
+        limited, judged_on: as of `dpq_core.gates.judge`.
     """
-    limits = GatesSection(accuracy_drop=gates.accuracy_drop, confidence=gates.confidence)
-    verdict = judge({_JUDGED_AS: change}, integrity, limits, limited=False)
+    limits = GatesSection(
+        accuracy_drop=gates.accuracy_drop,
+        confidence=gates.confidence,
+        allow_limited=gates.allow_limited,
+    )
+    of = {_JUDGED_AS: change}
+    verdict = judge(of, integrity, limits, limited, judged_on=judged_on)
     size = ratio_metric(SIZE, sizes.ratio, gates.size_ratio)
     reasons = [reason.replace(_JUDGED_AS, ACCURACY) for reason in verdict.reasons]
     if not size.passed:
@@ -50,9 +62,6 @@ def judge_classifier(
             f"{SIZE}: {sizes.ratio:.2f} is below the limit of {gates.size_ratio:g}{left}"
         )
     metrics = {ACCURACY: verdict.metrics[_JUDGED_AS], SIZE: size}
-    return replace(
-        verdict,
-        verdict="rejected" if reasons else "promoted",
-        reasons=tuple(reasons),
-        metrics=metrics,
-    )
+    judged = replace(verdict, reasons=tuple(reasons), metrics=metrics)
+    missed = verdict.verdict == "promoted" and not size.passed
+    return replace(judged, verdict="rejected") if missed else judged

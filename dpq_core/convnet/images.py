@@ -21,7 +21,7 @@ from torch import Tensor
 
 from dpq_core.convnet.recipe import ImagesSection
 from dpq_core.data_files import check_folder, literal
-from dpq_core.digests import file_digest
+from dpq_core.digests import file_digest, identity
 from dpq_core.errors import InputError
 
 _DIGITS_HELD_OUT = 360  # of 1797: the last fifth, other writers than the first
@@ -77,8 +77,8 @@ def as_input(pixels: Tensor) -> Tensor:
 
 
 def sources(section: ImagesSection) -> dict[str, Any]:
-    """What tells the files apart that `load_images` will read: SHA-256 of idx files; name,
-    bytes and time of change of those in `data_dir`, which may be a million.
+    """What tells the files apart that `load_images` will read: SHA-256 of idx files; name
+    and identity of those in `data_dir`, which may be a million.
 
     Raises:
         ImagesError: a file or folder is missing.
@@ -95,11 +95,8 @@ def sources(section: ImagesSection) -> dict[str, Any]:
     folder = Path(section.data_dir)
     if not folder.is_dir():
         raise ImagesError(f"{folder}: no such folder: images.data_dir names one")
-    found = {path: path.stat() for path in sorted(folder.rglob("*")) if path.is_file()}
-    return {
-        str(path.relative_to(folder)): [stat.st_size, stat.st_mtime_ns]
-        for path, stat in found.items()
-    }
+    found = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    return {str(path.relative_to(folder)): identity(path) for path in found}
 
 
 def load_images(section: ImagesSection) -> ImageSet:

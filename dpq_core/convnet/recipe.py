@@ -148,6 +148,7 @@ class ConvGates(Section):
     confidence: float | None = Field(
         None, gt=0, lt=1, description="judge the worse end of this interval (0.95, say)"
     )
+    allow_limited: bool = Field(False, description="judge on images.test_samples, not on all")
 
 
 class BenchmarkSection(Section):

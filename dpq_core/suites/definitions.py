@@ -28,8 +28,6 @@ from jinja2 import TemplateError
 from dpq_core import mirror
 from dpq_core.digests import digest, file_digest
 from dpq_core.errors import InputError
-
-# Its import puts the questions' code into the version of this module (`digests.code_digest`).
 from dpq_core.suites import python_docs
 
 _SHIPPED = Path(python_docs.__file__).parent

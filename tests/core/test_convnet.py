@@ -455,6 +455,21 @@ def test_gates(wrong, sizes, checks, reasons, images):
     assert verdict.metrics["accuracy"].turned_wrong == wrong
 
 
+@pytest.mark.parametrize(("allowed", "expected"), [(False, "inspected"), (True, "promoted")])
+def test_some_of_the_images_do_not_promote_unless_the_gates_say_so(allowed, expected, images):
+    change = accuracy_change(scores_of(images, 0), scores_of(images, 0))
+    gates = ConvGates(allow_limited=allowed)
+    verdict = judge_classifier(change, SIZES, {}, gates, limited="images.test_samples")
+    assert verdict.verdict == expected
+    assert any("images.test_samples left" in reason for reason in verdict.reasons) is not allowed
+
+
+def test_a_float_network_that_is_not_finite_is_no_verdict(images):
+    broken = score(torch.full((len(images.test), 10), torch.nan), images.test, "digits")
+    change = accuracy_change(broken, scores_of(images, 0))
+    assert judge_classifier(change, SIZES, {}, ConvGates()).verdict == "error"
+
+
 def test_logits_that_are_not_finite_reject(images):
     logits = torch.zeros(len(images.test), 10)
     logits[5, 3] = torch.nan

@@ -1,5 +1,7 @@
 """Digests name content: the same for the same, another for another."""
 
+import os
+import shutil
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -7,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import dpq_core
-from dpq_core.digests import _code_digest, code_digest, digest, file_digest
+from dpq_core.digests import _code_digest, code_digest, digest, file_digest, identity
 
 
 def test_digest_does_not_depend_on_the_order_of_keys():
@@ -24,6 +26,24 @@ def test_file_digest_is_sha256(tmp_path):
     path = tmp_path / "empty"
     path.write_bytes(b"")
     assert file_digest(path).startswith("e3b0c44298fc1c149afbf4c8996fb924")
+
+
+@pytest.mark.parametrize("over", ["in place", "by another file"])
+def test_an_identity_changes_with_content_of_the_same_size_and_time(tmp_path, over):
+    """As `cp -p`, `tar` and `rsync -t` leave it."""
+    path, other = tmp_path / "weights", tmp_path / "other"
+    path.write_bytes(b"old")
+    before, stat = identity(path), path.stat()
+    other.write_bytes(b"new")
+    os.utime(other, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    if over == "in place":
+        shutil.copyfile(other, path)
+        shutil.copystat(other, path)
+    else:
+        other.rename(path)
+    assert path.stat().st_mtime_ns == stat.st_mtime_ns
+    assert identity(path) != before
+    assert identity(path) == identity(path)
 
 
 @pytest.fixture

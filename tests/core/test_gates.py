@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dpq_core.gates import COMMONSENSE, compare, judge
+from dpq_core.gates import COMMONSENSE, NotMeasuredError, compare, judge
 from dpq_core.pairing import Difference, Failure
 from dpq_core.recipe import GatesSection
 from dpq_core.scores import PERPLEXITY, Scores
@@ -30,7 +30,7 @@ def differences(baseline, candidate, spread=0.0):
     }
 
 
-def verdict(candidate, baseline=BASELINE, integrity=None, gates=DEFAULT, limited=False, spread=0.0):
+def verdict(candidate, baseline=BASELINE, integrity=None, gates=DEFAULT, limited=None, spread=0.0):
     found = differences(baseline, baseline | candidate, spread)
     return judge(found, integrity or {}, gates, limited)
 
@@ -122,7 +122,7 @@ PLANTED = {
 
 def of_evaluations(baseline, candidate, **keywords):
     found = compare(baseline, candidate)
-    return judge(found, {}, keywords.get("gates", DEFAULT), keywords.get("limited", False))
+    return judge(found, {}, keywords.get("gates", DEFAULT), keywords.get("limited"))
 
 
 def test_the_names_of_what_is_compared():
@@ -139,26 +139,35 @@ def test_the_names_of_what_is_compared():
     assert "accuracy_average" in compare(fewer, fewer)
 
 
-@pytest.mark.parametrize("limited", [False, True])
+@pytest.mark.parametrize("limited", [None, "evaluation.limit"])
 @pytest.mark.parametrize("side", ["baseline", "candidate"])
-@pytest.mark.parametrize("planted", PLANTED.values(), ids=PLANTED)
-def test_a_broken_suite_is_rejected_and_never_averaged_over(side, planted, limited):
+@pytest.mark.parametrize("planted", PLANTED)
+def test_a_broken_suite_is_never_averaged_over(side, planted, limited):
+    """A NaN of the candidate's is what was measured of it, and rejects it. All else says nothing of
+    the candidate: neither promoted nor rejected."""
     sides = {"baseline": EVALUATION, "candidate": EVALUATION}
-    result = of_evaluations(**sides | {side: EVALUATION | {"boolq": planted}}, limited=limited)
-    assert result.verdict == "rejected"
+    broken = EVALUATION | {"boolq": PLANTED[planted]}
+    result = of_evaluations(**sides | {side: broken}, limited=limited)
+    measured = (side, planted) == ("candidate", "a NaN")
+    assert result.verdict == ("rejected" if measured else "error")
     assert result.metrics[ACCURACY].delta is None
     assert any(reason.startswith("accuracy.boolq: ") for reason in result.reasons)
-    assert any(reason.startswith(f"{ACCURACY}: boolq: ") for reason in result.reasons)
+    assert any(reason.startswith(f"{ACCURACY}: boolq: ") for reason in result.reasons) is measured
     json.dumps(result.as_dict(), allow_nan=False)
+    if measured:
+        assert result.or_error("it") is result
+    else:
+        with pytest.raises(NotMeasuredError, match=r"it was not measured.*accuracy\.boolq: "):
+            result.or_error("it")
 
 
 @pytest.mark.parametrize("name", [PERPLEXITY, "mmlu", "wikitext", "piqa"])
 @pytest.mark.parametrize("side", ["baseline", "candidate"])
-def test_what_was_measured_on_one_side_only_fails(side, name):
+def test_what_was_measured_on_one_side_only_is_not_judged(side, name):
     sides = {"baseline": EVALUATION, "candidate": EVALUATION}
     without = {key: value for key, value in EVALUATION.items() if key != name}
     result = of_evaluations(**sides | {side: without})
-    assert result.verdict == "rejected"
+    assert result.verdict == "error"
     assert any(f"{side} not measured" in reason for reason in result.reasons)
 
 
@@ -166,9 +175,18 @@ def test_what_was_measured_on_one_side_only_fails(side, name):
 def test_a_perplexity_that_is_not_finite_fails(value):
     broken = {PERPLEXITY: scores([20.0] * 11 + [value], PERPLEXITY, weights=[10.0] * 12)}
     result = of_evaluations(EVALUATION, EVALUATION | broken)
+    assert result.verdict == "rejected"
     assert result.reasons == (
         f"{PERPLEXITY}: candidate: the scores of 1 of 12 documents are not finite",
     )
+    assert of_evaluations(EVALUATION | broken, EVALUATION).verdict == "error"
+
+
+def test_a_perplexity_whose_sum_overflows_fails():
+    vast = {PERPLEXITY: scores([2e4] * 12, PERPLEXITY, weights=[10.0] * 12)}
+    result = of_evaluations(EVALUATION, EVALUATION | vast)
+    assert (result.verdict, result.reasons) == ("rejected", (f"{PERPLEXITY}: candidate infinite",))
+    assert of_evaluations(EVALUATION | vast, EVALUATION).verdict == "error"
 
 
 def test_what_was_measured_on_neither_side_is_not_judged():
@@ -188,10 +206,11 @@ def test_confidence_judges_the_worse_end(spread, confidence, expected):
     assert all("95% interval" in reason for reason in result.reasons)
 
 
-def test_confidence_without_an_interval_fails():
+def test_confidence_without_an_interval_says_nothing():
     few = {PERPLEXITY: scores([20.0] * 9, PERPLEXITY, weights=[10.0] * 9)}
     assert of_evaluations(few, few).verdict == "promoted"
     result = of_evaluations(few, few, gates=GatesSection(confidence=0.9))
+    assert result.verdict == "error"
     assert "too few windows" in result.reasons[0]
     assert result.metrics[PERPLEXITY].too_few
 
@@ -235,7 +254,10 @@ def test_monotone_in_the_limits(baseline, candidate, limits, data):
         assert promoted(candidate, baseline, gates=loose)
 
 
-@given(baseline=values, candidate=values, gates=any_gates, limited=st.booleans())
+limits = st.sampled_from([None, "evaluation.limit"])
+
+
+@given(baseline=values, candidate=values, gates=any_gates, limited=limits)
 @settings(deadline=None, max_examples=100)
 def test_integrity_failure_always_rejects(baseline, candidate, gates, limited):
     failed = {"files": None, "tensors": "lm_head.weight has NaN"}
@@ -246,17 +268,22 @@ def test_integrity_failure_always_rejects(baseline, candidate, gates, limited):
 
 
 @pytest.mark.parametrize("candidate", [BASELINE, {PERPLEXITY: 9.0}])
-@pytest.mark.parametrize(("limited", "allow"), [(True, False), (True, True), (False, True)])
+@pytest.mark.parametrize(
+    ("limited", "allow"),
+    [("evaluation.limit", False), ("images.test_samples", True), (None, True)],
+)
 def test_limited_runs_are_for_looking(candidate, limited, allow):
     result = verdict(candidate, gates=GatesSection(allow_limited=allow), limited=limited)
     judged = "promoted" if candidate is BASELINE else "rejected"
-    assert result.verdict == ("inspected" if limited and not allow else judged)
-    assert any("limit left documents" in r for r in result.reasons) is (limited and not allow)
+    inspected = bool(limited) and not allow
+    assert result.verdict == ("inspected" if inspected else judged)
+    assert any(f"{limited} left documents" in r for r in result.reasons) is inspected
 
 
 @pytest.mark.parametrize("measured", [{}, {"wikitext": EVALUATION["wikitext"]}])
-def test_nothing_that_a_gate_judges_is_rejected(measured):
+def test_nothing_that_a_gate_judges_is_no_verdict(measured):
     result = of_evaluations(measured, measured)
+    assert result.verdict == "error"
     assert result.reasons == ("nothing was measured that a gate could judge",)
     assert all(metric.passed and metric.limit is None for metric in result.metrics.values())
 
@@ -269,7 +296,7 @@ def test_other_metrics_are_shown_and_not_judged():
 
 
 def test_every_reason_is_given_with_its_numbers():
-    result = verdict({PERPLEXITY: 9.0, ACCURACY: 60.0}, integrity={"files": "gone"}, limited=True)
+    result = verdict({PERPLEXITY: 9.0, ACCURACY: 60.0}, integrity={"files": "gone"}, limited="x")
     assert len(result.reasons) == 4
     perplexity = next(reason for reason in result.reasons if reason.startswith(PERPLEXITY))
     assert "from 8.0000 to 9.0000 (+1.0000)" in perplexity
@@ -295,8 +322,9 @@ FAST = GatesSection(throughput_ratio=1.8)
     ],
 )
 def test_speed_must_reach_its_limit_on_every_device(ratios, reason):
-    result = judge(differences(BASELINE, BASELINE), {}, FAST, False, ratios)
-    assert result.verdict == ("rejected" if reason else "promoted")
+    result = judge(differences(BASELINE, BASELINE), {}, FAST, None, ratios)
+    missing = not ratios or any(isinstance(found, Failure) for found in ratios.values())
+    assert result.verdict == ("error" if missing else "rejected" if reason else "promoted")
     assert len(result.reasons) == bool(reason)
     assert "".join(result.reasons).startswith(reason or "")
     json.dumps(result.as_dict(), allow_nan=False)
@@ -304,11 +332,11 @@ def test_speed_must_reach_its_limit_on_every_device(ratios, reason):
 
 def test_speed_that_no_gate_asks_for_is_shown_where_there_is_any():
     ratios = {"cpu": 0.5, "cuda": Failure("not measured here")}
-    result = judge(differences(BASELINE, BASELINE), {}, DEFAULT, False, ratios)
+    result = judge(differences(BASELINE, BASELINE), {}, DEFAULT, None, ratios)
     assert result.verdict == "promoted"
     assert result.metrics["throughput_ratio.cpu"].candidate == 0.5
     assert "throughput_ratio.cuda" not in result.metrics
 
 
 def test_speed_is_not_judged_before_it_is_measured():
-    assert judge(differences(BASELINE, BASELINE), {}, FAST, False).verdict == "promoted"
+    assert judge(differences(BASELINE, BASELINE), {}, FAST, None).verdict == "promoted"

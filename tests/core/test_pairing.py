@@ -60,6 +60,33 @@ def test_accuracy_interval_is_the_bootstrap_s(confidence):
     assert interval == pytest.approx((100 * reference.low, 100 * reference.high), abs=0.08)
 
 
+def mean_of(first, second):
+    return difference({"a": first[0], "b": second[0]}, {"a": first[1], "b": second[1]}, ["a", "b"])
+
+
+def test_p_is_of_the_mean_over_suites_and_not_of_the_pooled_documents():
+    """Pooled, 60 answers turned right and 100 wrong say that it is worse (p 0.002). The mean of the
+    suites, which the gate judges, rose."""
+    small = answers(right=40, wrong=10, kept_right=75, kept_wrong=75)
+    large = answers(right=20, wrong=90, kept_right=5000, kept_wrong=4890)
+    found = mean_of(small, large)
+    assert found.delta == pytest.approx((15 - 0.7) / 2)
+    assert (found.turned_right, found.turned_wrong) == (60, 100)
+    spread = 50 * math.sqrt(50 / 200**2 + 110 / 10_000**2)  # of fair coins, in points
+    tail = stats.norm.sf(abs(found.delta) / spread)
+    assert found.p_value == pytest.approx(2 * tail, abs=2e-4)
+    assert found.interval[0] > 0
+    assert mean_of(tuple(reversed(small)), tuple(reversed(large))).p_value == found.p_value
+
+
+def test_p_of_a_mean_that_did_not_move_is_1():
+    small = answers(right=1, wrong=2, kept_right=50, kept_wrong=47)
+    large = answers(right=20, wrong=10, kept_right=500, kept_wrong=470)
+    found = mean_of(small, large)
+    assert found.delta == pytest.approx(0)
+    assert found.p_value == 1
+
+
 def test_mean_of_suites_resamples_each_apart():
     first = answers(right=30, wrong=10, kept_right=100, kept_wrong=60)
     second = answers(right=5, wrong=45, kept_right=400, kept_wrong=550)

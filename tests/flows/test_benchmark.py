@@ -74,19 +74,29 @@ def test_a_benchmark_is_in_mlflow_on_the_run_page_and_in_json(dpq, run_of):
 
 
 @needs_no_gaudi
-def test_a_release_that_cannot_be_timed_does_not_pass_the_gate_on_speed(content, run_of):
+def test_a_release_that_cannot_be_timed_shows_a_gap(content, run_of):
     benchmark = SMALL | {"devices": ["hpu"]}
-    gates = content["gates"] | {"throughput_ratio": 1e-3}
-    result = run_flow(release, parse_recipe(content | {"benchmark": benchmark, "gates": gates}))
-    assert result.verdict.verdict == "rejected"
-    (reason,) = result.verdict.reasons
-    assert reason == f"throughput_ratio.hpu: {ABSENT}"
+    result = run_flow(release, parse_recipe(content | {"benchmark": benchmark}))
+    assert result.verdict.verdict == "promoted"
     metrics, folder = run_of(result.run_id)
     assert THROUGHPUT not in metrics
     report = (folder / "report.html").read_text()
     assert "<h2>Throughput</h2>" in report
     assert ABSENT in report
-    assert "throughput_ratio.hpu" in (folder / "README.md").read_text()
+
+
+@needs_no_gaudi
+def test_a_gate_on_the_speed_of_what_is_not_here_ends_before_any_work(dpq, tmp_path):
+    """No number, no verdict: it was a rejection once, and registered."""
+    benchmark = json.dumps(SMALL | {"devices": ["hpu"]})
+    settings = ("gates.throughput_ratio=0.001", f"benchmark={benchmark}")
+    store = tmp_path / "store"
+    sets = [part for each in (*settings, f"execution.store={store}") for part in ("--set", each)]
+    done = dpq("release", "--json", *sets)
+    assert done.exit_code == 1
+    assert json.loads(done.stdout)["verdict"] == "error"
+    assert "gates.throughput_ratio is 0.001, and this machine has no hpu device" in done.stderr
+    assert not (store / "scores").exists()
 
 
 @needs_runtime

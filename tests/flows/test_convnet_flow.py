@@ -5,6 +5,7 @@ import json
 import pytest
 from typer.testing import CliRunner
 
+from dpq_core.halves import ALL, JUDGING
 from flows.cli import app
 from infra.registry import Registry
 from infra.tracking import mlflow_client, tracking_store
@@ -24,7 +25,7 @@ def convnet(services_home, store, tmp_path):
         "training": {"epochs": 3, "batch_size": 32},
         "calibration": {"batches": 8},
         "qat": {"epochs": 1},
-        "gates": {"accuracy_drop": 10},
+        "gates": {"accuracy_drop": 10, "allow_limited": True},
         "benchmark": {"batches": [32], "runs": 3},
         "registry": {"name": NAME},
         "execution": {"store": str(store)},
@@ -53,7 +54,8 @@ def test_promoted_registered_and_computed_once(convnet, registry, store, service
     content = json.loads(first.stdout)
     assert (content["verdict"], content["method"]) == ("promoted", "post-training")
     assert content["metrics"]["size_ratio"]["candidate"] == 4
-    assert content["metrics"]["accuracy"]["documents"] == 256
+    assert content["judged_on"] == JUDGING
+    assert 100 < content["metrics"]["accuracy"]["documents"] < 156  # of 256
     assert content["attempts"][0]["arithmetic"] == "integer"
     assert content["latency"][0]["batch"] == 32
     assert min(content["latency"][0].values()) > 0
@@ -78,7 +80,20 @@ def test_fine_tuned_where_the_gate_fails_and_rejected_where_that_does_not_help(c
     assert content["reasons"] == ["size_ratio: 4.00 is below the limit of 4.5"]
     assert registry.champion(NAME) == champion
     alone = convnet("--json", "--set", "gates.size_ratio=4.5", "--set", "qat.enabled=false")
-    assert len(json.loads(alone.stdout)["attempts"]) == 1
+    content = json.loads(alone.stdout)
+    assert len(content["attempts"]) == 1
+    assert content["judged_on"] == ALL
+    assert content["metrics"]["accuracy"]["documents"] == 256
+
+
+def test_some_of_the_images_promote_nothing(convnet, registry):
+    champion = registry.champion(NAME)
+    result = convnet("--json", "--set", "gates.allow_limited=false")
+    assert result.exit_code == 2, result.stderr
+    content = json.loads(result.stdout)
+    assert content["verdict"] == "inspected"
+    assert content["reasons"][0].startswith("images.test_samples left documents out")
+    assert registry.champion(NAME) == champion
 
 
 @pytest.mark.parametrize(

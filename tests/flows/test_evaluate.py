@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import time
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,11 +17,15 @@ from pyarrow import parquet
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
+from dpq_core.checkpoint import MANIFEST, load_model
+from dpq_core.gates import NotMeasuredError
 from dpq_core.recipe import parse_recipe
 from flows.cli import app
 from flows.evaluate import evaluate as evaluate_flow
-from flows.measure import _ended, _outcome
+from flows.measure import _ended, _found, _outcome
+from flows.nightly import why_due
 from flows.release import release
+from infra.registry import Registry
 from infra.store import ArtifactRef, Store
 from infra.tracking import mlflow_client, tracking_store
 
@@ -89,10 +94,10 @@ def model(quickstart_model, tmp_path):
 def evaluate(recipe_file):
     """`dpq evaluate CHECKPOINT … --json`: the object that it prints."""
 
-    def run(checkpoint, *arguments):
+    def run(checkpoint, *arguments, exit_code=0):
         command = ["evaluate", str(checkpoint), "--recipe", str(recipe_file), "--json"]
         result = CliRunner().invoke(app, [*command, *arguments])
-        assert result.exit_code == 0, result.stderr
+        assert result.exit_code == exit_code, result.stderr
         return json.loads(result.stdout)
 
     return run
@@ -102,9 +107,13 @@ def values(report):
     return {row["suite"]: row["value"] for row in report["scores"]}
 
 
-def score_artifacts(store):
-    complete = (store / "scores").glob("*/.artifact.json")
+def artifacts(store, stage):
+    complete = (store / stage).glob("*/.artifact.json")
     return {path.parent.name: path.stat().st_mtime_ns for path in complete}
+
+
+def score_artifacts(store):
+    return artifacts(store, "scores")
 
 
 def test_the_same_model_twice_costs_nothing_the_second_time(evaluate, model, own_store, tmp_path):
@@ -176,21 +185,64 @@ def shuffle_codes_of_a_layer(store):
         (folder / "layer.json").write_text(about)
 
 
-def test_a_failed_suite_is_rejected_and_the_others_are_kept(recipe, suites, own_store):
+def test_a_baseline_s_failed_suite_ends_the_run_and_the_others_are_kept(recipe, suites, own_store):
+    """It was a rejection, of a candidate that was quantized for it, and it was registered."""
     (suites / "planted.py").write_text(BROKEN)
     definition = suites / "first.yaml"
-    definition.write_text(
-        definition.read_text() + "process_results: !function planted.process_results\n"
-    )
-    result = run_flow(release, recipe)
-    assert result.verdict.verdict == "rejected"
-    assert result.verdict.metrics["accuracy_average"].delta is None
-    assert result.verdict.metrics["accuracy.second"].passed
-    assert any(
-        reason.startswith("accuracy.first: baseline failed: ArithmeticError: planted")
-        for reason in result.verdict.reasons
-    )
-    assert len(score_artifacts(own_store)) >= 4  # perplexity and the second suite, of both models
+    whole = definition.read_text()
+    definition.write_text(whole + "process_results: !function planted.process_results\n")
+    shutil.rmtree(own_store / "statistics", ignore_errors=True)
+    with pytest.raises(NotMeasuredError) as raised:
+        run_flow(release, recipe)
+    assert "accuracy.first: baseline failed: ArithmeticError: planted" in str(raised.value)
+    assert str(raised.value).count("planted") == 1
+    assert not (own_store / "statistics").exists()
+    kept = score_artifacts(own_store)
+    assert len(kept) == 2  # perplexity and the second suite
+    definition.write_text(whole)
+    (suites / "planted.py").unlink()
+    assert run_flow(release, recipe).verdict.verdict == "promoted"
+    assert kept.items() <= score_artifacts(own_store).items()
+
+
+def test_out_of_memory_is_no_verdict_and_the_next_run_goes_on(
+    dpq, own_store, services_home, content, monkeypatch
+):
+    """The candidate's first suite finds no memory for the model, and a retry neither."""
+    name, asked = "out-of-memory-tests", []
+
+    def load(folder, device, trusted):
+        if (folder / MANIFEST).is_file():
+            asked.append(folder)
+            if len(asked) in (2, 3):  # perplexity is the first
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB")
+        return load_model(folder, device, trusted)
+
+    monkeypatch.setattr("tasks.evaluate.load_model", load)
+    settings = ["--json", "--set", f"registry.name={name}"]
+    failed = dpq("release", *settings)
+    assert failed.exit_code == 1
+    said = json.loads(failed.stdout)
+    assert said["verdict"] == "error"
+    assert "the candidate was not measured" in said["reasons"][0]
+    assert "accuracy.first: candidate failed: OutOfMemoryError: CUDA out of" in failed.stderr
+    registry = Registry(tracking_store(services_home)[0])
+    assert registry.find(name, {}) is None
+    recipe = parse_recipe(content | {"registry": {"name": name}})
+    assert why_due(recipe, registry)[0]  # the next night tries again
+    stages = ("statistics", "layers", "checkpoints", "integrity", "scores")
+    made = {stage: artifacts(own_store, stage) for stage in stages}
+    assert len(made["scores"]) == 5  # of the candidate perplexity and the second suite
+
+    again = dpq("release", *settings)
+    assert again.exit_code == 0, again.stderr
+    now = {stage: artifacts(own_store, stage) for stage in stages}
+    assert len(asked) == 5
+    assert all(now[stage] == made[stage] for stage in stages[:-1])
+    assert made["scores"].items() <= now["scores"].items()
+    assert len(now["scores"]) == 6
+    assert registry.champion(name) is not None
+    assert not why_due(recipe, registry)[0]
 
 
 def test_every_document_is_in_mlflow(recipe, services_home, tmp_path):
@@ -257,12 +309,24 @@ def test_a_task_that_found_no_server_to_begin_is_submitted_again(starts):
         assert outcome.reason.startswith("did not begin in 3 attempts, and is pending")
 
 
+def test_a_killed_worker_is_a_reason_and_no_score():
+    class Future:
+        state = Pending()
+
+        def wait(self):
+            raise BrokenProcessPool("A process in the pool was terminated abruptly")
+
+    found = _found(Future(), Future)
+    assert found.reason.startswith("failed: its worker was killed, for lack of memory perhaps")
+
+
 def test_a_time_limit_is_named_and_leaves_the_others(evaluate, model, suites, monkeypatch):
     write_suite(suites, "first", documents=400)
     # A second passes whenever somebody looks at the clock, and only then.
     clock = SimpleNamespace(monotonic=itertools.count().__next__)
     monkeypatch.setattr("tasks.evaluate.time", clock)
-    report = evaluate(model, "--set", "evaluation.timeout=6.5")
+    report = evaluate(model, "--set", "evaluation.timeout=6.5", exit_code=1)
+    assert report["complete"] is False
     assert values(report)["second"] is not None
     assert values(report)["first"] is None
     failed = [reason for reason in report["reasons"] if reason.startswith("first: ")]

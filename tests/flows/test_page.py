@@ -334,7 +334,8 @@ def test_the_gate_table_and_the_suites():
     assert [text_of(cell) for cell in suites.xpath("tbody/tr")[0]][:6] == [
         *("piqa", "78.10", "77.90", "−0.20", "−0.30 to −0.10", "+8 −12, p 0.5")
     ]
-    assert "3 of 3 gates passed" in section(tree, "Gates")
+    assert "3 of 3 gates passed. Judged on all documents and windows" in section(tree, "Gates")
+    assert "it reads the text that perplexity judges" in section(tree, "Skipped")
 
 
 def test_a_failed_suite_is_shown_as_failed():

@@ -3,13 +3,19 @@
 import csv
 import json
 import time
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from conftest import dpq_process, run_flow
 
+from dpq_core.gates import Metric, NotMeasuredError, Verdict
+from dpq_core.halves import ALL, JUDGING
 from dpq_core.recipe import parse_recipe
+from flows.attempt import Attempt
 from flows.release import release
+from flows.repair import repair
 from infra.registry import Registry
 from infra.tracking import PARENT, mlflow_client, tracking_store
 
@@ -44,8 +50,13 @@ def test_rejected_then_promoted_without_touching_a_gate(content, services_home, 
     assert len(unrepaired.rounds) == 1
     result = measured(content, {})
     assert result.verdict.verdict == "promoted", result.rounds
+    asked, judged = (r.verdict.metrics["perplexity_token"].documents for r in (unrepaired, result))
+    assert (unrepaired.verdict.judged_on, result.verdict.judged_on) == (ALL, JUDGING)
+    assert 0 < judged < asked
     assert Registry(tracking_store(services_home)[0]).champion("repair-tests") is not None
     before, *after = result.rounds
+    assert before["gates missed"] == "perplexity_token"
+    assert after[-1]["gates missed"] == "none"
     assert before["measured increase"] >= 0.01 > after[-1]["measured increase"]
     assert before["bits per weight"] < after[-1]["bits per weight"] <= 8.5
     assert 0 < after[-1]["predicted increase"] < before["measured increase"]
@@ -76,6 +87,33 @@ def test_rejected_then_promoted_without_touching_a_gate(content, services_home, 
     again = measured(content, {})
     assert {stage: artifacts(store, stage) for stage in stages} == made
     assert again.rounds == result.rounds
+
+
+@pytest.mark.parametrize("judged", ["promoted", "rejected"])
+def test_the_half_that_judges_has_the_last_word(content, judged, monkeypatch):
+    """And no round follows it: it is looked at once."""
+    recipe, looks = parse_recipe(content), []
+    metric = Metric("perplexity_token", 3.0, 3.0, 0.0, limit=0.01, passed=True)
+    look = Verdict("promoted", (), {"perplexity_token": metric})
+    reasons = () if judged == "promoted" else ("perplexity_token: increase",)
+    missed = replace(metric, delta=0.02, passed=judged == "promoted")
+    said = Verdict(judged, reasons, {"perplexity_token": missed})
+
+    def gate(*arguments, **keywords):
+        looks.append(keywords.get("chooses", False))
+        return said
+
+    monkeypatch.setattr("flows.attempt.gate", gate)
+    candidate = SimpleNamespace(integrity={})
+    found = repair(recipe, None, {}, Attempt(recipe, candidate, {}, look, look))
+    assert looks == [False]
+    assert len(found.attempts) == 1
+    assert (found.last.look, found.last.verdict.verdict) == (look, judged)
+    why = [
+        "the half of the documents that chooses lets it pass" in r
+        for r in found.last.verdict.reasons
+    ]
+    assert any(why) is (judged == "rejected")
 
 
 def test_a_budget_that_is_too_small_says_what_is_needed(content):
@@ -118,12 +156,13 @@ def test_a_layer_that_the_recipe_gives_a_choice_keeps_it(content):
     assert schemes["model.layers.4.mlp.down_proj"] == {"group_size": 32}
 
 
-def test_what_is_broken_is_not_repaired(content, tmp_path):
-    """A suite that fails is a reason to reject, and no number that bits could better."""
+def test_a_baseline_that_was_not_measured_ends_before_the_quantization(content, tmp_path):
+    """It was quantized, rejected for its baseline, and registered once."""
     evaluation = content["evaluation"] | {"suites": ["python_docs"], "timeout": 1e-6}
-    result = measured(content, {"evaluation": evaluation})
-    assert result.verdict.verdict == "rejected"
-    assert len(result.rounds) == 1
+    execution = content["execution"] | {"store": str(tmp_path / "store")}
+    with pytest.raises(NotMeasuredError, match=r"the baseline was not measured.*TimeoutError"):
+        measured(content, {"evaluation": evaluation, "execution": execution})
+    assert not (tmp_path / "store" / "statistics").exists()
 
 
 def test_killed_in_a_round_and_run_again(content, recipe_file, tmp_path):

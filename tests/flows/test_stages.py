@@ -1,0 +1,369 @@
+"""Versions of arithmetic in cache keys: no byte of a stage changes without its version.
+
+    python tests/flows/test_stages.py        records the bytes anew, in stages.json
+
+Bytes are compared where they were recorded: the same class of processor, the same libraries, which
+stand in the keys themselves. Numbers are compared everywhere, within what processors differ by.
+"""
+
+import json
+import os
+import shutil
+import sys
+import tempfile
+from functools import cache
+from hashlib import sha256
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from dpq_core.device_kinds import kind_of
+from dpq_core.digests import digest
+from dpq_core.exports import export_checkpoint
+from dpq_core.inputs import batches_of
+from dpq_core.perplexity import perplexity_token
+from dpq_core.pipeline import quantize_checkpoint
+from dpq_core.proxy import output_moments
+from dpq_core.recipe import CalibrationSection, TextDataset
+from dpq_core.scheme import Scheme
+from dpq_core.sensitivity import Variant, block_losses
+from dpq_core.streaming import StreamedModel
+
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT))  # for `python tests/flows/test_stages.py`
+
+from tasks.support import stages  # noqa: E402
+from tasks.support.stages import STAGES, computed_by  # noqa: E402
+
+GOLDEN = Path(__file__).with_name("stages.json")
+SECTION = CalibrationSection(dataset=TextDataset(path="none"), batch_size=2)
+SCHEME = Scheme(group_size=32, scale_search="hessian")
+# What they hold is an answer, not bytes: whether a checkpoint is whole, an answer right.
+ANSWERS = {"model", "integrity", "suite"}
+CONVNETS = {"images", "float-networks", "classifiers", "image-scores"}
+ARITHMETIC = kind_of("cpu").arithmetic(0)
+
+
+@cache
+def folder():
+    """A place for what this process makes."""
+    return Path(tempfile.mkdtemp(prefix="stages-"))
+
+
+@cache
+def model():
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=61,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        initializer_range=0.1,
+        tie_word_embeddings=False,
+    )
+    LlamaForCausalLM(config).bfloat16().save_pretrained(folder() / "model")
+    return folder() / "model"
+
+
+def windows():
+    return torch.randint(61, (4, 24), generator=torch.Generator().manual_seed(1))
+
+
+@cache
+def checkpoint():
+    """Statistics, layers and a checkpoint, as the tasks make them."""
+    seen = {}
+    choices = {"model.layers.0.mlp.down_proj": "w8a8", "model.layers.1.self_attn.o_proj": "bf16"}
+    with pytest.MonkeyPatch.context() as patch:
+        calibrate = quantize_checkpoint.__globals__["calibrate_block"]
+
+        def observed(*arguments):
+            found = calibrate(*arguments)
+            for name, each in found.items():
+                for field, tensor in each.tensors().items():
+                    seen[f"{name}.{field}"] = tensor.clone()
+            return found
+
+        patch.setitem(quantize_checkpoint.__globals__, "calibrate_block", observed)
+        to = folder() / "checkpoint"
+        about = {"base_model": {"id": "golden", "revision": None, "digest": "", "licence": None}}
+        about["base_model"] |= {"trust_remote_code": False}
+        about["calibration"] = {"windows": "golden"}
+        manifest = quantize_checkpoint(model(), to, windows(), SCHEME, SECTION, about, choices)
+    return to, manifest, seen
+
+
+def bytes_of(tensors):
+    """Digest of tensors by name."""
+    content = sha256()
+    for name, tensor in sorted(tensors.items()):
+        flat = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+        content.update(name.encode() + flat.numpy().tobytes())
+    return content.hexdigest()
+
+
+def of_tensors(tensors):
+    """Their digest, and the mean size of each."""
+    means = [t.detach().double().abs().mean() for _, t in sorted(tensors.items()) if t.ndim]
+    numbers = [float(mean) for mean in means]
+    return bytes_of(tensors), numbers
+
+
+def of_numbers(numbers):
+    return digest(numbers), numbers
+
+
+def statistics():
+    return of_tensors(checkpoint()[2])
+
+
+def layers():
+    to, manifest, _ = checkpoint()
+    names = {row["name"] for row in manifest["layers"]}
+    tensors = {
+        name: tensor
+        for path in to.glob("*.safetensors")
+        for name, tensor in load_file(path).items()
+        if name.rpartition(".")[0] in names
+    }
+    return bytes_of(tensors), [row["error"] for row in manifest["layers"]]
+
+
+def checkpoints():
+    _, manifest, _ = checkpoint()
+    return digest(manifest["files"]), [manifest["bytes_per_weight"]]
+
+
+def exports():
+    to = folder() / "export"
+    to.mkdir()
+    manifest = export_checkpoint(_symmetric(), to, "compressed-tensors")
+    assert not any(manifest["checks"].values()), manifest["checks"]
+    of_weights = {n: d for n, d in manifest["files"].items() if n.endswith(".safetensors")}
+    return digest(of_weights), [manifest["bits_per_weight"]]
+
+
+def _symmetric():
+    scheme = Scheme(preset="hopper-vllm", group_size=32)
+    about = checkpoint()[1]
+    about = {key: about[key] for key in ("base_model", "calibration")}
+    quantize_checkpoint(model(), folder() / "symmetric", windows(), scheme, SECTION, about)
+    return folder() / "symmetric"
+
+
+def perplexity():
+    scores = perplexity_token(LlamaForCausalLM.from_pretrained(model()), windows(), 2)
+    return of_numbers(scores.values)
+
+
+def begun():
+    stream = StreamedModel(model())
+    return stream, stream.begin(batches_of(windows(), 2))
+
+
+def sensitivity():
+    from dpq_core.checkpoint import QuantizedCheckpoint
+
+    native = QuantizedCheckpoint(checkpoint()[0])
+    names = ["model.layers.0.mlp.down_proj", "model.layers.0.self_attn.q_proj"]
+    layers = {Variant(name, "golden"): lambda name=name: native.layer(name) for name in names}
+    return of_numbers([*block_losses(*begun()[:1], 0, begun()[1], layers).values()])
+
+
+def moments():
+    found = output_moments(*begun()).values()
+    return of_numbers([n for each in found for n in (each.output, each.gradient)])
+
+
+def made_by_convnets(stage):
+    """Digits, a network trained on some of them, quantized, scored."""
+    from dpq_core.convnet.artifact import load_program, save_classifier
+    from dpq_core.convnet.images import ImageSet, as_input, load_images
+    from dpq_core.convnet.integers import IntegerClassifier
+    from dpq_core.convnet.networks import build_network
+    from dpq_core.convnet.quantize import post_training
+    from dpq_core.convnet.recipe import (
+        CalibrationSection,
+        ConvScheme,
+        ImagesSection,
+        NetworkSection,
+        TrainingSection,
+    )
+    from dpq_core.convnet.train import fit, predict, seeded
+
+    images: ImageSet = load_images(ImagesSection(train_samples=64, test_samples=32))
+    pixels = {"train": images.train.pixels, "test": images.test.pixels}
+    if stage == "images":
+        return of_tensors(pixels)
+    training = TrainingSection(epochs=1, batch_size=16)
+    with seeded(0) as generator:
+        network = build_network(NetworkSection(width=0.5), images.shape, images.classes).train()
+        fit(network, images.train, training, 1, 0.1, generator)
+    if stage == "float-networks":
+        weights = {k: t for k, t in network.state_dict().items() if t.is_floating_point()}
+        return of_tensors(weights)
+    graph = post_training(network, images.train, ConvScheme(), CalibrationSection(batches=2))
+    to = folder() / stage
+    to.mkdir()
+    save_classifier(to, graph, as_input(images.train.pixels[:2]), {})
+    if stage == "classifiers":
+        program = load_program(to)
+        stored = {**program.state_dict, **program.constants}
+        content = bytes_of({n: t for n, t in stored.items() if isinstance(t, torch.Tensor)})
+        return content, [float(predict(graph, images.test).abs().mean())]
+    logits = predict(IntegerClassifier(to, 32), images.test, 32)
+    return of_tensors({"logits": logits})
+
+
+MAKERS = {
+    "statistics": statistics,
+    "layers": layers,
+    "checkpoints": checkpoints,
+    "exports": exports,
+    "perplexity": perplexity,
+    "sensitivity": sensitivity,
+    "moments": moments,
+}
+
+
+def made(stage):
+    if stage in CONVNETS:
+        return made_by_convnets(stage)
+    return MAKERS[stage]()
+
+
+# Whose bytes a stage's are made from: other bytes there are other bytes here.
+_QUANTIZED = ("statistics", "layers")
+AFTER = {
+    "layers": ("statistics",),
+    "checkpoints": _QUANTIZED,
+    "exports": (*_QUANTIZED, "checkpoints"),
+    "sensitivity": _QUANTIZED,
+    "float-networks": ("images",),
+    "classifiers": ("images", "float-networks"),
+    "image-scores": ("images", "float-networks", "classifiers"),
+}
+
+
+def where(stage):
+    """Names the class of arithmetic, all libraries, and the versions of the stages before."""
+    libraries = {name: stages._installed(name) for row in STAGES.values() for name in row.libraries}
+    before = [STAGES[name].version for name in AFTER.get(stage, ())]
+    return digest([ARITHMETIC, libraries, before])[:16]
+
+
+def test_every_stage_has_golden_bytes_or_holds_an_answer():
+    assert MAKERS.keys() | CONVNETS | ANSWERS == STAGES.keys()
+    assert json.loads(GOLDEN.read_text()).keys() == MAKERS.keys() | CONVNETS
+
+
+@pytest.mark.parametrize("stage", [*MAKERS, *sorted(CONVNETS)])
+def test_a_stage_s_bytes_change_with_its_version_only(stage):
+    golden = json.loads(GOLDEN.read_text())[stage]
+    remedy = (
+        f"raise the version of {stage} in tasks/support/stages.py, or undo the change; then record:"
+        " python tests/flows/test_stages.py"
+    )
+    assert golden["version"] == STAGES[stage].version, remedy
+    content, numbers = made(stage)
+    assert numbers == pytest.approx(golden["numbers"], rel=0.05, abs=1e-6), remedy
+    assert content == golden["sha256"].get(where(stage), content), remedy
+
+
+def test_keys_hold_no_digest_of_sources():
+    """A comment discarded all Hessians once, and had the baseline scored again."""
+    users = [p.name for p in (ROOT / "tasks").rglob("*.py") if "code_digest" in p.read_text()]
+    assert users == ["environment.py"]  # for the run's record
+
+
+@pytest.mark.parametrize("changed", ["version", "library", "processor"])
+@pytest.mark.parametrize("stage", ["statistics", "layers", "perplexity", "suite", "classifiers"])
+def test_what_computes_is_in_the_key(stage, changed, monkeypatch):
+    before = digest(computed_by(stage, ARITHMETIC))
+    assert digest(computed_by(stage, ARITHMETIC)) == before
+    arithmetic = ARITHMETIC
+    if changed == "version":
+        row = STAGES[stage]
+        monkeypatch.setitem(STAGES, stage, stages.Stage(row.version + 1, row.libraries))
+    elif changed == "library":
+        monkeypatch.setattr(stages, "_installed", lambda name: f"{name} of tomorrow")
+    else:
+        arithmetic = "cpu-avx2-fp32"
+    assert digest(computed_by(stage, arithmetic)) != before
+
+
+@pytest.mark.parametrize("stage", ["perplexity", "suite", "statistics", "sensitivity"])
+def test_a_forward_pass_is_of_transformers_too(stage):
+    assert {"torch", "transformers"} <= set(STAGES[stage].libraries)
+
+
+def test_the_class_of_a_processor_has_the_units_that_multiply(monkeypatch):
+    """AMX and AVX512_BF16 add in different orders; told to leave units out, libraries do."""
+    from dpq_core import device_kinds, products
+
+    classes = set()
+    for units in ((), ("avx512_bf16",), ("avx512_bf16", "amx_bf16")):
+        monkeypatch.setattr(products, "features", lambda units=units: ("avx512_f", *units))
+        classes.add(device_kinds.kind_of("cpu").arithmetic(0))
+    monkeypatch.setattr(products, "limits", lambda: {"ONEDNN_MAX_CPU_ISA": "AVX2"})
+    classes.add(device_kinds.kind_of("cpu").arithmetic(0))
+    assert len(classes) == 4
+
+
+def test_a_network_is_known_by_the_weights_behind_its_id(tmp_path):
+    """Trained again and saved to the same path, it was the old one's parameters that were found."""
+    from dpq_core.convnet.recipe import NetworkSection
+    from tasks.convnet import _weights_of
+
+    section = NetworkSection(kind="transformers", id=str(tmp_path))
+    path = tmp_path / "model.safetensors"
+    save_file({"weight": torch.zeros(4)}, path)
+    before, stat = _weights_of(section), path.stat()
+    save_file({"weight": torch.ones(4)}, path)
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert before.keys() == _weights_of(section).keys() == {"model.safetensors"}
+    assert _weights_of(section) != before
+    assert _weights_of(NetworkSection()) == {}
+
+
+def test_weights_copied_over_with_their_time_are_another_model(tmp_path):
+    """`cp -p` of new weights of the same size: the old digest was found, and the old scores."""
+    from infra.store import Store
+    from tasks.model import content_digest
+
+    here, store = shutil.copytree(model(), tmp_path / "model"), Store(tmp_path / "store")
+    path, new = here / "model.safetensors", tmp_path / "new.safetensors"
+    tensors = load_file(path)
+    before = content_digest(here, store)
+    save_file(tensors | {"model.norm.weight": -tensors["model.norm.weight"]}, new, {"format": "pt"})
+    stat = path.stat()
+    os.utime(new, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    shutil.copy2(new, path)
+    assert (path.stat().st_size, path.stat().st_mtime_ns) == (stat.st_size, stat.st_mtime_ns)
+    assert content_digest(here, store) != before
+
+
+def record():
+    torch.set_num_threads(1)
+    golden = json.loads(GOLDEN.read_text()) if GOLDEN.exists() else {}
+    for stage in [*MAKERS, *sorted(CONVNETS)]:
+        content, numbers = made(stage)
+        version = STAGES[stage].version
+        known = golden.get(stage, {})
+        kept = known.get("sha256", {}) if known.get("version") == version else {}
+        golden[stage] = {
+            "version": version,
+            "numbers": [float(f"{number:.6g}") for number in numbers],
+            "sha256": {**kept, where(stage): content},
+        }
+    GOLDEN.write_text(json.dumps(golden, indent=1, sort_keys=True) + "\n")
+    shutil.rmtree(folder())
+
+
+if __name__ == "__main__":
+    record()
