@@ -154,15 +154,15 @@ def export(
         str, typer.Option("--format", help="compressed-tensors, gptq, inc, fp8_to_int")
     ],
     output: Annotated[
-        Path | None, typer.Option("--output", help="folder; by default beside the checkpoint")
+        Path | None, typer.Option("--output", help="folder; by default in the checkpoint's store")
     ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Write a checkpoint for other people's loaders, and verify it."""
     with errors(as_json):
-        from dpq_core.exports import export_to
+        from tasks.support.exports import export_by_hand
 
-        folder, manifest = export_to(checkpoint, name, output)
+        folder, manifest = export_by_hand(checkpoint, name, output)
         keys = ("format", "bits_per_weight", "distance", "checks")
         summary = {"export": str(folder)} | {key: manifest[key] for key in keys}
         if as_json:

@@ -35,7 +35,7 @@ from infra.disk import is_full, space_left
 from infra.leases import Leases
 from infra.owners import Attendance, Owner
 from infra.store_manifest import MANIFEST, USED, Manifest, file_digest
-from infra.store_marker import OURS, mark
+from infra.store_marker import OURS, is_store, mark
 from infra.store_marker import StoreError as StoreError
 
 COLLECTOR = "gc"  # name of its lease
@@ -282,6 +282,15 @@ class Store:
     def _discard(self, folder: Path) -> None:
         with suppress(FileNotFoundError):  # somebody was faster
             shutil.rmtree(self.set_aside(folder), ignore_errors=True)
+
+
+def artifact_at(folder: Path) -> "tuple[Store, ArtifactRef] | None":
+    """The artifact that a folder is, and its store; None where it is none."""
+    root = folder.parent.parent
+    if folder.parent.name in OURS or not (folder / MANIFEST).is_file() or not is_store(root):
+        return None
+    found = _whole(folder)
+    return None if found is None else (Store(root), found)
 
 
 def artifact_around(path: Path) -> Path:

@@ -27,12 +27,11 @@ def mark(root: Path) -> None:
     Raises:
         StoreError: there is something else in it, or a store of a later release.
     """
-    if is_store(root):
+    if _marked(root):
         return
     root.mkdir(parents=True, exist_ok=True)
-    entries = [path.name for path in root.iterdir()]
     # Of two that make it, one may see the other's folders: the marker was there before them.
-    if entries and not _made_before_markers(root) and not (root / MARKER).is_file():
+    if any(root.iterdir()) and not _made_before_markers(root) and not _marked(root):
         raise StoreError(
             f"{root}: not empty, and no store of dpq's ({MARKER} is missing), so nothing is written"
             f" there: name a new folder, or if it is one say so: touch '{root / MARKER}'"
@@ -41,11 +40,18 @@ def mark(root: Path) -> None:
 
 
 def is_store(root: Path) -> bool:
-    """Whether a folder is marked as a store.
+    """Whether a folder is a store.
 
     Raises:
         StoreError: of a later release.
     """
+    try:
+        return _marked(root) or _made_before_markers(root)
+    except OSError:  # not there, or not for us to look into
+        return False
+
+
+def _marked(root: Path) -> bool:
     try:
         said = (root / MARKER).read_text("utf-8").strip()
     except (FileNotFoundError, NotADirectoryError):
