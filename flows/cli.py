@@ -20,6 +20,7 @@ from flows.convnet_cli import app as convnet_app
 from flows.ends import ending_cleanly, exit_codes, leave_threads, undelivered
 from flows.errors import errors, print_json
 from flows.mirror import app as mirror_app
+from flows.results import printing_to_stderr
 from flows.rollback import rollback
 from flows.store import app as store_app
 from infra.settings import home
@@ -254,7 +255,7 @@ def _say_what_comes(recipe: Recipe, measured: bool = True) -> None:
 def _run(recipe: Recipe, run: Callable[[], _Result]) -> _Result:
     from infra.services import services
 
-    with ending_cleanly(), services(home()):
+    with ending_cleanly(), printing_to_stderr(), services(home()):
         from flows.progress import progress
 
         with progress():

@@ -49,6 +49,7 @@ def rollback(
 def _no_promotion() -> Iterator[None]:
     """Prefect's limit, as a promotion takes it, where a server is up; where none is, nobody
     promotes by one."""
+    import httpx
     from prefect.concurrency.asyncio import ConcurrencySlotAcquisitionError
 
     from infra.registry import RegistryError
@@ -61,7 +62,7 @@ def _no_promotion() -> Iterator[None]:
             url = stack.enter_context(connected(home()))
             try:
                 stack.enter_context(promoting())
-            except ConcurrencySlotAcquisitionError as error:
+            except (ConcurrencySlotAcquisitionError, httpx.TransportError) as error:
                 raise RegistryError(
                     f"{url} does not say whether a promotion is under way, and nothing was changed:"
                     " let it answer, or unset PREFECT_API_URL where nobody promotes by that server"
