@@ -109,6 +109,8 @@ def test_a_rollback_takes_the_place_of_a_promotion(dpq, filled, services_home, m
         assert code == 0, errors
         assert seen == [(1, os.getpid())]
         assert client.read_global_concurrency_limit_by_name("promotion").active_slots == 0
+    # Prefect keeps a client for each limit, with the address of its first.
+    monkeypatch.setattr("tasks.register.PROMOTION", "asked for at a rollback alone")
     monkeypatch.setattr("tasks.register._RESTART", 0.1)
     monkeypatch.setenv("PREFECT_API_URL", "http://127.0.0.1:9/api")
     code, _, errors = dpq("rollback", name, "--store", filled.root)
