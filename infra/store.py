@@ -149,21 +149,18 @@ class Store:
             StoreError: missing, or changed since it was written.
         """
         folder = artifact.folder
-        remedy = f"remove {folder} and run again: it will be made anew"
-        missing = f"{folder}: artifact is missing; run again: it will be made anew"
         try:
-            manifest = Manifest.read(folder)
+            while True:
+                looked_at = _identity(folder)
+                wrong = _wrong(folder, artifact)
+                if wrong is None:
+                    return folder
+                if _identity(folder) == looked_at:  # not removed, nor made anew, meanwhile
+                    break
         except (FileNotFoundError, NotADirectoryError) as error:
-            raise StoreError(missing) from error
-        except ValueError as error:
-            raise StoreError(f"{folder / MANIFEST}: unreadable: {error}; {remedy}") from error
-        if manifest.sha256 != artifact.sha256:
-            raise StoreError(f"{folder}: manifest differs from the reference; {remedy}")
-        if wrong := manifest.problems(folder):
-            if not (folder / MANIFEST).is_file():
-                raise StoreError(missing)
-            raise StoreError(f"{wrong[0]}; {remedy}")
-        return folder
+            message = f"{folder}: artifact is missing; run again: it will be made anew"
+            raise StoreError(message) from error
+        raise StoreError(f"{wrong}; remove {folder} and run again: it will be made anew")
 
     def remove(self, artifact: ArtifactRef) -> None:
         """Delete an artifact that nothing will read again. Missing is fine.
@@ -308,6 +305,17 @@ def _whole(folder: Path) -> ArtifactRef | None:
     if not manifest.has_sizes_of(folder):
         return None
     return ArtifactRef(folder.as_uri(), manifest.sha256, manifest.size)
+
+
+def _wrong(folder: Path, artifact: ArtifactRef) -> str | None:
+    """How a folder differs from a reference; None: in no byte."""
+    try:
+        manifest = Manifest.read(folder)
+    except ValueError as error:
+        return f"{folder / MANIFEST}: unreadable: {error}"
+    if manifest.sha256 != artifact.sha256:
+        return f"{folder}: manifest differs from the reference"
+    return next(iter(manifest.problems(folder)), None)
 
 
 def _identity(folder: Path) -> tuple[int, int]:

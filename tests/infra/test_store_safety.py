@@ -222,6 +222,21 @@ def test_what_is_made_anew_while_we_look_is_not_taken_for_damaged(store, monkeyp
     assert store.problems(made.folder) == []
 
 
+def test_what_is_made_anew_while_we_read_is_no_damage(store, monkeypatch):
+    made, _ = store.get_or_make("stage", KEY, write("one"))
+    check = Manifest.problems
+
+    def problems(manifest, folder):
+        monkeypatch.setattr(Manifest, "problems", check)
+        store.remove(made)
+        found = check(manifest, folder)
+        store.get_or_make("stage", KEY, write("one"))
+        return found
+
+    monkeypatch.setattr(Manifest, "problems", problems)
+    assert (store.open(made) / "inner" / "content.txt").read_text() == "one"
+
+
 def test_care_beside_removal(store, monkeypatch):
     """`dpq store` beside a run that has no more use for something."""
     artifacts = [store.get_or_make("stage", key * 64, write(key))[0] for key in "abc"]
