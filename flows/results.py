@@ -19,7 +19,7 @@ def printing_to_stderr() -> Iterator[TextIO]:
     before = results = sys.stdout
     own = sys.__stdout__
     with ExitStack() as stack:
-        if own is not None and before is own:
+        if own is not None and before is own and sys.stderr is not None:
             results = stack.enter_context(os.fdopen(os.dup(1), "w", encoding=own.encoding))
             own.flush()
             os.dup2(2, 1)
