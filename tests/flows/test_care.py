@@ -89,8 +89,9 @@ def test_a_store_that_is_none(dpq, tmp_path, command):
 
 def test_a_rollback_takes_the_place_of_a_promotion(dpq, filled, services_home, monkeypatch):
     """Prefect's limit and the registry's lease, both: it can be under way beside none."""
-    registry, name = Registry(tracking_store(services_home)[0]), filled.root.parent.name
-    with tracked_run(registry.tracking_uri, "dpq", "release", {}, None) as run:
+    uri, artifacts = tracking_store(services_home)
+    registry, name = Registry(uri), filled.root.parent.name
+    with tracked_run(uri, "dpq", "release", {}, artifacts) as run:
         for folder in filled.folders():
             registry.promote(name, registry.register(name, folder.as_uri(), run.run_id, {}))
     seen = []
@@ -119,10 +120,10 @@ def test_a_rollback_takes_the_place_of_a_promotion(dpq, filled, services_home, m
 
 
 def test_rollback(dpq, filled, services_home):
-    uri = tracking_store(services_home)[0]
+    uri, artifacts = tracking_store(services_home)
     registry, name = Registry(uri), filled.root.parent.name
     folders = list(filled.folders())
-    with tracked_run(uri, "dpq", "release", {}, None) as run:
+    with tracked_run(uri, "dpq", "release", {}, artifacts) as run:
         for folder in folders:
             version = registry.register(name, folder.as_uri(), run.run_id, {})
             registry.promote(name, version)
