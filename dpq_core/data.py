@@ -77,7 +77,7 @@ def open_rows(dataset: TextDataset, *columns: str) -> Iterator[Any]:
         DataError: as `load_texts`.
     """
     with ExitStack() as stack:
-        stack.enter_context(_no_progress_bars())
+        _no_progress_bars()
         # `datasets` knows a local file by its name and mtime only: a file changed by a copy that
         # preserves times (tar, cp -p, rsync -t) would be served as it was before.
         fresh = stack.enter_context(tempfile.TemporaryDirectory()) if _is_files(dataset) else None
@@ -211,14 +211,9 @@ def _first_line(error: BaseException) -> str:
     return lines[0].rstrip(".") if lines else type(error).__name__
 
 
-@contextmanager
-def _no_progress_bars() -> Iterator[None]:
+def _no_progress_bars() -> None:
+    """From here on, in this process: two threads that switch them off and on again undo each
+    other's."""
     import datasets
 
-    were_disabled = datasets.are_progress_bars_disabled()
     datasets.disable_progress_bars()
-    try:
-        yield
-    finally:
-        if not were_disabled:
-            datasets.enable_progress_bars()

@@ -2,6 +2,7 @@
 
 import ctypes
 import os
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TypeVar
@@ -53,8 +54,20 @@ def share_machine(threads: int) -> None:
     the work needs. Blocks of a megabyte and more now go back to the kernel when they are freed.
     Elsewhere than on glibc this is only about threads.
     """
-    torch.set_num_threads(threads)
+    settle_thread(threads)
     _keep_freed_blocks(below=1 << 20)
+
+
+def settle_thread(threads: int) -> None:
+    """Torch's threads, of this thread and of those to come. Asked first: a thread's first operation
+    takes the process's number otherwise, whatever it was set to."""
+    torch.get_num_threads()
+    torch.set_num_threads(threads)
+
+
+_changing = threading.Lock()
+_wide: list[int] = []  # who is on the whole machine now: torch's threads before the first of them
+_keeping: list[None] = []  # who keeps freed memory now
 
 
 @contextmanager
@@ -64,25 +77,37 @@ def whole_machine(parts: int = 1) -> Iterator[None]:
 
     Torch's temporaries are large blocks. Mapped anew and faulted in page by page at every
     operation, they cost more than the arithmetic on them (`docs/log.md`). At the end all are given
-    back, and the process shares the machine again.
+    back, and the process shares the machine again. Several threads may be inside: what the first
+    has found is what each leaves behind.
     """
-    before = torch.get_num_threads()
-    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // parts))
+    with _changing:
+        before = _wide[0] if _wide else torch.get_num_threads()
+        _wide.append(before)
+    settle_thread(max(1, len(os.sched_getaffinity(0)) // parts))
     try:
         with freed_memory_kept():
             yield
     finally:
-        torch.set_num_threads(before)
+        with _changing:
+            _wide.pop()
+            settle_thread(before)
 
 
 @contextmanager
 def freed_memory_kept() -> Iterator[None]:
-    """Freed memory kept for reuse, and given back at the end, as `share_machine` has it."""
-    _keep_freed_blocks(below=1 << 30)
+    """Freed memory kept for reuse, and given back when the last thread is at the end, as
+    `share_machine` has it."""
+    with _changing:
+        _keeping.append(None)
+        if len(_keeping) == 1:
+            _keep_freed_blocks(below=1 << 30)
     try:
         yield
     finally:
-        _keep_freed_blocks(below=1 << 20)
+        with _changing:
+            _keeping.pop()
+            if not _keeping:
+                _keep_freed_blocks(below=1 << 20)
 
 
 def out_of_memory(error: Exception) -> bool:

@@ -53,10 +53,10 @@ def evaluate_suite(
         SuiteError: the tokenizer has no token to begin an empty context with.
         ContextError: a token that the model does not know. NotFiniteError: it overflows.
     """
-    with quiet():
-        with building:  # the harness ties the model's embeddings anew
-            harness = _harness(model, tokenizer, batch_size, on_progress)
-        return _score(harness, suite, limit)
+    quiet()
+    with building:  # the harness ties the model's embeddings anew
+        harness = _harness(model, tokenizer, batch_size, on_progress)
+    return _score(harness, suite, limit)
 
 
 def _harness(

@@ -20,6 +20,7 @@ from flows.convnet_cli import app as convnet_app
 from flows.ends import ending_cleanly, exit_codes, leave_threads, undelivered
 from flows.errors import errors, print_json
 from flows.mirror import app as mirror_app
+from flows.results import printing_to_stderr
 from flows.rollback import rollback
 from flows.store import app as store_app
 from infra.settings import home
@@ -177,15 +178,15 @@ def export(
         str, typer.Option("--format", help="compressed-tensors, gptq, inc, fp8_to_int")
     ],
     output: Annotated[
-        Path | None, typer.Option("--output", help="folder; by default beside the checkpoint")
+        Path | None, typer.Option("--output", help="folder; by default in the checkpoint's store")
     ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Write a checkpoint for other people's loaders, and verify it."""
     with errors(as_json):
-        from dpq_core.exports import export_to
+        from tasks.support.exports import export_by_hand
 
-        folder, manifest = export_to(checkpoint, name, output)
+        folder, manifest = export_by_hand(checkpoint, name, output)
         keys = ("format", "bits_per_weight", "distance", "checks")
         summary = {"export": str(folder)} | {key: manifest[key] for key in keys}
         if as_json:
@@ -277,7 +278,7 @@ def _say_what_comes(recipe: Recipe, measured: bool = True) -> None:
 def _run(recipe: Recipe, run: Callable[[], _Result]) -> _Result:
     from infra.services import services
 
-    with ending_cleanly(), services(home()):
+    with ending_cleanly(), printing_to_stderr(), services(home()):
         from flows.progress import progress
 
         with progress():

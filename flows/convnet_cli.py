@@ -11,6 +11,7 @@ from dpq_core.convnet.recipe import ConvRecipe, load_conv_recipe
 from dpq_core.errors import check_extra
 from flows.ends import ending_cleanly
 from flows.errors import errors, print_json
+from flows.results import printing_to_stderr
 from infra.settings import home
 
 
@@ -67,7 +68,7 @@ def _run(name: str, recipe: ConvRecipe) -> Any:
     check_extra("dpq convnet", "convnet", "torchao", "sklearn")
     from infra.services import services
 
-    with ending_cleanly(), services(home()):
+    with ending_cleanly(), printing_to_stderr(), services(home()):
         from flows import convnet
         from flows.progress import progress
 

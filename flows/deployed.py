@@ -17,6 +17,7 @@ from prefect.states import Completed
 
 from dpq_core.recipe import DeviceKind, ExecutionSection
 from flows.deployed_recipe import Overrides, RecipeName, admitted
+from flows.deployments.doors import check_source
 from flows.runners import task_runner
 from infra.client import label
 
@@ -33,7 +34,7 @@ def release(
     Args:
         recipe: a shipped one by name, or a file in a folder of DPQ_RECIPE_ROOTS
         overrides: common fields; what is left empty stays as the recipe says
-        settings: key.path=value of any further field
+        settings: key.path=value of any further field that is open
     """
     asked = admitted(recipe, [*overrides.settings(), *settings])
     with _running_on(asked.execution):
@@ -65,9 +66,11 @@ def evaluate(
         against: baseline to compare with, document by document
         recipe: a shipped one by name, or a file in a folder of DPQ_RECIPE_ROOTS
         overrides: common fields; what is left empty stays as the recipe says
-        settings: key.path=value of any further field
+        settings: key.path=value of any further field that is open
     """
     asked = admitted(recipe, [*overrides.settings(), *settings])
+    check_source("checkpoint", checkpoint)
+    check_source("against", against)
     with _running_on(asked.execution):
         report = _function("evaluate")(asked, checkpoint, against)
     label({"run_id": report.run_id, "checkpoint": checkpoint})
@@ -83,7 +86,7 @@ def compare(
     Args:
         recipe: a shipped one by name, or a file in a folder of DPQ_RECIPE_ROOTS
         overrides: common fields; what is left empty stays as the recipe says
-        settings: key.path=value of any further field
+        settings: key.path=value of any further field that is open
     """
     asked = admitted(recipe, [*overrides.settings(), *settings])
     with _running_on(asked.execution):
@@ -108,9 +111,10 @@ def benchmark(
         checkpoint: folder of the model's native checkpoint, to be timed as W4A8
         recipe: a shipped one by name, or a file in a folder of DPQ_RECIPE_ROOTS
         overrides: common fields; what is left empty stays as the recipe says
-        settings: key.path=value of any further field
+        settings: key.path=value of any further field that is open
     """
     asked = admitted(recipe, [*overrides.settings(), *settings])
+    check_source("checkpoint", checkpoint)
     with _running_on(asked.execution):
         done = _function("benchmark")(asked, [device], shape, checkpoint)
     label({"run_id": done.run_id, "log": done.log})

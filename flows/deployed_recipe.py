@@ -2,8 +2,9 @@
 
 The common fields are a table; types, bounds and help are those of the recipe's own fields. What is
 left empty stays as the recipe says. A deployment runs on a machine that is not its caller's: it
-takes recipes from there only that are shipped or lie in `DPQ_RECIPE_ROOTS`, and a checkpoint's own
-code only where `DPQ_ALLOW_REMOTE_CODE` says so.
+takes recipes from there only that are shipped or lie in `DPQ_RECIPE_ROOTS`, settings of the fields
+that are open (`flows.deployments.doors`), and a checkpoint's own code only where
+`DPQ_ALLOW_REMOTE_CODE` says so.
 """
 
 import json
@@ -19,9 +20,9 @@ from pydantic.json_schema import SkipJsonSchema
 
 from dpq_core.paths import is_file
 from dpq_core.recipe import Recipe, RecipeError, load_recipe, read_recipe
+from flows.deployments.doors import SHIPPED, check_settings, is_open, limits_of
 from infra.settings import recipe_roots, remote_code_allowed
 
-SHIPPED = Path(__file__).parents[1] / "recipes"
 _EXACT = ConfigDict(extra="forbid")
 
 COMMON: dict[str, tuple[str, ...]] = {  # section of a recipe → fields
@@ -53,15 +54,18 @@ class _Form(BaseModel):
 
 
 def _section(name: str, fields: tuple[str, ...]) -> Any:
-    """The fields of a recipe's section, each of which may be left empty."""
+    """The open fields of a recipe's section, each of which may be left empty."""
     section: Any = Recipe.model_fields[name].annotation
     optional: dict[str, Any] = {}
     for field in fields:
+        if not is_open(f"{name}.{field}"):
+            continue
         info = section.model_fields[field]
         kind = _without_none(info.annotation)
         for bound in info.metadata:
             kind = Annotated[kind, bound]
-        shown = Field(None, title=field, description=_help(info), json_schema_extra=_in_a_form)
+        said = "; ".join(filter(None, [_help(info), limits_of(f"{name}.{field}")]))
+        shown = Field(None, title=field, description=said, json_schema_extra=_in_a_form)
         optional[field] = (kind | SkipJsonSchema[None], shown)  # type: ignore[misc]
     return create_model(name, __base__=_Form, **optional)
 
@@ -136,16 +140,18 @@ class Asked(BaseModel):
     model_config = _EXACT
 
     recipe: RecipeName = Field(description="shipped, by name, or a file in DPQ_RECIPE_ROOTS")
-    settings: list[str] = Field([], description="key.path=value of any field")
+    settings: list[str] = Field([], description="key.path=value of any open field")
 
 
 def admitted(name: str, settings: list[str]) -> Recipe:
     """The recipe of a deployment's run.
 
     Raises:
-        RecipeError: not to be had here, not to be run here, or no recipe.
+        RecipeError: not to be had here, not to be set or run here, or no recipe.
     """
-    recipe = load_recipe(_path(name), settings)
+    path = _path(name)
+    recipe = load_recipe(path, settings)
+    check_settings(path, settings)
     if recipe.model.trust_remote_code and not remote_code_allowed():
         raise RecipeError(
             f"{name}: model.trust_remote_code is set, and this deployment runs no checkpoint's own"

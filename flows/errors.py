@@ -5,15 +5,17 @@ import os
 import sys
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 import typer
 from pydantic import ValidationError
 
 from dpq_core.errors import InputError
 from flows.ends import Ended
+from flows.results import printing_to_stderr
 from infra.disk import is_full, space_left
 from infra.settings import home
 
@@ -21,15 +23,28 @@ if TYPE_CHECKING:
     import httpx
 
 
+_results: ContextVar[TextIO | None] = ContextVar("results", default=None)
+
+
 def print_json(content: dict[str, Any]) -> None:
     """One object on stdout; numbers that are not finite are no JSON."""
-    print(json.dumps(content, allow_nan=False))
+    print(json.dumps(content, allow_nan=False), file=_results.get(), flush=True)
 
 
 @contextmanager
 def errors(as_json: bool) -> Iterator[None]:
     """One line on stderr and an exit code for any error: 1, or 130 and 143 for a process that was
-    told to stop. The traceback goes to a log file."""
+    told to stop. The traceback goes to a log file. as_json: stdout is for `print_json` alone."""
+    with ExitStack() as stack:
+        if as_json:
+            stdout = stack.enter_context(printing_to_stderr())
+            stack.callback(_results.reset, _results.set(stdout))
+        with _errors(as_json):
+            yield
+
+
+@contextmanager
+def _errors(as_json: bool) -> Iterator[None]:
     try:
         _check_home_folder()
         yield

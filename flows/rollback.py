@@ -3,6 +3,8 @@
 import getpass
 import os
 import socket
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -38,7 +40,7 @@ def rollback(
         checked_name(name)
         opened, registry = Store(store), Registry(tracking_store(home())[0])
         who = f"by {_user()} on {socket.gethostname()}: {why}"
-        with registry.exclusive(name, opened):
+        with _no_promotion(), registry.exclusive(name, opened):
             done = registry.roll_back(name, who, lambda source: _check(source, opened))
         if as_json:
             print_json(asdict(done))
@@ -51,6 +53,31 @@ def _user() -> str:
         return getpass.getuser()
     except (KeyError, OSError):  # unknown to this machine: a container's
         return f"user {os.getuid()}"
+
+
+@contextmanager
+def _no_promotion() -> Iterator[None]:
+    """Prefect's limit, as a promotion takes it, where a server is up; where none is, nobody
+    promotes by one."""
+    import httpx
+    from prefect.concurrency.asyncio import ConcurrencySlotAcquisitionError
+
+    from infra.registry import RegistryError
+    from infra.services import connected
+    from infra.shared_server import ServiceError
+    from tasks.register import promoting
+
+    with ExitStack() as stack:
+        with suppress(ServiceError):
+            url = stack.enter_context(connected(home()))
+            try:
+                stack.enter_context(promoting())
+            except (ConcurrencySlotAcquisitionError, httpx.TransportError) as error:
+                raise RegistryError(
+                    f"{url} does not say whether a promotion is under way, and nothing was changed:"
+                    " let it answer, or unset PREFECT_API_URL where nobody promotes by that server"
+                ) from error
+        yield
 
 
 def _check(source: str, store: "Store") -> None:

@@ -16,7 +16,7 @@ from typing import Any, Self, TypeVar
 
 from prefect.task_runners import ProcessPoolTaskRunner, TaskRunner, ThreadPoolTaskRunner
 
-from dpq_core.device import share_machine
+from dpq_core.device import settle_thread, share_machine
 from dpq_core.errors import check_extra
 from dpq_core.recipe import ExecutionSection
 from infra.tls import share_tls_context
@@ -59,6 +59,7 @@ class _Threads(ThreadPoolTaskRunner[Any]):
     def _register_worker_thread(self) -> None:
         """Called once in each thread."""
         super()._register_worker_thread()
+        settle_thread(self._execution.threads_per_worker)
         become_worker(next(self._left), of_process=False)
 
     def __exit__(self, exc_type: Any, exc_value: Any, traceback: Any) -> None:

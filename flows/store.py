@@ -43,7 +43,7 @@ def verify(store: StorePath = _DEFAULT, as_json: AsJson = False) -> None:
     with errors(as_json):
         from flows.progress import progress
         from infra.store import Store
-        from infra.store_care import stored
+        from infra.store_care import problems, stored
         from tasks.progress import stepper
 
         opened = Store(store)
@@ -52,7 +52,7 @@ def verify(store: StorePath = _DEFAULT, as_json: AsJson = False) -> None:
         with progress():
             step = stepper("verify", len(artifacts))
             for artifact in artifacts:
-                wrong += opened.problems(artifact.folder)
+                wrong += problems(opened, artifact)
                 step()
         if as_json:
             print_json({"artifacts": len(artifacts), "wrong": wrong})

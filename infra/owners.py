@@ -6,6 +6,7 @@ that they touch every few seconds.
 
 import hashlib
 import os
+import re
 import socket
 import threading
 import uuid
@@ -22,6 +23,8 @@ PROCESS = "dpq.process"  # tag or label of a run that says whose it is
 LIMIT = 60.0  # s without a sign of life, after which others do the work of a process
 _ABSENT = 600.0  # s, after which it is taken off the list: what it uses may be deleted then
 _BEAT = 10.0  # s between signs of life
+# Pid, start, place, tag, host. What has such a name may be deleted: nothing else looks like it.
+_FORM = re.compile(r"(\d{1,10})\.(\d{1,12})\.([0-9a-f]{8})\.([0-9a-f]{16})\.(.+)", re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -47,10 +50,11 @@ class Owner:
     @classmethod
     def parse(cls, name: str) -> Self | None:
         """Inverse of `str`; None for what is no such name."""
-        parts = name.split(".", 4)
-        if len(parts) != 5 or not (parts[0].isdigit() and parts[1].isdigit()):
+        form = _FORM.fullmatch(name)
+        if form is None:
             return None
-        return cls(int(parts[0]), int(parts[1]), parts[2], parts[4], parts[3])
+        pid, started, place, tag, host = form.groups()
+        return cls(int(pid), int(started), place, host, tag)
 
     def __str__(self) -> str:
         return f"{self.pid}.{self.started}.{self.place}.{self.tag}.{self.host}"

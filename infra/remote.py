@@ -50,11 +50,13 @@ def download(url: str, names: Iterable[str], folder: Path) -> None:
     the file that it was at is continued: give each content (`listing`) a folder of its own.
 
     Raises:
-        RemoteError: as above; an object that changed, or is not what was uploaded.
+        RemoteError: as above; an object that changed, or is not what was uploaded; a name that is
+            none of a file in the folder, before anything is written.
     """
     filesystem = _filesystem()
-    for name in names:
-        target, address = folder / name, f"{_path(url)}/{name}"
+    targets = {name: _inside(folder, name, url) for name in names}
+    for name, target in targets.items():
+        address = f"{_path(url)}/{name}"
         if target.exists():
             continue
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -65,6 +67,16 @@ def download(url: str, names: Iterable[str], folder: Path) -> None:
             partial.unlink()
             raise RemoteError(f"s3://{address}: content differs from its SHA-256, {expected}")
         partial.rename(target)
+
+
+def _inside(folder: Path, name: str, url: str) -> Path:
+    """The file of a key: any text is a key, and `..` in one is no folder's parent."""
+    if any(part in ("", ".", "..") for part in name.split("/")) or "\0" in name:
+        raise RemoteError(
+            f"{url}: the key {name!r} is no file's name in a folder, and nothing is copied: rename"
+            " it, or copy what you need to an address of its own"
+        )
+    return folder / name
 
 
 def upload(folder: Path, url: str, names: Iterable[str]) -> None:

@@ -15,6 +15,18 @@ def recipe_roots() -> list[Path]:
     return [Path(each) for each in os.environ.get("DPQ_RECIPE_ROOTS", "").split(os.pathsep) if each]
 
 
+def setting_roots() -> list[Path]:
+    """Folders in which a deployment's settings may name models and data, besides those of recipes:
+    `DPQ_SETTING_ROOTS`, separated as in `PATH`; none by default."""
+    return [Path(p) for p in os.environ.get("DPQ_SETTING_ROOTS", "").split(os.pathsep) if p]
+
+
+def setting_addresses() -> list[str]:
+    """Patterns of the addresses, and hub ids as `hub:<id>`, that a deployment's settings may name:
+    `DPQ_SETTING_ADDRESSES`, separated by spaces, `*` for any text; by default ids of the hub."""
+    return os.environ.get("DPQ_SETTING_ADDRESSES", "hub:*/*").split()
+
+
 def mlflow_page() -> str | None:
     """Where a browser reaches MLflow, if not where we do: `DPQ_MLFLOW_PAGE`."""
     return os.environ.get("DPQ_MLFLOW_PAGE") or None

@@ -1,5 +1,6 @@
 """Artifacts by the digest of what they were computed from.
 
+    <root>/.dpq-store                      that it is a store: infra/store_marker.py
     <root>/<stage>/<key>/.artifact.json    SHA-256 and size of every other file in the folder
     <root>/<stage>/<key>/.used             empty; mtime: when it was last made or found
     <root>/tmp/<owner>/                    being written, or being deleted
@@ -11,18 +12,20 @@ place in one step: what has no manifest under its own name does not exist. The k
 everything that the content depends on, so an artifact is never changed, only found or made; and it
 is made by one process at a time, while the others wait for it.
 
+It is deleted in the reverse order: renamed to `tmp` in one step, then removed at leisure, so that a
+process that dies on the way leaves waste there, and no half of an artifact under its name. Whoever
+reads meanwhile finds all of it or none. Only names of our own form are deleted, ever.
+
 Deleting (`infra/store_care.py`) and finding agree by who writes first: the collector takes the
 lease `gc` and then looks when an artifact was last used; whoever finds one says first that it is
 used, then waits for as long as somebody has that lease, and only then looks whether it is there.
 """
 
+import errno
 import hashlib
-import json
-import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,17 +34,13 @@ from urllib.parse import unquote, urlparse
 from infra.disk import is_full, space_left
 from infra.leases import Leases
 from infra.owners import Attendance, Owner
+from infra.store_manifest import MANIFEST, USED, Manifest, file_digest
+from infra.store_marker import OURS, is_store, mark
+from infra.store_marker import StoreError as StoreError
 
 COLLECTOR = "gc"  # name of its lease
-_MANIFEST = ".artifact.json"
-_USED = ".used"
-_FORMAT_VERSION = 1
-_OURS = ("tmp", "leases", "runs", "registries")  # folders that are no stages
 _FORSAKEN = 86400.0  # s without a change, after which another machine's temporary folder is waste
-
-
-class StoreError(RuntimeError):
-    """An artifact that is not what its reference says."""
+_TAKEN = (errno.ENOTEMPTY, errno.EEXIST)
 
 
 @dataclass(frozen=True)
@@ -68,7 +67,7 @@ class Store:
     """A folder of artifacts, shared by any number of processes."""
 
     def __init__(self, root: str | Path) -> None:
-        self.root = Path(root).resolve()
+        self.root = Path(root).expanduser().resolve()
         self.runs = Attendance(self.root / "runs")
         self._leases = Leases(self.root / "leases")
 
@@ -77,15 +76,18 @@ class Store:
         """While it lasts, nothing that was found or made since its start is deleted as waste.
 
         Raises:
+            StoreError: the folder is not empty, and no store.
             StoreFullError: no space left, not even to say so.
         """
         with ExitStack() as stack:
             with self._space_for("runs", "of mine"):
+                mark(self.root)
                 owner = stack.enter_context(self.runs.present())
             yield owner
 
     def lease(self, name: str) -> AbstractContextManager[None]:
         """Held by one process (and thread) at a time; the others wait, and say so."""
+        mark(self.root)
         return self._leases.held(name)
 
     def find(self, stage: str, key: str) -> ArtifactRef | None:
@@ -93,22 +95,20 @@ class Store:
         is removed: it will be made again."""
         folder = self.root / stage / key
         try:
-            if not (folder / _MANIFEST).is_file():
-                return None
-            (folder / _USED).touch()
-            if self._leases.holder(COLLECTOR):
-                with self.lease(COLLECTOR):
-                    pass
-            files = _read_manifest(folder)
-        except FileNotFoundError:  # deleted just now
-            return None
-        except json.JSONDecodeError:
-            self._discard(folder)
-            return None
-        if any(_size(folder / name) != entry["size"] for name, entry in files.items()):
-            self._discard(folder)
-            return None
-        return _reference(folder, files)
+            while (folder / MANIFEST).is_file():
+                (folder / USED).touch()
+                if self._leases.holder(COLLECTOR):
+                    with self.lease(COLLECTOR):
+                        pass
+                looked_at = _identity(folder)
+                if found := _whole(folder):
+                    return found
+                if _identity(folder) == looked_at:  # not removed, nor made anew, meanwhile
+                    self._discard(folder)
+                    return None
+        except FileNotFoundError:  # removed just now
+            pass
+        return None
 
     @contextmanager
     def writing(self, stage: str, key: str) -> Iterator[Path]:
@@ -149,28 +149,39 @@ class Store:
             StoreError: missing, or changed since it was written.
         """
         folder = artifact.folder
-        remedy = f"remove {folder} and run again: it will be made anew"
-        if not (folder / _MANIFEST).is_file():
-            raise StoreError(f"{folder}: artifact is missing; run again: it will be made anew")
-        files = _read_manifest(folder)
-        if _reference(folder, files).sha256 != artifact.sha256:
-            raise StoreError(f"{folder}: manifest differs from the reference; {remedy}")
-        paths = [folder / name for name in files]
-        digests = _file_digests([path for path in paths if path.is_file()])
-        for path, entry in zip(paths, files.values(), strict=True):
-            if digests.get(path) != entry["sha256"] or _size(path) != entry["size"]:
-                raise StoreError(f"{path}: content differs from the manifest; {remedy}")
-        return folder
+        try:
+            while True:
+                looked_at = _identity(folder)
+                wrong = _wrong(folder, artifact)
+                if wrong is None:
+                    return folder
+                if _identity(folder) == looked_at:  # not removed, nor made anew, meanwhile
+                    break
+        except (FileNotFoundError, NotADirectoryError) as error:
+            message = f"{folder}: artifact is missing; run again: it will be made anew"
+            raise StoreError(message) from error
+        raise StoreError(f"{wrong}; remove {folder} and run again: it will be made anew")
 
     def remove(self, artifact: ArtifactRef) -> None:
-        """Delete an artifact that nothing will read again. Missing is fine."""
+        """Delete an artifact that nothing will read again. Missing is fine.
+
+        Raises:
+            StoreError: it is not of this store.
+        """
         self._discard(artifact.folder)
 
     def clean(self) -> None:
-        """Delete what processes that are gone left half-written or half-deleted."""
+        """Delete what processes that are gone left half-written or half-deleted, by its name: what
+        nobody of ours has made stays.
+
+        Raises:
+            StoreError: the folder is not empty, and no store.
+        """
+        mark(self.root)
         for folder in (self.root / "tmp").glob("*"):
-            owner = Owner.parse(folder.name)
-            gone = owner.gone if owner else None
+            if (owner := Owner.parse(folder.name)) is None:
+                continue
+            gone = owner.gone
             if gone or (gone is None and _unchanged_for(folder) > _FORSAKEN):
                 shutil.rmtree(folder, ignore_errors=True)
         self._leases.clean()
@@ -178,21 +189,28 @@ class Store:
 
     def folders(self) -> Iterator[Path]:
         """Folders of all artifacts, stage by stage."""
-        for manifest in sorted(self.root.glob(f"*/*/{_MANIFEST}")):
-            if manifest.parent.parent.name not in _OURS:
+        for manifest in sorted(self.root.glob(f"*/*/{MANIFEST}")):
+            if manifest.parent.parent.name not in OURS:
                 yield manifest.parent
 
     def last_used(self, folder: Path) -> int:
         """When an artifact was last made or found: ns on the clock of the store's file system."""
-        used = folder / _USED
+        used = folder / USED
         return (used if used.exists() else folder).stat().st_mtime_ns
 
     def digest(self, folder: Path) -> str:
         """SHA-256 of an artifact, as its reference gives it."""
-        return _file_digest(folder / _MANIFEST)
+        return file_digest(folder / MANIFEST)
 
     def set_aside(self, folder: Path) -> Path:
-        """An artifact moved to where nobody looks for it, to be deleted at leisure."""
+        """An artifact moved to where nobody looks for it, to be deleted at leisure.
+
+        Raises:
+            FileNotFoundError: it is not there. StoreError: it is not of this store.
+        """
+        if folder.parent.parent != self.root or folder.parent.name in OURS:
+            raise StoreError(f"{folder} is no artifact of {self.root}: it stays where it is")
+        mark(self.root)
         aside = self.root / "tmp" / str(Owner.new())
         aside.parent.mkdir(parents=True, exist_ok=True)
         return folder.rename(aside)
@@ -200,22 +218,13 @@ class Store:
     def problems(self, folder: Path) -> list[str]:
         """What is wrong with an artifact, a line each; every byte is read."""
         try:
-            files = _read_manifest(folder)
+            return Manifest.read(folder).problems(folder)
         except (OSError, ValueError, KeyError, StoreError) as error:
-            return [f"{folder / _MANIFEST}: unreadable: {error}"]
-        wrong = []
-        for name, entry in files.items():
-            path = folder / name
-            if not path.is_file():
-                wrong.append(f"{path}: missing")
-            elif _size(path) != entry["size"]:
-                wrong.append(f"{path}: {_size(path)} bytes, {entry['size']} in the manifest")
-            elif _file_digest(path) != entry["sha256"]:
-                wrong.append(f"{path}: content differs from the manifest")
-        return wrong
+            return [f"{folder / MANIFEST}: unreadable: {error}"]
 
     def remember_registry(self, uri: str) -> None:
         """Note that a registry names artifacts of this store."""
+        mark(self.root)
         path = self.root / "registries" / hashlib.sha256(uri.encode()).hexdigest()
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(uri, "utf-8")
@@ -226,6 +235,7 @@ class Store:
 
     @contextmanager
     def _temporary(self) -> Iterator[Path]:
+        mark(self.root)
         folder = self.root / "tmp" / str(Owner.new())
         folder.mkdir(parents=True)
         try:
@@ -250,55 +260,68 @@ class Store:
 
     def _publish(self, temporary: Path, stage: str, key: str) -> ArtifactRef:
         """A filled folder under its own name."""
-        files = _write_manifest(temporary)
+        made = Manifest.write(temporary)
         destination = self.root / stage / key
-        made = _reference(temporary, files)
         destination.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            temporary.rename(destination)
-        except OSError:
-            if found := self.find(stage, key):
-                return found
-            raise
-        return ArtifactRef(destination.as_uri(), made.sha256, made.size)
+        while True:
+            try:
+                temporary.rename(destination)
+            except OSError as error:
+                if error.errno not in _TAKEN:
+                    raise
+                if found := self.find(stage, key):
+                    return found
+                if not (destination / MANIFEST).is_file():  # does not exist, see above
+                    self._discard(destination)
+            else:
+                return ArtifactRef(destination.as_uri(), made.sha256, made.size)
 
     def _discard(self, folder: Path) -> None:
-        (folder / _MANIFEST).unlink(missing_ok=True)  # first: from here on it does not exist
-        shutil.rmtree(folder, ignore_errors=True)
+        with suppress(FileNotFoundError):  # somebody was faster
+            shutil.rmtree(self.set_aside(folder), ignore_errors=True)
+
+
+def artifact_at(folder: Path) -> "tuple[Store, ArtifactRef] | None":
+    """The artifact that a folder is, and its store; None where it is none."""
+    root = folder.parent.parent
+    if folder.parent.name in OURS or not (folder / MANIFEST).is_file() or not is_store(root):
+        return None
+    found = _whole(folder)
+    return None if found is None else (Store(root), found)
 
 
 def artifact_around(path: Path) -> Path:
     """The artifact's folder that a path is in; the path itself where it is in none."""
     around = (path, *path.parents)
-    return next((folder for folder in around if (folder / _MANIFEST).is_file()), path)
+    return next((folder for folder in around if (folder / MANIFEST).is_file()), path)
 
 
-def _write_manifest(folder: Path) -> dict[str, dict[str, str | int]]:
-    paths = sorted(path for path in folder.rglob("*") if path.is_file())
-    files: dict[str, dict[str, str | int]] = {
-        str(path.relative_to(folder)): {"sha256": sha256, "size": path.stat().st_size}
-        for path, sha256 in _file_digests(paths).items()
-    }
-    manifest = {"format_version": _FORMAT_VERSION, "files": files}
-    (folder / _MANIFEST).write_text(json.dumps(manifest, indent=1, sort_keys=True) + "\n")
-    (folder / _USED).touch()
-    return files
+def _whole(folder: Path) -> ArtifactRef | None:
+    """An artifact whose files have the sizes of its manifest; None where that is not so."""
+    try:
+        manifest = Manifest.read(folder)
+    except (ValueError, KeyError, TypeError):
+        return None
+    if not manifest.has_sizes_of(folder):
+        return None
+    return ArtifactRef(folder.as_uri(), manifest.sha256, manifest.size)
 
 
-def _read_manifest(folder: Path) -> dict[str, dict[str, str | int]]:
-    manifest = json.loads((folder / _MANIFEST).read_text("utf-8"))
-    if manifest.get("format_version") != _FORMAT_VERSION:
-        raise StoreError(
-            f"{folder / _MANIFEST}: format version {manifest.get('format_version')} is unknown: "
-            f"this release reads {_FORMAT_VERSION}; use another execution.store"
-        )
-    files: dict[str, dict[str, str | int]] = manifest["files"]
-    return files
+def _wrong(folder: Path, artifact: ArtifactRef) -> str | None:
+    """How a folder differs from a reference; None: in no byte."""
+    try:
+        manifest = Manifest.read(folder)
+    except ValueError as error:
+        return f"{folder / MANIFEST}: unreadable: {error}"
+    if manifest.sha256 != artifact.sha256:
+        return f"{folder}: manifest differs from the reference"
+    return next(iter(manifest.problems(folder)), None)
 
 
-def _reference(folder: Path, files: dict[str, dict[str, str | int]]) -> ArtifactRef:
-    total = sum(int(entry["size"]) for entry in files.values())
-    return ArtifactRef(folder.as_uri(), _file_digest(folder / _MANIFEST), total)
+def _identity(folder: Path) -> tuple[int, int]:
+    """Of the folder that has a name now. Inodes are used again; the time is of the last rename."""
+    about = folder.stat()
+    return about.st_ino, about.st_ctime_ns
 
 
 def _unchanged_for(folder: Path) -> float:
@@ -308,23 +331,3 @@ def _unchanged_for(folder: Path) -> float:
         with suppress(FileNotFoundError):
             times.append(path.stat().st_mtime)
     return time.time() - max(times, default=0)
-
-
-def _size(path: Path) -> int:
-    return path.stat().st_size if path.is_file() else -1
-
-
-def _file_digests(paths: list[Path]) -> dict[Path, str]:
-    """Of several files; of large ones by several cores."""
-    if len(paths) < 2 or sum(path.stat().st_size for path in paths) < _LARGE:
-        return {path: _file_digest(path) for path in paths}
-    with ThreadPoolExecutor(min(len(paths), _HASHING, os.cpu_count() or 1)) as pool:
-        return dict(zip(paths, pool.map(_file_digest, paths), strict=True))
-
-
-_LARGE, _HASHING = 64 << 20, 8  # bytes, cores
-
-
-def _file_digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

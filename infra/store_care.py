@@ -8,12 +8,14 @@ or when it was within the last days. Everything else can be computed again.
 import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from infra.owners import now
 from infra.registry import Registry
 from infra.store import COLLECTOR, Store
+from infra.store_marker import mark
 
 DAY = 86400.0
 _DIGEST = re.compile(r"[0-9a-f]{64}")  # a key, or an artifact's SHA-256
@@ -43,14 +45,26 @@ class Collected:
 
 
 def stored(store: Store) -> Iterator[Stored]:
-    """All artifacts, stage by stage."""
+    """All artifacts, stage by stage; those that a run removes meanwhile are left out.
+
+    Raises:
+        StoreCareError: no such folder. StoreError: one that is no store.
+    """
     if not store.root.is_dir():
         raise StoreCareError(f"{store.root}: no such store; name it with --store")
+    mark(store.root)
     time = now(store.root / "tmp")
     for folder in store.folders():
-        sizes = [path.stat().st_size for path in folder.rglob("*") if path.is_file()]
-        idle = time - store.last_used(folder) / 1e9
-        yield Stored(folder, folder.parent.name, sum(sizes), max(idle, 0.0))
+        with suppress(FileNotFoundError):
+            sizes = [path.stat().st_size for path in folder.rglob("*") if path.is_file()]
+            idle = time - store.last_used(folder) / 1e9
+            yield Stored(folder, folder.parent.name, sum(sizes), max(idle, 0.0))
+
+
+def problems(store: Store, artifact: Stored) -> list[str]:
+    """What is wrong with an artifact, a line each; nothing where a run has removed it meanwhile."""
+    wrong = store.problems(artifact.folder)
+    return wrong if artifact.folder.exists() else []
 
 
 def collect(store: Store, registries: Iterable[str], keep: float, dry_run: bool) -> Collected:
@@ -69,7 +83,8 @@ def collect(store: Store, registries: Iterable[str], keep: float, dry_run: bool)
     aside: list[Path] = []
 
     def delete(artifact: Stored) -> None:
-        aside.append(store.set_aside(artifact.folder))
+        with suppress(FileNotFoundError):  # its run has removed it
+            aside.append(store.set_aside(artifact.folder))
 
     with store.lease(COLLECTOR):
         result = _sorted_out(store, everything, registries, keep, delete)

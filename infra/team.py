@@ -3,6 +3,7 @@
     <home>/<volume>/          what is a volume there: postgres, redis, work
     <home>/logs/<service>.log; tmp, home: of the processes
     <home>/processes.json     what was started; `down` ends it, however `up` came to its end
+    <home>/.dpq-team          that `up` has made the folder: what it has in it may be deleted
 
 Commands, environment, order and health checks are the file's; images are what is installed here:
 Debian's PostgreSQL and Redis (`make system`), and the packages of this Python. What stands for the
@@ -36,6 +37,7 @@ _HERE = dict.fromkeys(
 )
 # In tmp, Prefect hands each run its environment.
 _FOLDERS = {"logs": 0o755, "home": 0o700, "tmp": 0o700}
+_MARKER, _PROCESSES = ".dpq-team", "processes.json"
 _START_TIMEOUT = 180.0  # s for one service to be healthy, or to run to its end
 _STOP_TIMEOUT = 30.0  # s before SIGKILL
 _POSTGRES_USER = "postgres"  # whom the server runs as where we are root, which it refuses to be
@@ -50,7 +52,8 @@ def up(home: Path, profiles: tuple[str, ...] = ()) -> None:
 
     Raises:
         ComposeError: a secret is not set.
-        TeamError: something is not installed, a port is taken, or a service does not come up.
+        TeamError: something is not installed, a port is taken, the home is somebody's folder, or a
+            service does not come up.
     """
     home = home.resolve()
     variables = _variables()
@@ -62,6 +65,7 @@ def up(home: Path, profiles: tuple[str, ...] = ()) -> None:
     _check_ports(variables)
     if absent := missing():
         raise TeamError(f"not installed: {', '.join(absent)}: make system, as root")
+    _claim(home)
     for name, mode in _FOLDERS.items():
         (home / name).mkdir(mode, parents=True, exist_ok=True)
     try:
@@ -76,8 +80,14 @@ def up(home: Path, profiles: tuple[str, ...] = ()) -> None:
 
 
 def down(home: Path, volumes: bool = False) -> None:
-    """Stop all that `up` started, the last first. volumes: delete what it wrote, too."""
+    """Stop all that `up` started, the last first. volumes: delete what it wrote, too.
+
+    Raises:
+        TeamError: volumes of a folder that `up` has not made.
+    """
     home = home.resolve()
+    if volumes and home.is_dir():
+        _claim(home)
     for process, stop_signal in reversed(_processes(home)):
         with suppress(psutil.NoSuchProcess):
             family = process.children(recursive=True)
@@ -87,12 +97,26 @@ def down(home: Path, volumes: bool = False) -> None:
                 with suppress(psutil.NoSuchProcess):
                     each.kill()
             psutil.wait_procs([process, *family], _STOP_TIMEOUT)
-    (home / "processes.json").unlink(missing_ok=True)
+    (home / _PROCESSES).unlink(missing_ok=True)
     if volumes:
         for name in (*_FOLDERS, *compose.volumes()):
             shutil.rmtree(home / name, ignore_errors=True)
+        (home / _MARKER).unlink(missing_ok=True)
         with suppress(OSError):  # something else lies there
             home.rmdir()
+
+
+def _claim(home: Path) -> None:
+    """Mark a home that is empty, or has nothing but what `up` makes."""
+    home.mkdir(parents=True, exist_ok=True)
+    known = {*_FOLDERS, *compose.volumes(), "postgres.new", _PROCESSES}
+    others = sorted({path.name for path in home.iterdir()} - known)
+    if others and not (home / _MARKER).is_file():
+        raise TeamError(
+            f"{home}: not made by `up` ({others[0]} is in it, and no {_MARKER}), so nothing is"
+            f" written or deleted there: name a new folder by --home, or touch '{home / _MARKER}'"
+        )
+    (home / _MARKER).touch()
 
 
 def missing() -> list[str]:
@@ -266,7 +290,7 @@ def _local(text: str, service: Service, home: Path) -> str:
 
 
 def _remember(home: Path, pid: int, stop_signal: str) -> None:
-    path = home / "processes.json"
+    path = home / _PROCESSES
     known = json.loads(path.read_text("utf-8")) if path.exists() else []
     with suppress(psutil.NoSuchProcess):
         known.append([pid, psutil.Process(pid).create_time(), stop_signal])
@@ -275,7 +299,7 @@ def _remember(home: Path, pid: int, stop_signal: str) -> None:
 
 def _processes(home: Path) -> list[tuple[psutil.Process, str]]:
     """Those of `up` that still run, and the signal that ends each."""
-    path, found = home / "processes.json", []
+    path, found = home / _PROCESSES, []
     for pid, started, stop_signal in json.loads(path.read_text("utf-8")) if path.exists() else []:
         with suppress(psutil.NoSuchProcess):
             process = psutil.Process(pid)

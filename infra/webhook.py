@@ -29,6 +29,7 @@ from infra.client import ClientError, launch
 PATH = "/mlflow"
 RECIPE_TAG = "dpq.recipe"
 _FRESH = 300  # s, that a delivery's time may differ from ours
+_MOST_BYTES = 1 << 20  # of a delivery; MLflow's have a few thousand
 _READABLE = re.compile(r"(file://)?/|s3://")
 
 
@@ -44,13 +45,14 @@ def application(secret: str) -> Starlette:
     """Takes MLflow's deliveries at `PATH`.
 
     200 with the id of the run; 204 what is not about a version with a recipe; 400 no delivery of
-    MLflow's; 401 another signature, or too old; 422 a release that Prefect does not take; 503 no
-    answer of Prefect's, upon which MLflow tries again.
+    MLflow's; 401 another signature, or too old; 413 more than a delivery has; 422 a release that
+    Prefect does not take; 503 no answer of Prefect's, upon which MLflow tries again.
     """
 
     async def receive(request: Request) -> Response:
         try:
-            body = await request.body()
+            check_stamp(request.headers)
+            body = await bounded_body(request)
             check_signature(secret, request.headers, body)
             wanted = requested(body)
             if wanted is None:
@@ -69,16 +71,36 @@ def application(secret: str) -> Starlette:
 
 
 def check_signature(secret: str, headers: Mapping[str, str], body: bytes) -> None:
-    """Raises WebhookError (401) unless whoever sent this knows the secret, and just now."""
+    """Raises WebhookError (401) unless whoever sent this knows the secret."""
     delivery, stamp, signature = (
         headers.get(f"x-mlflow-{name}", "") for name in ("delivery-id", "timestamp", "signature")
     )
     content = f"{delivery}.{stamp}.".encode() + body
     digest = hmac.new(secret.encode(), content, hashlib.sha256).digest()
-    if not hmac.compare_digest(f"v1,{base64.b64encode(digest).decode()}", signature):
+    # As bytes: a text that is not ASCII cannot be compared, and a header can hold one.
+    if not hmac.compare_digest(b"v1," + base64.b64encode(digest), signature.encode()):
         raise WebhookError(401, "the signature is not that of this secret")
-    if not stamp.isdigit() or abs(time.time() - int(stamp)) > _FRESH:
-        raise WebhookError(401, f"delivered at {stamp}, more than {_FRESH} s from now")
+
+
+def check_stamp(headers: Mapping[str, str]) -> None:
+    """Raises WebhookError (401) unless a delivery says that it was sent just now."""
+    stamp = headers.get("x-mlflow-timestamp", "")
+    if not re.fullmatch(r"[0-9]{1,12}", stamp) or abs(time.time() - int(stamp)) > _FRESH:
+        raise WebhookError(401, f"delivered at {stamp[:40]!r}, more than {_FRESH} s from now")
+
+
+async def bounded_body(request: Request) -> bytes:
+    """A request's body; no more of it is read than a delivery has, whoever sent it.
+
+    Raises:
+        WebhookError: 413, it is longer.
+    """
+    body = b""
+    async for part in request.stream():
+        body += part
+        if len(body) > _MOST_BYTES:
+            raise WebhookError(413, f"more than {_MOST_BYTES} bytes: no delivery of MLflow's")
+    return body
 
 
 def requested(body: bytes) -> tuple[str, dict[str, Any]] | None:
@@ -94,11 +116,12 @@ def requested(body: bytes) -> tuple[str, dict[str, Any]] | None:
         version = delivery["data"]
         name, number, source = version["name"], version["version"], version["source"]
         recipe = (version["tags"] or {}).get(RECIPE_TAG)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        readable = recipe is None or bool(_READABLE.match(source))
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise WebhookError(400, f"no delivery of MLflow's: {error!r}") from error
     if recipe is None:
         return None
-    if not _READABLE.match(source):
+    if not readable:
         raise WebhookError(
             422, f"{name} version {number}: source {source}: a folder or an s3:// address is needed"
         )

@@ -2,21 +2,18 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
 from dpq_core.checkpoint import QuantizedCheckpoint
-from dpq_core.device_kinds import kind_of
-from dpq_core.digests import digest
-from dpq_core.exports import export_checkpoint, failures, read_export
+from dpq_core.exports import failures, read_export
 from dpq_core.exports.card import CARD, model_card
 from dpq_core.recipe import Recipe
 from infra.store import ArtifactRef, Store
 from infra.tracking import TrackedRun
-from tasks.support.stages import computed_by
+from tasks.support.exports import stored_export
 
 
 @dataclass(frozen=True)
@@ -52,19 +49,7 @@ def export(recipe: Recipe, checkpoint: ArtifactRef, name: str) -> Export:
         CheckpointError, ExportError: before anything is written.
     """
     store = Store(recipe.execution.store)
-    key = digest(
-        {
-            **computed_by("exports", kind_of("cpu").arithmetic(0)),  # which verifies
-            "checkpoint": checkpoint.sha256,
-            "format": name,
-        }
-    )
-
-    def make(folder: Path) -> None:
-        export_checkpoint(store.open(checkpoint), folder, name)
-        (folder / CARD).unlink(missing_ok=True)  # it is to tell of a release, see `cards`
-
-    artifact, _ = store.get_or_make("exports", key, make)
+    artifact = stored_export(store, checkpoint, name)
     return Export(name, artifact, read_export(store.open(artifact)))
 
 

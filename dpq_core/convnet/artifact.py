@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.export import Dim, ExportedProgram, export
 from torch.fx import GraphModule, Node
 
+from dpq_core.convnet.archive import graph_of, open_archive
 from dpq_core.digests import write_json
 from dpq_core.errors import InputError
 
@@ -101,14 +102,14 @@ def load_classifier(folder: Path) -> GraphModule:
     Raises:
         ArtifactError: no artifact, or its archive cannot be read.
     """
-    return load_program(folder).module()
+    return graph_of(load_program(folder))
 
 
 def load_program(folder: Path) -> ExportedProgram:
-    """The archive, as torch.export reads it. Raises as `load_classifier`."""
+    """The archive (`dpq_core.convnet.archive`). Raises as `load_classifier`."""
     read_manifest(folder)
     try:
-        return torch.export.load(folder / MODEL)
+        return open_archive(folder / MODEL)
     except Exception as error:  # of zip, pickle and torch
         reason = " ".join(str(error).split())[:300]
         raise ArtifactError(f"{folder / MODEL}: unreadable: {reason}") from error

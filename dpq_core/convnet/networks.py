@@ -8,12 +8,14 @@ Both are tables of rows, for pictures of 8 to 32 pixels. Whatever the network, `
 output, fp32 [n, classes], so that it exports.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
+from dpq_core.convnet.archive import graph_of, open_archive
 from dpq_core.convnet.recipe import NetworkSection
 from dpq_core.errors import InputError
 
@@ -120,22 +122,45 @@ def _transformers(section: NetworkSection, channels: int, classes: int) -> nn.Mo
 
     try:
         if section.id:
-            return cast(
-                nn.Module,
-                AutoModelForImageClassification.from_pretrained(section.id, **section.config),
+            config = AutoConfig.from_pretrained(section.id, trust_remote_code=False)
+            fields = {name: section.config[name] for name in section.config if name != "model_type"}
+            _check_fields(config, fields)
+            found = AutoModelForImageClassification.from_pretrained(
+                section.id,
+                config=AutoConfig.from_pretrained(section.id, trust_remote_code=False, **fields),
+                trust_remote_code=False,
+                use_safetensors=True,
             )
-        fields: dict[str, Any] = {"num_channels": channels, "num_labels": classes}
-        config = AutoConfig.for_model(**(fields | section.config))
-        return cast(nn.Module, AutoModelForImageClassification.from_config(config))
+            return cast(nn.Module, found)
+        fields = {"num_channels": channels, "num_labels": classes} | section.config
+        _check_fields(AutoConfig.for_model(section.config["model_type"]), fields)
+        config = AutoConfig.for_model(**fields)
+        found = AutoModelForImageClassification.from_config(config, trust_remote_code=False)
+        return cast(nn.Module, found)
     except (ValueError, OSError, TypeError, KeyError) as error:
         what = section.id or section.config["model_type"]
         raise NetworkError(f"network {what}: {' '.join(str(error).split())}") from error
 
 
+def _check_fields(config: Any, fields: Mapping[str, Any]) -> None:
+    """Fields of a configuration, and nothing else that its loader would take.
+
+    Raises:
+        NetworkError: one is none.
+    """
+    known = {name for name in vars(config) if name[0] != "_"} | {"num_labels", "model_type"}
+    for name in fields:
+        if name not in known and name not in config.attribute_map:
+            raise NetworkError(
+                f"network.config.{name} is no field of {config.model_type}, and nothing else is"
+                f" passed on: there are {', '.join(sorted(known))}"
+            )
+
+
 def _exported(section: NetworkSection) -> nn.Module:
     """The graph of an archive."""
     try:
-        graph = torch.export.load(network_file(section)).module(check_guards=False)
+        graph = graph_of(open_archive(network_file(section)))
     except Exception as error:  # of zip, pickle and torch
         raise NetworkError(f"{section.id}: unreadable: {' '.join(str(error).split())}") from error
     del graph.train, graph.eval  # which raise; `dpq_core.convnet.quantize` trains graphs

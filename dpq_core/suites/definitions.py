@@ -14,10 +14,10 @@ import functools
 import hashlib
 import json
 import logging
-import sys
 import tempfile
+import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, redirect_stdout
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -79,7 +79,8 @@ def check_suites(names: Sequence[str], sources: SuiteSources) -> None:
     Raises:
         SuiteError: a name that is unknown or no single score, or a folder that cannot be read.
     """
-    with quiet(), tempfile.TemporaryDirectory() as folder:
+    quiet()
+    with tempfile.TemporaryDirectory() as folder:
         _index(names, sources, Path(folder))
 
 
@@ -97,13 +98,13 @@ def loaded_suites(
             know, or that is zero-shot by definition when examples are asked for.
         MirrorError: data that the mirror lacks or that are damaged.
     """
+    quiet()
     with ExitStack() as stack:
-        stack.enter_context(quiet())
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         manager, from_files = _index(names, sources, folder)
         suites = {}
         for name in dict.fromkeys(names):
-            with _data_read_afresh(stack) if name in from_files else ExitStack():
+            with _loading, _data_read_afresh(stack) if name in from_files else ExitStack():
                 tasks = _load(manager, name)
             metric, kind = _metric(name, tasks, prefer_norm)
             _set_fewshot(name, tasks, (num_fewshot or {}).get(name, 0))
@@ -284,26 +285,21 @@ def _documents_digest(documents: Iterable[Any]) -> str:
     return sha.hexdigest()
 
 
-@contextmanager
-def quiet() -> Iterator[None]:
-    """The harness prints to stdout now and then, warns of what is meant here, and draws bars of
-    its own."""
+def quiet() -> None:
+    """The harness warns of what is meant here, and draws bars of its own: not in this process any
+    more. Nothing is put back, for another thread may be at work by then. What it prints to stdout
+    now and then is for commands to keep apart (`flows.results`)."""
     from lm_eval.api import task
 
-    logger = logging.getLogger("lm_eval")
-    level, bar = logger.level, task.tqdm
-    logger.setLevel(logging.ERROR)
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
     task.tqdm = _no_bar
-    try:
-        with redirect_stdout(sys.stderr):
-            yield
-    finally:
-        logger.setLevel(level)
-        task.tqdm = bar
 
 
 def _no_bar(documents: Iterable[Any], **_: Any) -> Iterable[Any]:
     return documents
+
+
+_loading = threading.Lock()  # one at a time: where data sets are kept is one for the process
 
 
 @contextmanager

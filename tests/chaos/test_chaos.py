@@ -5,6 +5,7 @@ import random
 import pytest
 from chaos import Chaos, contents, survive, write_recipe
 from model_families import save
+from removal import removal_beside_reading
 from team import postgres_binaries, team
 from transformers import AutoTokenizer
 
@@ -47,6 +48,12 @@ def test_a_release_survives(tmp_path, model):
     assert chaos.kills.total() == 3
     assert found == undisturbed(load_recipe(path), model, tmp_path / "plain")
     chaos.check_store()
+
+
+def test_removal_beside_reading(tmp_path):
+    """Any exception but that an artifact is not there any more ends a process, and this."""
+    done = removal_beside_reading(tmp_path / "store", kills=10, processes=3, seed=17)
+    assert {"made", "found", "removed", "read"} <= done.keys()
 
 
 @pytest.mark.slow

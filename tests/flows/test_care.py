@@ -6,9 +6,11 @@ import os
 import time
 
 import pytest
+from prefect.client.orchestration import get_client
 from typer.testing import CliRunner
 
 from flows.cli import app
+from infra.owners import Owner
 from infra.registry import Registry
 from infra.store import Store
 from infra.tracking import tracked_run, tracking_store
@@ -85,11 +87,43 @@ def test_a_store_that_is_none(dpq, tmp_path, command):
     assert not (tmp_path / "none").exists()
 
 
+def test_a_rollback_takes_the_place_of_a_promotion(dpq, filled, services_home, monkeypatch):
+    """Prefect's limit and the registry's lease, both: it can be under way beside none."""
+    uri, artifacts = tracking_store(services_home)
+    registry, name = Registry(uri), filled.root.parent.name
+    with tracked_run(uri, "dpq", "release", {}, artifacts) as run:
+        for folder in filled.folders():
+            registry.promote(name, registry.register(name, folder.as_uri(), run.run_id, {}))
+    seen = []
+    roll_back = Registry.roll_back
+
+    def watched(self, *arguments):
+        limit = client.read_global_concurrency_limit_by_name("promotion")
+        (lease,) = (services_home / "mlflow" / "leases").glob("champion-*/*")
+        seen.append((limit.active_slots, Owner.parse(lease.name).pid))
+        return roll_back(self, *arguments)
+
+    monkeypatch.setattr(Registry, "roll_back", watched)
+    with get_client(sync_client=True) as client:
+        client.upsert_global_concurrency_limit_by_name("promotion", 1)
+        code, _, errors = dpq("rollback", name, "--store", filled.root)
+        assert code == 0, errors
+        assert seen == [(1, os.getpid())]
+        assert client.read_global_concurrency_limit_by_name("promotion").active_slots == 0
+    # Prefect keeps a client for each limit, with the address of its first.
+    monkeypatch.setattr("tasks.register.PROMOTION", "asked for at a rollback alone")
+    monkeypatch.setattr("tasks.register._RESTART", 0.1)
+    monkeypatch.setenv("PREFECT_API_URL", "http://127.0.0.1:9/api")
+    code, _, errors = dpq("rollback", name, "--store", filled.root)
+    assert code == 1
+    assert "does not say whether a promotion is under way, and nothing was changed" in errors
+
+
 def test_rollback(dpq, filled, services_home):
-    uri = tracking_store(services_home)[0]
+    uri, artifacts = tracking_store(services_home)
     registry, name = Registry(uri), filled.root.parent.name
     folders = list(filled.folders())
-    with tracked_run(uri, "dpq", "release", {}, None) as run:
+    with tracked_run(uri, "dpq", "release", {}, artifacts) as run:
         for folder in folders:
             version = registry.register(name, folder.as_uri(), run.run_id, {})
             registry.promote(name, version)

@@ -4,6 +4,8 @@ import itertools
 import json
 import os
 import shutil
+import sys
+import threading
 import time
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
@@ -17,6 +19,8 @@ from pyarrow import parquet
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
+import tasks.evaluate
+from dpq_core import harness
 from dpq_core.checkpoint import MANIFEST, load_model
 from dpq_core.gates import NotMeasuredError
 from dpq_core.recipe import parse_recipe
@@ -332,6 +336,35 @@ def test_a_time_limit_is_named_and_leaves_the_others(evaluate, model, suites, mo
     failed = [reason for reason in report["reasons"] if reason.startswith("first: ")]
     assert failed[0].startswith("first: failed: TimeoutError: ")
     assert "evaluation.timeout is 6.5 s" in failed[0]
+
+
+def test_two_suites_at_a_time_leave_stdout_to_the_json(evaluate, model, monkeypatch):
+    """The first to begin is the first to end, and the other prints after that."""
+    second_in, first_out = threading.Event(), threading.Event()
+    score, evaluate_suite = harness._score, tasks.evaluate.evaluate_suite
+
+    def in_turn(harness, suite, limit):
+        if suite.name == "first":
+            assert second_in.wait(PATIENCE)
+            return score(harness, suite, limit)
+        second_in.set()
+        assert first_out.wait(PATIENCE)
+        print("what the harness prints now and then")
+        return score(harness, suite, limit)
+
+    def told(model, tokenizer, suite, **options):
+        scores = evaluate_suite(model, tokenizer, suite, **options)
+        if suite.name == "first":
+            first_out.set()
+        return scores
+
+    monkeypatch.setattr(harness, "_score", in_turn)
+    monkeypatch.setattr(tasks.evaluate, "evaluate_suite", told)
+    stdout = sys.stdout
+    two = ["--set", "evaluation.workers=2", "--set", "execution.workers=2"]
+    report = evaluate(model, *two)
+    assert values(report).keys() == {"perplexity_token", "first", "second"}
+    assert sys.stdout is stdout
 
 
 @pytest.mark.parametrize("runner", ["threads", "processes"])

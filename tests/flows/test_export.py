@@ -13,6 +13,7 @@ from dpq_core.exports import EXPORTS, verify
 from flows.cli import app
 from flows.release import release
 from infra.registry import Registry
+from infra.store import Store
 from infra.tracking import mlflow_client, tracking_store
 
 FORMATS = ["compressed-tensors", "gptq"]
@@ -108,6 +109,26 @@ def test_what_a_format_cannot_hold_ends_the_run_before_it_starts(recipe_file, st
     assert result.exit_code == 1
     assert "export.0" in result.stderr
     assert len(list((store / "layers").glob("*"))) == before
+
+
+def test_an_export_of_an_artifact_is_an_artifact(released, store):
+    """Found again where a release has made it; and nothing in the store is without a manifest."""
+    (made,) = (each for each in released.exports if each.name == "gptq")
+    done = dpq("export", released.checkpoint, "--format", "gptq", "--json")
+    assert done.exit_code == 0, done.stderr
+    assert json.loads(done.stdout)["export"] == str(made.artifact.folder)
+    (made.artifact.folder / "README.md").unlink()
+    again = dpq("export", released.checkpoint, "--format", "gptq")
+    assert again.exit_code == 0, again.stderr
+    assert "verdict" not in (made.artifact.folder / "README.md").read_text()
+    inside = store / "checkpoints" / "mine"
+    refused = dpq("export", released.checkpoint, "--format", "gptq", "--output", inside)
+    assert refused.exit_code == 1
+    assert f"{inside}: in the store {store}, which has its own place" in refused.stderr
+    stages = [store / "checkpoints", store / "exports"]
+    folders = [folder for stage in stages for folder in stage.iterdir()]
+    assert all((folder / ".artifact.json").is_file() for folder in folders)
+    assert Store(store).problems(made.artifact.folder) == []
 
 
 def test_export_and_verify_by_hand(released, tmp_path):

@@ -1,5 +1,6 @@
 """MLflow's registry webhooks: its own sender, a relay over HTTP, runs on a Prefect server."""
 
+import asyncio
 import json
 import socket
 import threading
@@ -87,6 +88,60 @@ def post(address, body, secret=SECRET, age=0):
     return httpx.post(address, content=body, headers=headers)
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("X-MLflow-Signature", "v1,Ünicode"),
+        ("X-MLflow-Signature", "v1,\x00"),
+        ("X-MLflow-Signature", ""),
+        ("X-MLflow-Timestamp", "²"),
+        ("X-MLflow-Timestamp", "9" * 5000),
+        ("X-MLflow-Timestamp", "-1"),
+        ("X-MLflow-Timestamp", ""),
+        ("X-MLflow-Delivery-Id", "Ü"),
+    ],
+)
+def test_whatever_a_header_holds_it_is_an_answer(name, value):
+    """Below HTTP, whose servers refuse some of these, and others may not."""
+    stamp = str(int(time.time()))
+    headers = {
+        "X-MLflow-Delivery-Id": "1",
+        "X-MLflow-Timestamp": stamp,
+        "X-MLflow-Signature": _generate_hmac_signature(SECRET, "1", stamp, WANTED),
+    }
+    status, read, said = answered({**headers, name: value}, [WANTED.encode()])
+    assert status == 401, said
+    assert read <= 1
+    assert "Timestamp" not in name or not read
+
+
+def answered(headers, parts):
+    """Status of an application's answer to a request, how many parts of its body it read, and its
+    words."""
+    scope = {"type": "http", "method": "POST", "path": PATH, "query_string": b""}
+    scope["headers"] = [(k.lower().encode(), v.encode("utf-8")) for k, v in headers.items()]
+    left, said = list(parts), []
+
+    async def receive():
+        body = left.pop(0)
+        return {"type": "http.request", "body": body, "more_body": bool(left)}
+
+    async def send(message):
+        said.append(message)
+
+    asyncio.run(application(SECRET)(scope, receive, send))
+    return said[0]["status"], len(parts) - len(left), said[-1].get("body")
+
+
+def test_no_more_is_read_of_a_body_than_a_delivery_has():
+    parts = [bytes(100_000)] * 1000
+    stamp = str(int(time.time()))
+    status, read, _ = answered({"X-MLflow-Timestamp": stamp}, parts)
+    assert status == 413
+    assert read < 20
+    assert answered({}, parts)[:2] == (401, 0)
+
+
 def delivery(tags, entity="model_version", source="s3://bucket/model", number="7"):
     data = version("other", tags, source, number)
     return json.dumps({"entity": entity, "action": "created", "data": data})
@@ -101,6 +156,8 @@ WANTED = delivery({"dpq.recipe": "quickstart"})
         (WANTED, {"secret": "another"}, 401, "signature"),
         (WANTED, {"age": 301}, 401, "300 s"),
         ("{}", {}, 400, "no delivery of MLflow's"),
+        ("[" * 100_000, {}, 400, "no delivery of MLflow's"),
+        (delivery({"dpq.recipe": "quickstart"}, source=5), {}, 400, "no delivery of MLflow's"),
         (delivery({}), {}, 204, ""),
         (delivery({"dpq.recipe": "quickstart"}, entity="prompt"), {}, 204, ""),
         (delivery({"dpq.recipe": "quickstart"}, source="models:/m-1"), {}, 422, "s3:// address"),

@@ -130,7 +130,7 @@ def test_a_stopped_holder_of_this_machine_keeps_its_lease(leases, holder, monkey
 
 
 def test_a_holder_of_another_machine_is_followed_when_it_gives_no_sign(leases, monkeypatch):
-    theirs = leases.folder / "key" / "17.1700000000.elsewhere.0.gpu-9.example.org"
+    theirs = leases.folder / "key" / "17.1700000000.e15e47e2.0123456789abcdef.gpu-9.example.org"
     theirs.parent.mkdir(parents=True)
     theirs.touch()
 
@@ -206,8 +206,9 @@ def test_a_name_is_read_back_and_a_reused_pid_is_nobody():
     assert Owner.parse(str(me)) == me
     assert me.gone is False
     assert Owner.parse(str(me).replace(f".{me.started}.", f".{me.started - 100}.")).gone is True
-    assert Owner.parse("12.34.elsewhere.0.host").gone is None
-    assert Owner.parse("readme.txt") is None
+    assert Owner.parse("12.34.e15e47e2.0123456789abcdef.host.of.others").gone is None
+    for another in ("readme.txt", "12.34.elsewhere.0.host", "2024.01.report.final.tar"):
+        assert Owner.parse(another) is None
 
 
 @pytest.mark.skipif(not psutil.LINUX, reason="start times of processes are the clock's elsewhere")
@@ -223,9 +224,11 @@ def test_attendance_lists_the_living(tmp_path, monkeypatch):
     assert attendance.living() == {}
     with attendance.present() as me, attendance.present() as again:
         assert set(attendance.living()) == {me, again}
-        gone = tmp_path / "runs" / f"{me.pid}.{me.started - 100}.{me.place}.x.{me.host}"
+        gone = (
+            tmp_path / "runs" / f"{me.pid}.{me.started - 100}.{me.place}.{me.tag[::-1]}.{me.host}"
+        )
         gone.touch()
-        far = tmp_path / "runs" / "12.34.elsewhere.0.host"
+        far = tmp_path / "runs" / "12.34.e15e47e2.0123456789abcdef.host.of.others"
         far.touch()
         assert set(attendance.living()) == {me, again, Owner.parse(far.name)}
         os.utime(far, (0, 0))

@@ -2,8 +2,10 @@
 
 import hashlib
 import os
+import re
 import time
 
+import boto3
 import pytest
 import s3fs
 
@@ -141,6 +143,27 @@ def test_an_object_that_others_put_there(s3, bucket, source, tmp_path):
     )
     download(bucket, listing(bucket), tmp_path / "copy")
     assert read(tmp_path / "copy") == {"config.json": b"{}"}
+
+
+@pytest.mark.parametrize(
+    "key", ["../../x.safetensors", "a/../../x.safetensors", "/x.safetensors", "a//x", "./x"]
+)
+def test_nothing_is_written_outside_of_the_folder(s3, bucket, source, tmp_path, key):
+    upload(source, bucket, ["config.json"])
+    before = read(tmp_path)
+    with pytest.raises(RemoteError, match=re.escape(f"the key {key!r} is no file's name")):
+        download(bucket, ["config.json", key], tmp_path / "deep" / "copy")
+    assert read(tmp_path) == before
+
+
+def test_a_bucket_whose_keys_climb(s3, bucket, source, tmp_path):
+    """As a listing gives them, of whoever may write there."""
+    client = boto3.client("s3", endpoint_url=os.environ["AWS_ENDPOINT_URL"])
+    name = bucket.removeprefix("s3://")
+    client.put_object(Bucket=name, Key="model/../../x.safetensors", Body=b"evil")
+    with pytest.raises(RemoteError, match="is no file's name in a folder"):
+        download(f"{bucket}/model", listing(f"{bucket}/model"), tmp_path / "deep" / "copy")
+    assert not (tmp_path / "x.safetensors").exists()
 
 
 @pytest.mark.parametrize("missing", ["nothing-here", "no-such-bucket"])
