@@ -142,6 +142,7 @@ FAMILIES = {  # by transformers' model_type
     "mistral": _LLAMA,
     "qwen2": _LLAMA,
     "qwen3": _LLAMA,
+    "gemma3_text": _LLAMA,  # its embedding scales, its norms are transformers'
     "qwen3_moe": _QWEN3_MOE,
     "mixtral": _MIXTRAL,
     "qwen2_vl": _qwen_vl((("mlp.fc1",), ("mlp.fc2",))),
