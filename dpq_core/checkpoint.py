@@ -24,6 +24,8 @@ from torch import Tensor, nn
 from dpq_core.digests import write_json
 from dpq_core.foreign import fill_gptq, load_compressed_tensors, quantization_of, unsupported
 from dpq_core.linear import W4A8Linear, expected_shapes, layer_from_tensors, layer_tensors
+from dpq_core.model.anatomy import path_of
+from dpq_core.model.empty import building
 from dpq_core.plan import Plan
 from dpq_core.quantize import LayerReport, QuantizedLinear
 from dpq_core.reader import (
@@ -35,7 +37,7 @@ from dpq_core.reader import (
 )
 from dpq_core.scheme import Scheme
 from dpq_core.shards import ShardWriter, check_files, digests_of
-from dpq_core.streaming import building, check_tensors, empty_model, fill_parameters
+from dpq_core.streaming import check_tensors, empty_model, fill_parameters
 
 FORMAT_VERSION = 2
 MANIFEST = "dpq.json"
@@ -259,7 +261,7 @@ class QuantizedCheckpoint:
             else:
                 expected[name] = (list(parameter.shape), None)
         if model.config.tie_word_embeddings:
-            expected.pop("lm_head.weight", None)
+            expected.pop(f"{path_of(model, model.get_output_embeddings())}.weight", None)
         return expected
 
 
@@ -325,7 +327,8 @@ def load_quantized(
 
 def _complete(model: Any, reader: CheckpointReader, device: torch.device | str) -> Any:
     """Load what has no memory yet; an output head that is not stored is the input embedding."""
-    head, tied = model.get_output_embeddings(), "lm_head.weight" not in reader
+    head = model.get_output_embeddings()
+    tied = f"{path_of(model, head)}.weight" not in reader
     if tied:
         head.weight = None
     fill_parameters(model, "", reader, model.dtype)

@@ -22,8 +22,8 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from dpq_core.model.empty import building
 from dpq_core.scores import Scores
-from dpq_core.streaming import building
 from dpq_core.suites.definitions import Suite, SuiteError, quiet
 
 Progress = Callable[[int, int], None]

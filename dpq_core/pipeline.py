@@ -19,12 +19,13 @@ from dpq_core.calibration import (
 )
 from dpq_core.checkpoint import load_layer, save_layer, write_checkpoint
 from dpq_core.inputs import ModelInputs, batches_of
+from dpq_core.model.proof import prove
 from dpq_core.plan import PlannedLayer, plan_layers, readers_of_one_input
 from dpq_core.quantize import QuantizedLinear, quantize_or_keep
 from dpq_core.recipe import CalibrationSection
 from dpq_core.scheme import Scheme
 from dpq_core.shared_input import SharedInput
-from dpq_core.streaming import StreamedModel
+from dpq_core.streaming import StreamedModel, empty_model
 
 
 def quantize_checkpoint(
@@ -44,8 +45,9 @@ def quantize_checkpoint(
     Finished layers wait in a temporary folder: memory is bounded by one block.
 
     Raises:
-        CheckpointError, FactorizationError, ValueError: see the stages.
+        ArchitectureError, CheckpointError, FactorizationError, ValueError: see the stages.
     """
+    prove(empty_model(source))
     stream = StreamedModel(source, device, images=calibration.image_column is not None)
     plan = plan_layers(stream, scheme, choices)
     rounding, weights = InputRounding.of(scheme, calibration), TokenWeights.of(calibration)

@@ -14,84 +14,115 @@ import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from threading import RLock
-from typing import Any
+from typing import Any, Protocol
 
 import torch
-from accelerate import init_empty_weights
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+from transformers import AutoConfig
 
-from dpq_core.experts import separate_experts
-from dpq_core.families import FAMILIES, Groups, members_of
+from dpq_core.experts import SeparateExperts
+from dpq_core.families import Groups, family_of, members_of
 from dpq_core.inputs import Batch, ModelInputs
 from dpq_core.linear import W4A8Linear
+from dpq_core.model.anatomy import linears_of
+from dpq_core.model.empty import building, empty_of
+from dpq_core.model.observation import anatomy_of
 from dpq_core.quantize import QuantizedLinear
-from dpq_core.reader import (
-    CheckpointError,
-    CheckpointReader,
-    family_of,
-    model_type_of,
-    read_config,
-)
-from dpq_core.sixteen_bit import fit
+from dpq_core.reader import CheckpointError, CheckpointReader, model_type_of, read_config
+
+
+class Tensors(Protocol):
+    """What a stream reads: a `CheckpointReader`, or tensors at hand."""
+
+    folder: Path
+
+    def __contains__(self, name: str) -> bool: ...
+    def tensor(self, name: str) -> Tensor: ...
+    def tensors(self, names: Iterable[str]) -> dict[str, Tensor]: ...
+    def under(self, prefix: str) -> list[str]: ...
+    def read_ahead(self, names: Iterable[str]) -> None: ...
 
 
 class _Skip(nn.Module):
-    """Stands where a block is not run: hands the hidden states on."""
+    """Stands where a block is not run: hands the hidden states on, as a block returns them."""
 
-    def forward(self, hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
-        return hidden_states
+    def __init__(self, tuple_length: int | None = None) -> None:
+        super().__init__()
+        self._length = tuple_length
+
+    def forward(self, *arguments: Any, **named: Any) -> Any:
+        states = arguments[0] if arguments else named["hidden_states"]
+        return states if self._length is None else (states, *[None] * (self._length - 1))
 
 
-class StreamedModel:
-    """A causal LM whose weights stay on disk.
+class _NoEmbedding(nn.Module):
+    """Stands for the embedding while a block is run: the shape of what it gives, and zeros."""
+
+    def __init__(self, width: int, dtype: torch.dtype) -> None:
+        super().__init__()
+        self._width, self._dtype = width, dtype
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        return input_ids.new_zeros((*input_ids.shape, self._width), dtype=self._dtype)
+
+
+class BlockStream:
+    """A causal LM whose weights stay where `reader` has them.
 
     Args:
+        model: of `empty.empty_of`; its parts are taken out.
         images: stream the vision tower too. Without, a model that has one runs on text alone.
-        trust_remote_code: run the checkpoint's own model code.
 
     Raises:
-        CheckpointError: unreadable checkpoint, an architecture that is not in the model table, or
-            images for a model without a vision tower.
+        ArchitectureError: see `dpq_core.model`.
+        CheckpointError: images for a model without a vision tower.
     """
 
     def __init__(
         self,
-        folder: Path,
+        model: Any,
+        reader: Tensors,
         device: torch.device | str = "cpu",
         images: bool = False,
-        trust_remote_code: bool = False,
     ) -> None:
-        self.reader = CheckpointReader(folder)
-        self.family = family_of(folder)
+        self.reader, self.model, self.images = reader, model, images
+        self.anatomy = anatomy_of(model)
+        self.vision = family_of(model.config.model_type).vision
         self.device = torch.device(device)
-        self.model = empty_model(folder, trust_remote_code)
-        self.dtype: torch.dtype = self.model.dtype
-        self.images = images
-        vision = self.family.vision
-        if images and vision is None:
+        self.dtype: torch.dtype = model.dtype
+        if images and self.vision is None:
             raise CheckpointError(
-                f"{folder}: model_type {model_type_of(folder)!r} has no vision tower, but "
-                "calibration.image_column is set: leave it out"
+                f"{reader.folder}: model_type {model.config.model_type!r} has no vision tower that"
+                " is streamed, but calibration.image_column is set: leave it out"
             )
         # Everything but the blocks, by name: what a plan has to account for.
-        self.parameters = {name: p.shape for name, p in self.model.named_parameters()}
-        self.modules = {name: type(module) for name, module in self.model.named_modules()}
-        seen = [*self._children(vision.blocks), vision.merger] if vision else []
-        language = self._children(self.family.blocks)
-        self._paths = (seen if images else []) + language
-        self._first_language = len(self._paths) - len(language)
-        self._empty_blocks = {path: self.model.get_submodule(path) for path in seen + language}
-        parts = [self.family.embedding, self.family.norm, self.family.head]
-        parts += [vision.patches] if vision else []
-        self._empty = {path: self.model.get_submodule(path) for path in parts}
-        for path in self._empty_blocks:
-            self.model.set_submodule(path, _Skip())
-        for path in self._empty:
-            self.model.set_submodule(path, nn.Identity())
+        self.parameters = {name: p.shape for name, p in model.named_parameters()}
+        self.modules = {name: type(module) for name, module in model.named_modules()}
+        self._take_out()
         self._loaded: int | None = None
-        self.model.to(self.device)  # what is left: rotary buffers
+        for module in model.modules():  # what is left: rotary buffers, towers without memory
+            for name, buffer in module.named_buffers(recurse=False):
+                setattr(module, name, buffer.to(self.device))
+
+    def _take_out(self) -> None:
+        """Put stand-ins for all parts whose weights come and go."""
+        vision, parts, model = self.vision, self.anatomy.parts, self.model
+        seen = [*self._children(vision.blocks), vision.merger] if vision else []
+        language = self._children(parts.blocks)
+        self._paths = (seen if self.images else []) + language
+        self._first_language = len(self._paths) - len(language)
+        self._empty_blocks = {path: model.get_submodule(path) for path in seen + language}
+        self._stand_ins: dict[str, nn.Module] = {path: _Skip() for path in seen}
+        for path in language:
+            self._stand_ins[path] = _Skip(self.anatomy.tuple_length)
+        for path in [*self.anatomy.after, parts.head, *([vision.patches] if vision else [])]:
+            self._stand_ins[path] = _Skip()
+        width = model.get_submodule(parts.embedding).embedding_dim
+        self._stand_ins[parts.embedding] = _NoEmbedding(width, self.dtype)
+        outside = self._stand_ins.keys() - self._empty_blocks.keys()
+        self._empty = {path: model.get_submodule(path) for path in outside}
+        for path, stand_in in self._stand_ins.items():
+            model.set_submodule(path, stand_in)
 
     @property
     def block_count(self) -> int:
@@ -105,22 +136,27 @@ class StreamedModel:
         """The linears of a block by full name, those that read the same input together.
 
         Raises:
-            CheckpointError: the block has a linear that the family's row does not name.
+            CheckpointError: a linear of a vision tower that the family's row does not name.
         """
         path = self.block_name(index)
-        block = self._empty_blocks[path]
-        linears = [name for name, m in block.named_modules() if isinstance(m, nn.Linear)]
+        linears = linears_of(self._empty_blocks[path])
         groups = list(members_of(self._rows(index), linears))
-        unknown = set(linears).symmetric_difference(name for group in groups for name in group)
-        if unknown:
+        named = [name for group in groups for name in group]
+        if wrong := set(linears).symmetric_difference(named):
             raise CheckpointError(
-                f"{self.reader.folder}: {path}.{min(unknown)} is a linear layer of the model or of "
+                f"{self.reader.folder}: {path}.{min(wrong)} is a linear layer of the model or of "
                 "its row in dpq_core/families.py, not of both: mend the row's groups"
             )
         return [tuple(f"{path}.{name}" for name in group) for group in groups]
 
+    def gate_rows(self, index: int) -> int:
+        """Up to so many outputs a linear of a block with experts is a gate, which chooses or weighs
+        them; 0 without experts."""
+        modules = self._empty_blocks[self.block_name(index)].modules()
+        return max((len(each) for each in modules if isinstance(each, SeparateExperts)), default=0)
+
     def linears(self, index: int) -> dict[str, nn.Linear]:
-        """The linears of a block by full name, in the family's order, without weights."""
+        """The linears of a block by full name, in the order of `groups`, without weights."""
         path = self.block_name(index)
         block = self._empty_blocks[path]
         return {
@@ -137,22 +173,38 @@ class StreamedModel:
     @contextmanager
     def embedding(self) -> Iterator[Callable[[ModelInputs], Batch]]:
         """A function from inputs to their hidden states before the first block."""
-        vision = self.family.vision
-        part = vision.patches if self.images and vision else self.family.embedding
+        part = self.vision.patches if self.images and self.vision else self.anatomy.parts.embedding
 
         def begun(inputs: ModelInputs) -> Batch:
             with torch.no_grad():
                 return Batch.of(inputs, self._begun(inputs))
 
-        with self._part(part):
+        with self._running(), self._part(part):
             yield begun
 
     def _begun(self, inputs: ModelInputs) -> Tensor:
         if self.images:
             return self._tower(inputs, inputs["pixel_values"].to(self.dtype)).cpu()
-        output = self.model.base_model(input_ids=inputs["input_ids"].to(self.device))
-        states: Tensor = output.last_hidden_state.cpu()
-        return states
+        return self._before_language({"input_ids": inputs["input_ids"]}).cpu()
+
+    def _before_language(self, inputs: ModelInputs) -> Tensor:
+        """What comes to the first block of the language model."""
+        given: list[Tensor] = []
+
+        def catch(_: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
+            given.append(arguments[0] if arguments else named["hidden_states"])
+
+        first = self.model.get_submodule(self._paths[self._first_language])
+        handle = first.register_forward_pre_hook(catch, with_kwargs=True)
+        try:
+            self._run(inputs)
+        finally:
+            handle.remove()
+        return given[0]
+
+    def _run(self, inputs: ModelInputs) -> None:
+        on_device = {name: x.to(self.device) for name, x in inputs.items()}
+        self.model.base_model(**on_device, use_cache=False)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Of hidden states after the last block. [n, length, hidden] → [n, length, vocabulary]."""
@@ -164,12 +216,17 @@ class StreamedModel:
         """The final norm and the output head: a function from hidden states after the last block
         to logits, on the model's device. Gradients as in `forward`."""
 
+        last = self._paths[-1]
+
         def logits_of(hidden: Tensor) -> Tensor:
-            with torch.set_grad_enabled(hidden.requires_grad):
-                logits: Tensor = self.model(inputs_embeds=hidden.to(self.device)).logits
+            tokens = torch.zeros(hidden.shape[:2], dtype=torch.int64, device=self.device)
+            with torch.set_grad_enabled(hidden.requires_grad), self._feeding(last, hidden):
+                logits: Tensor = self.model(input_ids=tokens, use_cache=False).logits
             return logits
 
-        with self._part(self.family.norm), self._part(self.family.head):
+        with self._running(), ExitStack() as parts:
+            for path in (*self.anatomy.after, self.anatomy.parts.head):
+                parts.enter_context(self._part(path))
             yield logits_of
 
     @contextmanager
@@ -190,12 +247,12 @@ class StreamedModel:
         self.model.set_submodule(path, block.eval())
         self._loaded = index
         try:
-            with ExitStack() as parts:
-                if self.family.vision and path == self.family.vision.merger:
-                    parts.enter_context(self._part(self.family.embedding))
+            with self._running(), ExitStack() as parts:
+                if self.vision and path == self.vision.merger:
+                    parts.enter_context(self._part(self.anatomy.parts.embedding))
                 yield block
         finally:
-            self.model.set_submodule(path, _Skip())
+            self.model.set_submodule(path, self._stand_ins[path])
             self._loaded = None
 
     def read_ahead(self, index: int) -> None:
@@ -207,17 +264,14 @@ class StreamedModel:
     def forward(self, batch: Batch) -> Tensor:
         """A batch's hidden states after the block that is loaded now, on their own device."""
         assert self._loaded is not None
-        vision, path = self.family.vision, self.block_name(self._loaded)
-        with torch.set_grad_enabled(batch.hidden.requires_grad):
+        path = self.block_name(self._loaded)
+        with torch.set_grad_enabled(batch.hidden.requires_grad), self._feeding(path, batch.hidden):
             if self._loaded >= self._first_language:
-                states = self._language(batch)
-            elif vision and path == vision.merger:
-                with self._feeding(path, batch.hidden):
-                    inputs = {name: x.to(self.device) for name, x in batch.inputs.items()}
-                    states = self.model.base_model(**inputs).last_hidden_state
+                states = self._language(batch, path)
+            elif self.vision and path == self.vision.merger:
+                states = self._before_language(batch.inputs)
             else:
-                with self._feeding(path, batch.hidden):
-                    states = self._tower(batch.inputs, batch.inputs["pixel_values"])
+                states = self._tower(batch.inputs, batch.inputs["pixel_values"])
         return states.to(batch.hidden.device)
 
     def advance(self, batches: Sequence[Batch]) -> None:
@@ -225,69 +279,114 @@ class StreamedModel:
         for batch in batches:
             batch.hidden = self.forward(batch)
 
-    def _language(self, batch: Batch) -> Tensor:
-        """Through the language model's blocks; positions of image tokens are of their grid."""
+    def _language(self, batch: Batch, path: str) -> Tensor:
+        """What a block of the language model gives; positions of image tokens are of their grid."""
+        given: list[Any] = []
         about = {
-            name: x.to(self.device)
+            name: x
             for name, x in batch.inputs.items()
-            if self.images and name != "pixel_values"
+            if name == "input_ids" or (self.images and name != "pixel_values")
         }
-        output = self.model.base_model(**about, inputs_embeds=batch.hidden.to(self.device))
-        states: Tensor = output.last_hidden_state
+        block = self.model.get_submodule(path)
+        handle = block.register_forward_hook(lambda _, __, output: given.append(output))
+        try:
+            self._run(about)
+        finally:
+            handle.remove()
+        states: Tensor = given[0] if self.anatomy.tuple_length is None else given[0][0]
         return states
 
     def _tower(self, inputs: ModelInputs, patches: Tensor) -> Tensor:
         """Hidden states of the vision tower after the block that is loaded now, if any."""
-        assert self.family.vision is not None
-        tower = self.model.get_submodule(self.family.vision.tower)
+        assert self.vision is not None
+        tower = self.model.get_submodule(self.vision.tower)
         grid = inputs["image_grid_thw"].to(self.device)
         states: Tensor = tower(patches.to(self.device), grid_thw=grid).last_hidden_state
         return states
 
     @contextmanager
     def _feeding(self, path: str, hidden: Tensor) -> Iterator[None]:
-        """Give a module these hidden states, whatever comes to it. A tower reorders its patches
-        before the first block: what was stored has that order already."""
+        """Give a module these hidden states, whatever comes to it: what is done before the first
+        block (scaled embeddings, positions, a tower's order of patches) is in them already."""
+        states = hidden.to(self.device)
 
-        def feed(_: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
-            return (hidden.to(self.device), *arguments[1:])
+        def feed(_: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> Any:
+            if arguments:
+                return (states, *arguments[1:]), named
+            return arguments, named | {"hidden_states": states}
 
-        handle = self.model.get_submodule(path).register_forward_pre_hook(feed)
+        module = self.model.get_submodule(path)
+        handle = module.register_forward_pre_hook(feed, with_kwargs=True)
         try:
             yield
         finally:
             handle.remove()
 
+    @contextmanager
+    def _running(self) -> Iterator[None]:
+        """With the parts before the blocks but the embedding: a model runs through them whatever
+        block it is run for. Small ones (positions, a norm), which stay."""
+        for path in self.anatomy.before:
+            part = self.model.get_submodule(path)
+            if any(parameter.is_meta for parameter in part.parameters()):
+                self._fill(part, path)
+        yield
+
     def _children(self, path: str) -> list[str]:
         return [f"{path}.{name}" for name, _ in self.model.get_submodule(path).named_children()]
 
     def _rows(self, index: int) -> Groups:
-        vision = self.family.vision
-        if vision is None or index >= self._first_language:
-            return self.family.groups
-        is_merger = self.block_name(index) == vision.merger
-        return vision.merger_groups if is_merger else vision.block_groups
+        if self.vision is None or index >= self._first_language:
+            return self.anatomy.groups[index - self._first_language]
+        is_merger = self.block_name(index) == self.vision.merger
+        return self.vision.merger_groups if is_merger else self.vision.block_groups
 
     @contextmanager
     def _part(self, path: str) -> Iterator[None]:
-        part = copy.deepcopy(self._empty[path])
-        tied = path == self.family.head and f"{path}.weight" not in self.reader
-        self._fill(part, self.family.embedding if tied else path)
+        part, parts = copy.deepcopy(self._empty[path]), self.anatomy.parts
+        if path == parts.head and f"{path}.weight" not in self.reader:  # tied
+            embedded = self.reader.tensor(f"{parts.embedding}.weight").to(self.dtype)
+            part.weight = nn.Parameter(embedded, requires_grad=False)
+        self._fill(part, path)
         self.model.set_submodule(path, part)
         try:
             yield
         finally:
-            self.model.set_submodule(path, nn.Identity())
+            self.model.set_submodule(path, self._stand_ins[path])
 
     def _fill(self, module: nn.Module, name: str) -> None:
         fill_parameters(module, f"{name}.", self.reader, self.dtype)
         module.to(self.device)
 
 
-def fill_parameters(
-    module: nn.Module, prefix: str, reader: CheckpointReader, dtype: torch.dtype
-) -> None:
-    """Give a module's empty parameters the checkpoint's tensors, `prefix` + the parameter's name.
+class StreamedModel(BlockStream):
+    """A causal LM whose weights stay on disk.
+
+    Args:
+        images: as above.
+        trust_remote_code: run the checkpoint's own model code.
+
+    Raises:
+        CheckpointError: unreadable checkpoint, or as above.
+        ArchitectureError: see `dpq_core.model`.
+    """
+
+    reader: CheckpointReader
+
+    def __init__(
+        self,
+        folder: Path,
+        device: torch.device | str = "cpu",
+        images: bool = False,
+        trust_remote_code: bool = False,
+    ) -> None:
+        reader = CheckpointReader(folder)
+        super().__init__(empty_model(folder, trust_remote_code), reader, device, images)
+
+
+def fill_parameters(module: nn.Module, prefix: str, reader: Tensors, dtype: torch.dtype) -> None:
+    """Give a module's empty parameters the checkpoint's tensors, `prefix` + the parameter's name,
+    and its buffers those that are stored.
 
     Raises:
         CheckpointError: a tensor is missing or not of the shape that `config.json` asks for.
@@ -302,8 +401,22 @@ def fill_parameters(
                 f"but config.json asks for {list(parameter.shape)}"
             )
     state = {name: tensors[prefix + name].to(dtype) for name in empty}
+    for name, buffer in _stored_buffers(module):
+        if prefix + name in reader:
+            state[name] = reader.tensor(prefix + name).to(buffer.dtype)
     with building:
         module.load_state_dict(state, strict=False, assign=True)
+
+
+def _stored_buffers(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """What checkpoints hold besides parameters (a router's correction): of transformers' modules,
+    ours having been given theirs."""
+    stored = module.state_dict(keep_vars=True)
+    for path, owner in module.named_modules():
+        if type(owner).__module__.partition(".")[0] != "dpq_core":
+            for name, buffer in owner.named_buffers(prefix=path, recurse=False):
+                if name in stored:
+                    yield name, buffer
 
 
 def check_tensors(folder: Path, trust_remote_code: bool = False) -> None:
@@ -326,11 +439,6 @@ def check_tensors(folder: Path, trust_remote_code: bool = False) -> None:
             )
 
 
-# While accelerate makes empty weights, it redirects the parameters that any thread sets: whoever
-# builds or fills a model holds this.
-building = RLock()
-
-
 def empty_model(folder: Path, trust_remote_code: bool = False) -> Any:
     """The transformers model of a checkpoint's configuration, parameters without memory, experts
     one by one.
@@ -344,15 +452,7 @@ def empty_model(folder: Path, trust_remote_code: bool = False) -> Any:
     config = load_config(folder, trust_remote_code)
     if hasattr(config, "quantization_config"):
         del config.quantization_config  # ours: transformers and lm-eval would look it up
-    half = (torch.bfloat16, torch.float16)
-    dtype = config.dtype if config.dtype in half else torch.bfloat16
-    family = FAMILIES.get(config.model_type)
-    auto = AutoModelForImageTextToText if family and family.vision else AutoModelForCausalLM
-    with building, init_empty_weights(include_buffers=False):
-        model = auto.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
-        if family and family.experts:
-            separate_experts(model.get_submodule(family.blocks), family.experts)
-    return fit(model).eval()
+    return empty_of(config, trust_remote_code)
 
 
 def load_config(folder: Path, trust_remote_code: bool = False) -> Any:

@@ -480,6 +480,7 @@ def _facts(data: ReportData) -> dict[str, dict[str, str]]:
             "fingerprint, SHA-256 of its tokens": data.manifest["calibration"]["windows"],
             "data": f"{label_of(calibration.dataset)}, split {calibration.dataset.split}",
             "windows": f"at most {calibration.samples} of {calibration.sequence_length} tokens",
+            "begin-of-text token before each": _bos(calibration.bos, data.manifest),
             "propagation": calibration.propagation,
             "statistics of inputs in": calibration.hessian_inputs,
             "tokens' weights in them": calibration.token_weights,
@@ -487,6 +488,11 @@ def _facts(data: ReportData) -> dict[str, dict[str, str]]:
         },
         **{heading: dict(facts) for heading, facts in data.environment.items()},
     }
+
+
+def _bos(asked: str, manifest: Mapping[str, Any]) -> str:
+    opening = manifest["calibration"].get("opening")
+    return f"{'none' if opening is None else f'token {opening}'} ({asked})"
 
 
 def _table(

@@ -21,7 +21,7 @@ from dpq_core.streaming import StreamedModel
 from infra.store import ArtifactRef, Store
 from tasks.model import Model, stream_of
 from tasks.progress import stepper
-from tasks.windows import load_inputs
+from tasks.windows import load_inputs, opening_of
 from tasks.worker import this_worker
 
 _PROBE_WINDOWS = 2
@@ -39,7 +39,10 @@ def provenance(recipe: Recipe, model: Model, windows: ArtifactRef) -> dict[str, 
             "trust_remote_code": recipe.model.trust_remote_code,
         },
         "calibration": recipe.calibration.model_dump(mode="json", exclude={"dataset"})
-        | {"windows": windows.sha256},
+        | {
+            "windows": windows.sha256,
+            "opening": opening_of(windows, Store(recipe.execution.store)),
+        },
     }
 
 

@@ -12,9 +12,11 @@ from transformers import AutoTokenizer
 
 from dpq_core.checkpoint import MANIFEST, check_checkpoint
 from dpq_core.digests import code_digest, digest
-from dpq_core.reader import SIDE_FILES, CheckpointError, CheckpointReader
+from dpq_core.families import family_of
+from dpq_core.model.proof import prove
+from dpq_core.reader import SIDE_FILES, CheckpointError, CheckpointReader, model_type_of
 from dpq_core.recipe import ModelSection, Recipe
-from dpq_core.streaming import StreamedModel, check_tensors
+from dpq_core.streaming import StreamedModel, check_tensors, empty_model
 from infra import remote
 from infra.store import Store
 
@@ -119,14 +121,16 @@ def fetch(model: ModelSection, store: Store) -> tuple[Path, str | None]:
 
 
 def inspect(model: ModelSection, store: Store) -> Model:
-    """Find a model to quantize: every tensor is checked.
+    """Find a model to quantize: its architecture is proven, and every tensor is checked.
 
     Raises:
+        ArchitectureError: one that is not quantized, with the module in the way.
         CheckpointError: unreadable, damaged, or not finite, with the file or tensor.
     """
     folder, revision = fetch(model, store)
 
     def check() -> None:
+        prove(empty_model(folder, model.trust_remote_code))
         check_tensors(folder, model.trust_remote_code)
         CheckpointReader(folder).check_finite()
 
@@ -170,13 +174,16 @@ def content_digest(folder: Path, store: Store, check: Callable[[], None] = lambd
 
 
 def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> Any:
-    """A checkpoint's tokenizer.
+    """A checkpoint's tokenizer; it opens every text where the model's family was trained so.
 
     Raises:
         CheckpointError: missing or unusable.
     """
     try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
         first_line = str(error).strip().splitlines()[0]
         raise CheckpointError(f"{folder}: no usable tokenizer: {first_line}") from error
+    if family_of(model_type_of(folder)).opened:
+        tokenizer.add_bos_token = True
+    return tokenizer
