@@ -13,7 +13,7 @@ A folder without `dpq.json` is not a checkpoint; another format version is refus
 import dataclasses
 import json
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +77,7 @@ def write_checkpoint(
     scheme: Scheme,
     layer: Callable[[str], QuantizedLinear],
     about: Mapping[str, Any],
+    wide: Container[str] = (),
 ) -> dict[str, Any]:
     """Write a native checkpoint, tensor by tensor; memory is bounded by one shard.
 
@@ -86,6 +87,7 @@ def write_checkpoint(
         dtype: of the tensors that are not quantized.
         layer: gives a quantized layer by name; called once for each.
         about: provenance for the manifest (`base_model`, `calibration`, …).
+        wide: tensors that keep their type, see `BlockStream.wide`.
 
     Returns:
         The manifest.
@@ -96,7 +98,8 @@ def write_checkpoint(
     for name in source.names:
         if name not in planned:
             tensor = source.tensor(name)
-            shards.add(name, tensor.to(dtype) if tensor.is_floating_point() else tensor)
+            narrow = tensor.is_floating_point() and name not in wide
+            shards.add(name, tensor.to(dtype) if narrow else tensor)
             continue
         item = planned[name]
         quantized = layer(item.name)

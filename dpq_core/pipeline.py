@@ -72,7 +72,14 @@ def quantize_checkpoint(
 
         destination.mkdir(parents=True)
         return write_checkpoint(
-            destination, stream.reader, stream.dtype, plan, scheme, finished_layer, about
+            destination,
+            stream.reader,
+            stream.dtype,
+            plan,
+            scheme,
+            finished_layer,
+            about,
+            stream.wide,
         )
 
 

@@ -25,7 +25,7 @@ from dpq_core.families import Groups, family_of, members_of
 from dpq_core.inputs import Batch, ModelInputs
 from dpq_core.linear import W4A8Linear
 from dpq_core.model.anatomy import linears_of
-from dpq_core.model.empty import building, empty_of
+from dpq_core.model.empty import building, empty_of, keeps_wide
 from dpq_core.model.observation import anatomy_of
 from dpq_core.quantize import QuantizedLinear
 from dpq_core.reader import CheckpointError, CheckpointReader, model_type_of, read_config
@@ -98,6 +98,7 @@ class BlockStream:
         # Everything but the blocks, by name: what a plan has to account for.
         self.parameters = {name: p.shape for name, p in model.named_parameters()}
         self.modules = {name: type(module) for name, module in model.named_modules()}
+        self.wide = frozenset(keeps_wide(model, model.state_dict()))
         self._take_out()
         self._loaded: int | None = None
         for module in model.modules():  # what is left: rotary buffers, towers without memory
@@ -386,7 +387,8 @@ class StreamedModel(BlockStream):
 
 def fill_parameters(module: nn.Module, prefix: str, reader: Tensors, dtype: torch.dtype) -> None:
     """Give a module's empty parameters the checkpoint's tensors, `prefix` + the parameter's name,
-    and its buffers those that are stored.
+    and its buffers those that are stored. What the architecture keeps in FP32 stays, all else is
+    of `dtype`.
 
     Raises:
         CheckpointError: a tensor is missing or not of the shape that `config.json` asks for.
@@ -400,7 +402,10 @@ def fill_parameters(module: nn.Module, prefix: str, reader: Tensors, dtype: torc
                 f"{reader.folder}: tensor {prefix}{name} is {list(found)}, "
                 f"but config.json asks for {list(parameter.shape)}"
             )
-    state = {name: tensors[prefix + name].to(dtype) for name in empty}
+    state = {
+        name: tensors[prefix + name].to(torch.float32 if p.dtype == torch.float32 else dtype)
+        for name, p in empty.items()
+    }
     for name, buffer in _stored_buffers(module):
         if prefix + name in reader:
             state[name] = reader.tensor(prefix + name).to(buffer.dtype)

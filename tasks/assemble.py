@@ -71,7 +71,8 @@ def assemble(
             step()
             return load_layer(store.open(layers[name]))
 
-        write_checkpoint(folder, stream.reader, stream.dtype, plan, recipe.scheme, layer, about)
+        reader, scheme = stream.reader, recipe.scheme
+        write_checkpoint(folder, reader, stream.dtype, plan, scheme, layer, about, stream.wide)
 
     return store.get_or_make("checkpoints", key, make)[0]
 

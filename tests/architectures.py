@@ -1,7 +1,7 @@
 """Small random instances of decoders of transformers: what is quantized, and what is refused.
 
 An instance is the class of an architecture with a configuration that has what is special about it.
-`reads`: linears of a block that read one input, as its first and last kinds of block have them.
+`reads`: of each kind of block, in order, the linears that read one input.
 """
 
 from dataclasses import dataclass
@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from model_families import LLAMA3_ROPE, SIZES, VOCABULARY
 from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
     BambaConfig,
     BloomConfig,
     Cohere2Config,
@@ -17,6 +19,7 @@ from transformers import (
     DeepseekV3Config,
     FalconConfig,
     Gemma2Config,
+    Gemma3Config,
     Gemma3TextConfig,
     GemmaConfig,
     Glm4Config,
@@ -39,6 +42,7 @@ from transformers import (
     Qwen3Config,
     Qwen3MoeConfig,
     Qwen3NextConfig,
+    Qwen3VLConfig,
     SmolLM3Config,
     StableLmConfig,
     Starcoder2Config,
@@ -53,6 +57,12 @@ GATED = ("mlp.gate_proj", "mlp.up_proj")
 LLAMA = (QKV, ("self_attn.o_proj",), GATED, ("mlp.down_proj",))
 EXPERTS = (("mlp.experts.*.gate_proj", "mlp.experts.*.up_proj"), ("mlp.experts.*.down_proj",))
 ATTENTION = LLAMA[:2]
+LATENT = (
+    ("self_attn.q_a_proj", "self_attn.kv_a_proj_with_mqa"),
+    ("self_attn.q_b_proj",),
+    ("self_attn.kv_b_proj",),
+    ("self_attn.o_proj",),
+)
 MOE = {"num_experts_per_tok": 2, "moe_intermediate_size": 48}
 
 
@@ -309,7 +319,18 @@ ARCHITECTURES = [
     Architecture(
         "Qwen2-MoE",
         Qwen2MoeConfig(**BASE, **MOE, num_experts=4, shared_expert_intermediate_size=48),
-        (),
+        (
+            (
+                *ATTENTION,
+                (
+                    "mlp.shared_expert.gate_proj",
+                    "mlp.shared_expert.up_proj",
+                    "mlp.shared_expert_gate",
+                ),
+                ("mlp.shared_expert.down_proj",),
+                *EXPERTS,
+            ),
+        ),
         "a shared expert with a gate of its own",
     ),
     Architecture(
@@ -340,8 +361,54 @@ ARCHITECTURES = [
             qk_nope_head_dim=16,
             v_head_dim=16,
         ),
-        (),
+        (
+            (*LATENT, *LLAMA[2:]),
+            (
+                *LATENT,
+                *EXPERTS,
+                ("mlp.shared_experts.gate_proj", "mlp.shared_experts.up_proj"),
+                ("mlp.shared_experts.down_proj",),
+            ),
+        ),
         "latent attention, corrected routing, a shared expert",
+    ),
+]
+
+VISION = {"depth": 2, "num_heads": 2, "hidden_size": 48, "intermediate_size": 72}
+ARCHITECTURES += [
+    Architecture(
+        "Qwen3-VL",
+        Qwen3VLConfig(
+            text_config=BASE
+            | {
+                "head_dim": 16,
+                "rope_parameters": {
+                    "rope_type": "default",
+                    "rope_theta": 1e4,
+                    "mrope_section": [2, 3, 3],
+                },
+            },
+            vision_config=VISION | {"out_hidden_size": 64, "deepstack_visual_indexes": [0, 1]},
+        ),
+        (LLAMA,),
+        "text alone: the tower stays in 16 bits",
+    ),
+    Architecture(
+        "Gemma 3 (4B and larger)",
+        Gemma3Config(
+            text_config=FOUR | SLIDING | {"head_dim": 32},
+            vision_config={
+                "hidden_size": 48,
+                "intermediate_size": 72,
+                "num_hidden_layers": 1,
+                "num_attention_heads": 2,
+                "image_size": 28,
+                "patch_size": 14,
+            },
+            mm_tokens_per_image=4,
+        ),
+        (LLAMA,),
+        "text alone: the tower stays in 16 bits",
     ),
 ]
 
@@ -363,12 +430,17 @@ REFUSED = {
 }
 
 
+def class_of(config):
+    """The class of transformers that a checkpoint of this configuration is run as."""
+    kind = type(config)
+    of_text = kind in MODEL_FOR_CAUSAL_LM_MAPPING
+    return (MODEL_FOR_CAUSAL_LM_MAPPING if of_text else MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING)[kind]
+
+
 def random_model(config):
     """A model whose biases and norms are random too."""
-    from transformers import AutoModelForCausalLM
-
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model = class_of(config)._from_config(config, dtype=torch.float32)
     for parameter in [*model.parameters(), *model.buffers()]:
         if parameter.ndim == 1 and parameter.is_floating_point() and len(parameter) > 8:
             with torch.no_grad():

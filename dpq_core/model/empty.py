@@ -1,11 +1,17 @@
 """Models of transformers without memory: of a checkpoint's configuration, or of a smaller one."""
 
+import re
+from collections.abc import Iterable
 from threading import RLock
 from typing import Any
 
 import torch
 from accelerate import init_empty_weights
-from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+)
 
 from dpq_core.experts import separate_experts
 from dpq_core.families import family_of
@@ -26,12 +32,12 @@ def empty_of(config: Any, trust_remote_code: bool = False) -> Any:
     """
     half = (torch.bfloat16, torch.float16)
     dtype = config.dtype if config.dtype in half else torch.bfloat16
-    vision = family_of(config.model_type).vision is not None
-    auto = AutoModelForImageTextToText if vision else AutoModelForCausalLM
+    of_text = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING or "auto_map" in vars(config)
+    auto = AutoModelForCausalLM if of_text else AutoModelForImageTextToText
     with building, init_empty_weights(include_buffers=False):
         model = auto.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
         separate_experts(model, family_of(config.model_type).experts)
-    return fit(model).eval()
+    return _finished(model)
 
 
 def empty_like(model: Any, config: Any, separate: bool = True) -> Any:
@@ -45,4 +51,21 @@ def empty_like(model: Any, config: Any, separate: bool = True) -> Any:
             separate_experts(other, family_of(config.model_type).experts)
         else:
             other.config._experts_implementation = "eager"
-    return fit(other).eval()
+    return _finished(other)
+
+
+def _finished(model: Any) -> Any:
+    """Ready to be filled; what the architecture keeps in FP32 (a router's correction) is FP32."""
+    for module_name, module in model.named_modules():
+        held = {**module._parameters, **module._buffers}
+        for name in keeps_wide(model, [f"{module_name}.{each}" for each in held]):
+            tensor = held[name.rpartition(".")[2]]
+            if tensor is not None and tensor.is_floating_point():
+                tensor.data = tensor.data.float()
+    return fit(model).eval()
+
+
+def keeps_wide(model: Any, names: Iterable[str]) -> list[str]:
+    """Of these tensors, those that the architecture keeps in FP32 in a model of 16 bits."""
+    patterns = [rf"(^|\.){name}($|\.)" for name in model._keep_in_fp32_modules_strict or ()]
+    return [name for name in names if any(re.search(pattern, name) for pattern in patterns)]

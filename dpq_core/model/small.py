@@ -95,7 +95,7 @@ def random_tensors(model: Any) -> dict[str, Tensor]:
             noise = noise / max(tensor.shape[-1], 1) ** 0.5
         else:
             noise = _STD * noise + float(name.endswith("weight"))
-        found[name] = noise.to(model.dtype)
+        found[name] = noise.to(tensor.dtype)
     if model.config.tie_word_embeddings:
         del found[f"{path_of(model, model.get_output_embeddings())}.weight"]
     return found
