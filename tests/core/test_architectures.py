@@ -182,17 +182,14 @@ def test_the_page_is_what_was_found():
 
 def table():
     lines = ["| models | class of transformers | read together | |", "|---|---|---|---|"]
-    for each in ARCHITECTURES:
-        groups = dict.fromkeys(g for kind in anatomy_of(empty_of(each.config)).groups for g in kind)
-        together = [", ".join(map(short, group)) for group in groups if len(group) > 1]
-        kind = class_of(each.config).__name__
-        lines.append(
-            f"| {each.name} | `{kind}` | {'; '.join(together) or 'nothing'} | {each.why} |"
-        )
-    for name in ("qwen2-vl", "qwen2.5-vl"):
-        kind, shown = FAMILIES[name].model_class.__name__, name.replace("qwen", "Qwen")
-        together = "q_proj, k_proj, v_proj; gate_proj, up_proj"
-        lines.append(f"| {shown.replace('vl', 'VL')} | `{kind}` | {together} | with its tower |")
+    with_tower = {"Qwen2-VL": "qwen2-vl", "Qwen2.5-VL": "qwen2.5-vl"}  # of test_families.py
+    rows = [(each.name, each.config, each.why) for each in ARCHITECTURES]
+    rows += [(name, FAMILIES[key].config, "with its tower") for name, key in with_tower.items()]
+    for name, config, why in rows:
+        groups = [group for kind in anatomy_of(empty_of(config)).groups for group in kind]
+        together = dict.fromkeys(", ".join(map(short, each)) for each in groups if len(each) > 1)
+        kind = class_of(config).__name__
+        lines.append(f"| {name} | `{kind}` | {'; '.join(together) or 'nothing'} | {why} |")
     lines += ["", "Refused:", "", "| models | what stands in the way |", "|---|---|"]
     for name, (config, _) in REFUSED.items():
         lines.append(f"| {name} | {reason(config)} |")
