@@ -26,6 +26,7 @@ from dpq_core.foreign import fill_gptq, load_compressed_tensors, quantization_of
 from dpq_core.linear import W4A8Linear, expected_shapes, layer_from_tensors, layer_tensors
 from dpq_core.model.anatomy import path_of
 from dpq_core.model.empty import building
+from dpq_core.model.filling import fill_parameters
 from dpq_core.plan import Plan
 from dpq_core.quantize import LayerReport, QuantizedLinear
 from dpq_core.reader import (
@@ -37,7 +38,7 @@ from dpq_core.reader import (
 )
 from dpq_core.scheme import Scheme
 from dpq_core.shards import ShardWriter, check_files, digests_of
-from dpq_core.streaming import check_tensors, empty_model, fill_parameters
+from dpq_core.streaming import check_tensors, empty_model
 
 FORMAT_VERSION = 2
 MANIFEST = "dpq.json"

@@ -14,12 +14,12 @@ from typing import Any
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from dpq_core.errors import InputError
 from dpq_core.experts import SeparateExperts
 from dpq_core.families import Groups
+from dpq_core.reader import CheckpointError
 
 
-class ArchitectureError(InputError):
+class ArchitectureError(CheckpointError):
     """A model that is not quantized, with one line that names the module in the way."""
 
     @classmethod

@@ -22,16 +22,18 @@ from dpq_core.sixteen_bit import fit
 building = RLock()
 
 
-def empty_of(config: Any, trust_remote_code: bool = False) -> Any:
+def empty_of(
+    config: Any, trust_remote_code: bool = False, wider: torch.dtype = torch.bfloat16
+) -> Any:
     """The transformers model of a configuration, parameters without memory, experts one by one.
 
-    Sixteen-bit checkpoints keep their type; anything wider is run in BF16.
+    Sixteen-bit checkpoints keep their type; anything wider is run in `wider`.
 
     Raises:
         ValueError: transformers has no language model for it.
     """
     half = (torch.bfloat16, torch.float16)
-    dtype = config.dtype if config.dtype in half else torch.bfloat16
+    dtype = config.dtype if config.dtype in half else wider
     of_text = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING or "auto_map" in vars(config)
     auto = AutoModelForCausalLM if of_text else AutoModelForImageTextToText
     with building, init_empty_weights(include_buffers=False):

@@ -17,9 +17,9 @@ from dpq_core import products
 from dpq_core.experts import fused
 from dpq_core.families import family_of
 from dpq_core.model.anatomy import ArchitectureError, parts_of
+from dpq_core.model.blocks import BlockStream
 from dpq_core.model.observation import anatomy_of, fill, identity, small_of
 from dpq_core.model.small import random_tensors, tokens
-from dpq_core.streaming import BlockStream
 
 
 class InMemory:
