@@ -94,10 +94,15 @@ def linears_of(block: nn.Module) -> list[str]:
     return [name for name, module in block.named_modules() if isinstance(module, nn.Linear)]
 
 
-def wildcarded(block: nn.Module, name: str) -> str:
-    """The name of a linear in a block, `*` for an expert's number."""
-    for path, module in block.named_modules():
-        if isinstance(module, SeparateExperts) and name.startswith(f"{path}."):
+def experts_of(block: nn.Module) -> list[str]:
+    """Paths of a block's experts."""
+    return [name for name, each in block.named_modules() if isinstance(each, SeparateExperts)]
+
+
+def wildcarded(experts: list[str], name: str) -> str:
+    """The name of a linear in a block with these experts, `*` for an expert's number."""
+    for path in experts:
+        if name.startswith(f"{path}."):
             return f"{path}.*.{name.removeprefix(f'{path}.').partition('.')[2]}"
     return name
 
@@ -107,7 +112,8 @@ def kinds_of(model: Any, parts: Parts) -> list[tuple[str, ...]]:
     where the configuration names one, its linears."""
     kinds, types = [], getattr(model.config.get_text_config(), "layer_types", None)
     for number, block in enumerate(model.get_submodule(parts.blocks)):
-        names = sorted({wildcarded(block, name) for name in linears_of(block)})
+        experts = experts_of(block)
+        names = sorted({wildcarded(experts, name) for name in linears_of(block)})
         kinds.append((type(block).__name__, str(types[number]) if types else "", *names))
     return kinds
 

@@ -8,7 +8,7 @@ views of it they are given, the numbers are the same.
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cache, partial
+from functools import partial
 from threading import Lock
 from typing import Any
 
@@ -22,6 +22,7 @@ from dpq_core.model.anatomy import (
     ArchitectureError,
     Parts,
     check_blocks,
+    experts_of,
     kinds_of,
     linears_of,
     parts_of,
@@ -195,7 +196,7 @@ def _groups(model: Any, block: nn.Module, inputs: list[tuple[str, Tensor]]) -> G
         ArchitectureError: a linear that is not called once.
     """
     called = [name for name, _ in inputs]
-    wild = cache(partial(wildcarded, block))
+    wild = partial(wildcarded, experts_of(block))
     reached = {wild(name) for name in called}
     for name in linears_of(block):
         if called.count(name) > 1 or wild(name) not in reached:
