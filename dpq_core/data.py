@@ -151,7 +151,7 @@ def opening_token(
 
     auto: where the tokenizer puts one before a text. A model that was trained with one before every
     text gives its attention to it, and without it is not the model that anybody runs: Gemma 3 270M
-    has a perplexity of 62 on WikiText-2 without and 22 with it (windows of 512).
+    has a perplexity of 73 on WikiText-2 without and 29 with it (the first 12 windows of 512).
 
     Raises:
         DataError: `always`, and the tokenizer has no such token.
