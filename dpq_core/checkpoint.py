@@ -13,7 +13,7 @@ A folder without `dpq.json` is not a checkpoint; another format version is refus
 import dataclasses
 import json
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,9 @@ from torch import Tensor, nn
 from dpq_core.digests import write_json
 from dpq_core.foreign import fill_gptq, load_compressed_tensors, unsupported
 from dpq_core.linear import W4A8Linear, expected_shapes, layer_from_tensors, layer_tensors
+from dpq_core.model.anatomy import path_of
+from dpq_core.model.empty import building
+from dpq_core.model.filling import fill_parameters
 from dpq_core.model.quantization import quantization_of, reads_fp8
 from dpq_core.model.source import check_parameters, check_source, check_values
 from dpq_core.plan import Plan
@@ -37,7 +40,7 @@ from dpq_core.reader import (
 )
 from dpq_core.scheme import Scheme
 from dpq_core.shards import ShardWriter, check_files, digests_of
-from dpq_core.streaming import building, empty_model, fill_parameters
+from dpq_core.streaming import empty_model
 
 FORMAT_VERSION = 2
 MANIFEST = "dpq.json"
@@ -77,6 +80,7 @@ def write_checkpoint(
     scheme: Scheme,
     layer: Callable[[str], QuantizedLinear],
     about: Mapping[str, Any],
+    wide: Container[str] = (),
 ) -> dict[str, Any]:
     """Write a native checkpoint, tensor by tensor; memory is bounded by one shard.
 
@@ -86,6 +90,7 @@ def write_checkpoint(
         dtype: of the tensors that are not quantized.
         layer: gives a quantized layer by name; called once for each.
         about: provenance for the manifest (`base_model`, `calibration`, …).
+        wide: tensors that keep their type, see `BlockStream.wide`.
 
     Returns:
         The manifest.
@@ -96,7 +101,8 @@ def write_checkpoint(
     for name in source.names:
         if name not in planned:
             tensor = source.tensor(name)
-            shards.add(name, tensor.to(dtype) if tensor.is_floating_point() else tensor)
+            narrow = tensor.is_floating_point() and name not in wide
+            shards.add(name, tensor.to(dtype) if narrow else tensor)
             continue
         item = planned[name]
         quantized = layer(item.name)
@@ -269,7 +275,7 @@ class QuantizedCheckpoint:
             else:
                 expected[name] = (list(parameter.shape), None)
         if model.config.tie_word_embeddings:
-            expected.pop("lm_head.weight", None)
+            expected.pop(f"{path_of(model, model.get_output_embeddings())}.weight", None)
         return expected
 
 
@@ -351,7 +357,8 @@ def load_quantized(
 
 def _complete(model: Any, reader: CheckpointReader, device: torch.device | str) -> Any:
     """Load what has no memory yet; an output head that is not stored is the input embedding."""
-    head, tied = model.get_output_embeddings(), "lm_head.weight" not in reader
+    head = model.get_output_embeddings()
+    tied = f"{path_of(model, head)}.weight" not in reader
     if tied:
         head.weight = None
     fill_parameters(model, "", reader, model.dtype)

@@ -7,12 +7,15 @@ Two ways to cut a text, for two purposes:
 - `calibration_windows`, for statistics: each row is a document; documents follow one another with
   an end-of-text token between them, and the windows taken lie evenly over the whole stream, so that
   the choice needs no random numbers.
+
+Either way a window may begin with the token that the model was trained to begin with
+(`opening_token`).
 """
 
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -97,17 +100,22 @@ def token_windows(
     sequence_length: int,
     *,
     separator: str = "\n\n",
+    opening: int | None = None,
 ) -> Tensor:  # [windows, sequence_length] int64
     """Windows for perplexity: joined, tokenised once with the tokenizer's special tokens, cut.
 
     Windows do not overlap; the incomplete tail is dropped. Source: the evaluation of the GPTQ
     paper (`"\\n\\n".join(dataset["text"])` of WikiText-2, rows being lines).
+    `opening`: a token that every window begins with, instead of the text alone (`opening_token`).
 
     Raises:
         DataError: fewer tokens than one window.
     """
     ids = tokenizer(separator.join(texts), verbose=False).input_ids
-    return _cut(torch.tensor(ids, dtype=torch.int64), sequence_length)
+    tokens = torch.tensor(ids, dtype=torch.int64)
+    if opening is None:
+        return _cut(tokens, sequence_length)
+    return _opened(tokens[1:] if ids[:1] == [opening] else tokens, sequence_length, opening)
 
 
 def calibration_windows(
@@ -115,8 +123,10 @@ def calibration_windows(
     tokenizer: PreTrainedTokenizerBase,
     samples: int,
     sequence_length: int,
+    opening: int | None = None,
 ) -> Tensor:  # [at most samples, sequence_length] int64
-    """Windows for calibration: `samples` of them, evenly spaced over all documents.
+    """Windows for calibration: `samples` of them, evenly spaced over all documents. `opening`: as
+    for `token_windows`.
 
     Each text is a document with the special tokens that the tokenizer gives it; between two
     documents stands one end-of-text token, where the tokenizer has one. When the texts hold fewer
@@ -125,10 +135,48 @@ def calibration_windows(
     Raises:
         DataError: fewer tokens than one window.
     """
-    windows = _cut(_document_stream(texts, tokenizer), sequence_length)
+    stream = _document_stream(texts, tokenizer)
+    if opening is None:
+        windows = _cut(stream, sequence_length)
+    else:
+        windows = _opened(stream, sequence_length, opening)
     if len(windows) <= samples:
         return windows
     return windows[torch.arange(samples) * len(windows) // samples]
+
+
+def opening_token(
+    tokenizer: PreTrainedTokenizerBase, bos: Literal["auto", "always", "never"]
+) -> int | None:
+    """The begin-of-text token that windows begin with; None: none.
+
+    auto: where the tokenizer puts one before a text. A model that was trained with one before every
+    text gives its attention to it, and without it is not the model that anybody runs: Gemma 3 270M
+    has a perplexity of 73 on WikiText-2 without and 29 with it (the first 12 windows of 512).
+
+    Raises:
+        DataError: `always`, and the tokenizer has no such token.
+    """
+    token: int | None = tokenizer.bos_token_id
+    if bos == "never":
+        return None
+    if bos == "always":
+        if token is None:
+            raise DataError("bos is always, but the tokenizer has no begin-of-text token: leave it")
+        return token
+    return token if token is not None and tokenizer("a").input_ids[:1] == [token] else None
+
+
+def _opened(tokens: Tensor, sequence_length: int, opening: int) -> Tensor:
+    """[windows, sequence_length]: `opening`, then the tokens of a window of one fewer. Where those
+    begin with it already (a document does), they and the token after them."""
+    length = sequence_length - 1
+    windows = _cut(tokens, length)
+    opened = torch.cat([torch.full((len(windows), 1), opening), windows], 1)
+    for number in (windows[:, 0] == opening).nonzero().flatten().tolist():
+        own = tokens[number * length :][:sequence_length]
+        opened[number, : len(own)] = own
+    return opened
 
 
 def _document_stream(

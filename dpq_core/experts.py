@@ -6,6 +6,7 @@ puts this module in their place; it computes what transformers' own loop over ex
 """
 
 import copy
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -53,8 +54,29 @@ class SeparateExperts(nn.ModuleList):
         return output
 
 
-def separate_experts(blocks: nn.Module, row: Experts) -> None:
-    """Replace the fused experts of all blocks that have any."""
-    for block in blocks.children():
-        if any(name == row.path for name, _ in block.named_modules()):
-            block.set_submodule(row.path, SeparateExperts(block.get_submodule(row.path), row))
+def separate_experts(model: nn.Module, row: Experts) -> None:
+    """Replace all fused experts of a model, those that compute what `SeparateExperts` does by their
+    attributes. Others stay, and are found to stand in the way."""
+    for name, module in list(model.named_modules()):
+        if _is_fused(module):
+            model.set_submodule(name, SeparateExperts(module, row))
+
+
+def _is_fused(module: Any) -> bool:
+    if any(not hasattr(module, name) for name in ("gate_up_proj", "hidden_dim", "act_fn")):
+        return False
+    shape = (module.num_experts, 2 * module.intermediate_dim, module.hidden_dim)
+    return tuple(module.gate_up_proj.shape) == shape
+
+
+def fused(tensors: Mapping[str, Tensor], path: str, row: Experts) -> dict[str, Tensor]:
+    """The two fused parameters of the experts at a path, from tensors that hold them one by one."""
+    count = len({name for name in tensors if name.startswith(f"{path}.")}) // 3
+
+    def stacked(member: str) -> Tensor:  # [experts, out, in]
+        return torch.stack([tensors[f"{path}.{n}.{member}.weight"] for n in range(count)])
+
+    return {
+        f"{path}.gate_up_proj": torch.cat([stacked(row.gate), stacked(row.up)], 1),
+        f"{path}.down_proj": stacked(row.down),
+    }

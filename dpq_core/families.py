@@ -1,15 +1,15 @@
-"""Model families: where the parts of a model are, and which linears read the same input.
+"""What a model does not show by itself: a row where an architecture has any of it.
 
-A family is a row. Everything else about an architecture comes from transformers.
-
-Names are module paths of the transformers model. Where checkpoints on the hub call a tensor
-otherwise, the row's `renames` say so, and `reader.CheckpointReader` applies them: nothing else in
-this package knows about it.
+Blocks, embedding, norm, head, and which linears read the same input are found in the model
+(`dpq_core.model`). A row names the parts of a vision tower, which no text reaches; the linears of
+an expert, which transformers keeps fused; tensors that checkpoints on the hub call otherwise than
+the model does; and how a text must begin. Names are module paths of the transformers model;
+`renames` are applied by `reader.CheckpointReader`: nothing else in this package knows about them.
 """
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatch
 
 # Linears of a block by their path inside it, those that read the same input together. A `*` stands
@@ -34,33 +34,23 @@ class Vision:
 
 @dataclass(frozen=True)
 class Experts:
-    """Experts of a block, which transformers keeps fused and checkpoints keep one by one.
+    """How checkpoints call an expert's linears."""
 
-    path: of their module inside a block. gate, up, down: names of an expert's linears.
-    """
-
-    path: str
-    gate: str
-    up: str
-    down: str
+    gate: str = "gate_proj"
+    up: str = "up_proj"
+    down: str = "down_proj"
 
 
 @dataclass(frozen=True)
 class Family:
-    """Module paths of an architecture.
+    """renames: (pattern, replacement) for tensors that checkpoints name otherwise than the model
+    does. opened: trained with a begin-of-text token before every text, whatever the tokenizer's
+    files say."""
 
-    groups: their order is the order of the layer reports. renames: (pattern, replacement) for
-    tensors that checkpoints name otherwise than the model does.
-    """
-
-    embedding: str
-    blocks: str
-    norm: str
-    head: str
-    groups: Groups
     vision: Vision | None = None
-    experts: Experts | None = None
+    experts: Experts = Experts()
     renames: tuple[tuple[str, str], ...] = ()
+    opened: bool = False
 
     def module_name(self, stored: str) -> str:
         """The model's name for a tensor of a checkpoint. Names that are the model's stay."""
@@ -79,49 +69,8 @@ def members_of(groups: Groups, linears: list[str]) -> Iterator[tuple[str, ...]]:
                 yield tuple(member.replace("*", number) for member in group)
 
 
-_ATTENTION: Groups = (
-    ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-    ("self_attn.o_proj",),
-)
-_MLP: Groups = (("mlp.gate_proj", "mlp.up_proj"), ("mlp.down_proj",))
-
-_LLAMA = Family(
-    embedding="model.embed_tokens",
-    blocks="model.layers",
-    norm="model.norm",
-    head="lm_head",
-    groups=_ATTENTION + _MLP,
-)
-
-_QWEN3_MOE = Family(
-    embedding="model.embed_tokens",
-    blocks="model.layers",
-    norm="model.norm",
-    head="lm_head",
-    groups=_ATTENTION
-    + _MLP  # of blocks without experts
-    + (("mlp.experts.*.gate_proj", "mlp.experts.*.up_proj"), ("mlp.experts.*.down_proj",)),
-    experts=Experts("mlp.experts", "gate_proj", "up_proj", "down_proj"),
-)
-
-_MIXTRAL = Family(
-    embedding="model.embed_tokens",
-    blocks="model.layers",
-    norm="model.norm",
-    head="lm_head",
-    groups=(*_ATTENTION, ("mlp.experts.*.w1", "mlp.experts.*.w3"), ("mlp.experts.*.w2",)),
-    experts=Experts("mlp.experts", "w1", "w3", "w2"),
-    renames=((r"\.block_sparse_moe\.", ".mlp."),),
-)
-
-
 def _qwen_vl(vision_mlp: Groups) -> Family:
     return Family(
-        embedding="model.language_model.embed_tokens",
-        blocks="model.language_model.layers",
-        norm="model.language_model.norm",
-        head="lm_head",
-        groups=_ATTENTION + _MLP,
         vision=Vision(
             tower="model.visual",
             patches="model.visual.patch_embed",
@@ -137,13 +86,31 @@ def _qwen_vl(vision_mlp: Groups) -> Family:
     )
 
 
+# A language model beside towers that nothing here streams.
+_BESIDE_TOWERS = Family(
+    renames=(
+        (r"^language_model\.lm_head\.", "lm_head."),
+        (r"^language_model\.model\.", "model.language_model."),
+        (r"^(vision_tower|multi_modal_projector)\.", r"model.\1."),
+    )
+)
+_OPENED = Family(opened=True)
+
 FAMILIES = {  # by transformers' model_type
-    "llama": _LLAMA,
-    "mistral": _LLAMA,
-    "qwen2": _LLAMA,
-    "qwen3": _LLAMA,
-    "qwen3_moe": _QWEN3_MOE,
-    "mixtral": _MIXTRAL,
+    "gemma": _OPENED,
+    "gemma2": _OPENED,
+    "gemma3_text": _OPENED,
+    "gemma3": replace(_BESIDE_TOWERS, opened=True),
+    "gpt_neox": Family(renames=((r"^embed_out\.", "lm_head."),)),
+    "mistral3": _BESIDE_TOWERS,
+    "mixtral": Family(
+        experts=Experts("w1", "w3", "w2"), renames=((r"\.block_sparse_moe\.", ".mlp."),)
+    ),
     "qwen2_vl": _qwen_vl((("mlp.fc1",), ("mlp.fc2",))),
-    "qwen2_5_vl": _qwen_vl(_MLP),
+    "qwen2_5_vl": _qwen_vl((("mlp.gate_proj", "mlp.up_proj"), ("mlp.down_proj",))),
 }
+
+
+def family_of(model_type: str) -> Family:
+    """The row of an architecture; one that says nothing where it has none."""
+    return FAMILIES.get(model_type, Family())

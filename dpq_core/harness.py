@@ -26,9 +26,9 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dpq_core.model.context import check_ids, context_of
+from dpq_core.model.empty import building
 from dpq_core.model.finite import check_overflow
 from dpq_core.scores import Scores
-from dpq_core.streaming import building
 from dpq_core.suites.definitions import Suite, SuiteError, quiet
 
 Progress = Callable[[int, int], None]

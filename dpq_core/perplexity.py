@@ -27,6 +27,7 @@ def perplexity_token(
     windows: Tensor,  # [windows, sequence_length] int64
     batch_size: int,
     on_progress: Callable[[int, int], None] | None = None,
+    metric: str = PERPLEXITY,
 ) -> Scores:
     """Score `windows`, `batch_size` at a time, on the model's device; the model is put into `eval`.
 
@@ -35,6 +36,8 @@ def perplexity_token(
     every batch with the windows scored so far and those in all. The result does not depend on
     `batch_size` but by the rounding of the model's own products. Log-softmax runs in float32, one
     window at a time (its logits take sequence_length × vocabulary × 4 bytes); sums run in float64.
+    `metric`: what the result is called, `scores.AFTER_BOS` where every window begins with the
+    begin-of-text token: the two are never compared with one another.
 
     Raises:
         NotFiniteError: a 16-bit model that overflows in one of its blocks.
@@ -57,7 +60,7 @@ def perplexity_token(
         if on_progress is not None:
             on_progress(len(nats), count)
     return Scores(
-        metric=PERPLEXITY,
+        metric=metric,
         documents=[hashlib.sha256(row.numpy().tobytes()).hexdigest() for row in windows.cpu()],
         parts=[""] * count,
         groups=[""] * count,

@@ -20,13 +20,14 @@ from dpq_core.calibration import (
 from dpq_core.checkpoint import load_layer, save_layer, write_checkpoint
 from dpq_core.inputs import ModelInputs, batches_of
 from dpq_core.model.context import check_ids, check_lengths
+from dpq_core.model.proof import prove
 from dpq_core.model.source import check_source
 from dpq_core.plan import PlannedLayer, plan_layers, readers_of_one_input
 from dpq_core.quantize import QuantizedLinear, quantize_or_keep
 from dpq_core.recipe import CalibrationSection
 from dpq_core.scheme import Scheme
 from dpq_core.shared_input import SharedInput
-from dpq_core.streaming import StreamedModel, as_run
+from dpq_core.streaming import StreamedModel, as_run, empty_model
 
 
 def quantize_checkpoint(
@@ -46,9 +47,11 @@ def quantize_checkpoint(
     Finished layers wait in a temporary folder: memory is bounded by one block.
 
     Raises:
-        CheckpointError, ContextError, FactorizationError, NotFiniteError: see the stages.
+        ArchitectureError, CheckpointError, ContextError, FactorizationError, NotFiniteError: see
+            the stages.
     """
     check_source(source)
+    prove(empty_model(source))
     stream = StreamedModel(source, device, images=calibration.image_column is not None)
     plan = plan_layers(stream, scheme, choices)
     rounding, weights = InputRounding.of(scheme, calibration), TokenWeights.of(calibration)
@@ -78,7 +81,14 @@ def quantize_checkpoint(
 
         destination.mkdir(parents=True)
         return write_checkpoint(
-            destination, stream.reader, stream.dtype, plan, scheme, finished_layer, about
+            destination,
+            stream.reader,
+            stream.dtype,
+            plan,
+            scheme,
+            finished_layer,
+            about,
+            stream.wide,
         )
 
 

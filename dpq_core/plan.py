@@ -82,13 +82,16 @@ def plan_layers(
     """
     choices = dict(choices or {})
     layers: list[PlannedLayer] = []
-    skipped = {stream.family.head: "output head, kept in 16 bits"}
+    skipped = {stream.anatomy.parts.head: "output head, kept in 16 bits"}
     for block in range(stream.block_count):
         linears = stream.linears(block)
         for group in stream.groups(block):
             for name in group:
                 rows, features = linears[name].out_features, linears[name].in_features
                 own = chosen_scheme(scheme, choices.pop(name)) if name in choices else scheme
+                if rows <= stream.gate_rows(block):
+                    skipped[name] = f"a gate of {rows} outputs, kept in 16 bits"
+                    continue
                 if own.bits == 4 and features < own.group_size:
                     skipped[name] = f"{features} inputs are fewer than group_size {own.group_size}"
                     continue
@@ -111,8 +114,8 @@ def _not_in_blocks(stream: StreamedModel, known: set[str]) -> dict[str, str]:
     Raises:
         CheckpointError: a linear for which there is no reason.
     """
-    vision, reasons = stream.family.vision, {}
-    known = known | {stream.family.embedding}
+    vision, reasons = stream.vision, {}
+    known = known | {stream.anatomy.parts.embedding}
     for parameter, shape in stream.parameters.items():
         name, _, kind = parameter.rpartition(".")
         if kind != "weight" or len(shape) < 2 or name in known:
@@ -122,9 +125,13 @@ def _not_in_blocks(stream: StreamedModel, known: set[str]) -> dict[str, str]:
             reasons[name] = f"{stream.modules[name].__name__}, no linear layer"
         elif of_tower and not stream.images:
             reasons[name] = "calibration without images never reaches it (calibration.image_column)"
-        else:
+        elif name in stream.anatomy.before + stream.anatomy.after:
+            reasons[name] = "outside the blocks, kept in 16 bits"
+        elif of_tower:
             raise CheckpointError(
                 f"{stream.reader.folder}: linear {name} is in no block of the model's row in "
                 "dpq_core/families.py: mend the row"
             )
+        else:
+            reasons[name] = "no text reaches it, kept in 16 bits"
     return reasons

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from dpq_core.digests import digest, file_digest
 from dpq_core.errors import CheckpointError as CheckpointError
-from dpq_core.families import FAMILIES, Family
+from dpq_core.families import family_of
 from dpq_core.model.fp8 import Fp8Weights
 from dpq_core.model.json_files import read_config as read_config
 from dpq_core.model.json_files import read_json as read_json
@@ -57,8 +57,8 @@ class CheckpointReader:
     def __init__(self, folder: Path, as_stored: bool = False) -> None:
         self.folder = folder
         stored = headers_of(folder)
-        family = FAMILIES.get(model_type_of(folder))
-        self._stored = {family.module_name(name) if family else name: name for name in stored}
+        family = family_of(model_type_of(folder))
+        self._stored = {family.module_name(name): name for name in stored}
         if len(self._stored) != len(stored):
             raise CheckpointError(f"{folder}: two tensors are the same parameter of the model")
         self._headers = {name: stored[as_stored] for name, as_stored in self._stored.items()}
@@ -190,19 +190,3 @@ def model_type_of(folder: Path) -> str:
     if not (folder / "config.json").is_file():
         return ""
     return str(read_config(folder).get("model_type"))
-
-
-def family_of(folder: Path) -> Family:
-    """The row of the model table for a checkpoint.
-
-    Raises:
-        CheckpointError: the family is not in the table.
-    """
-    model_type = str(read_config(folder).get("model_type"))
-    if model_type not in FAMILIES:
-        raise CheckpointError(
-            f"{folder}: model_type {model_type!r} is not in the model table, which has "
-            f"{', '.join(FAMILIES)}: missing is a row in dpq_core/families.py with the paths of "
-            "its embedding, blocks, norm and head, and which linears of a block share an input"
-        )
-    return FAMILIES[model_type]

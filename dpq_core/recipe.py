@@ -60,6 +60,11 @@ class ModelSection(_Section):
     )
 
 
+# Whether windows begin with the begin-of-text token; see `dpq_core.data.opening_token`.
+Bos = Literal["auto", "always", "never"]
+_BOS = "each window begins with the begin-of-text token; auto: where the model was trained so"
+
+
 class CalibrationSection(_Section):
     dataset: TextDataset
     image_column: str | None = Field(
@@ -67,6 +72,7 @@ class CalibrationSection(_Section):
     )
     samples: int = Field(128, ge=1, description="windows of sequence_length tokens")
     sequence_length: int = Field(2048, ge=2, description="tokens a window")
+    bos: Bos = Field("auto", description=_BOS)
     propagation: Literal["original", "quantized"] = Field(
         "original", description="what feeds a block: the 16-bit blocks, or the quantized ones"
     )
@@ -100,6 +106,7 @@ class CalibrationSection(_Section):
 class PerplexitySection(_Section):
     dataset: TextDataset
     sequence_length: int = Field(2048, ge=2, description="tokens a window")
+    bos: Bos = Field("auto", description=_BOS + "; never: the papers' cut")
     batch_size: int = Field(4, ge=1, description="windows a forward pass")
 
 

@@ -14,7 +14,8 @@ from pathlib import Path
 
 PERPLEXITY = "perplexity_token"
 PERPLEXITY_WORD = "perplexity_word"
-PERPLEXITIES = (PERPLEXITY, PERPLEXITY_WORD)
+AFTER_BOS = "after BOS"  # perplexity_token of windows that begin with the begin-of-text token
+PERPLEXITIES = (PERPLEXITY, AFTER_BOS, PERPLEXITY_WORD)
 ACCURACIES = ("acc", "acc_norm")
 
 _METADATA = ("metric", "truncated")

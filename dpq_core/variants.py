@@ -26,6 +26,8 @@ from dpq_core.decoding import context_bytes
 from dpq_core.errors import InputError
 from dpq_core.grid import choose_grid
 from dpq_core.linear import expected_shapes, layer_from_tensors, stored_bytes
+from dpq_core.model.anatomy import path_of
+from dpq_core.model.empty import building
 from dpq_core.plan import plan_layers
 from dpq_core.quantize import LayerReport, QuantizedLinear, QuantizedWeight, round_weight
 from dpq_core.reader import CheckpointReader
@@ -33,7 +35,7 @@ from dpq_core.recipe import Recipe
 from dpq_core.roofline import Load
 from dpq_core.runtimes import MakeLinear
 from dpq_core.scheme import Scheme
-from dpq_core.streaming import StreamedModel, building, empty_model
+from dpq_core.streaming import StreamedModel, empty_model
 
 _NEAREST = {"method": "rtn", "order": "none", "rounding": "nearest", "scale_search": "minmax"}
 
@@ -145,7 +147,8 @@ class Checkpoint:
 
     def empty(self) -> Any:
         model = empty_model(self.folder, self.trust_remote_code)
-        if "lm_head.weight" not in CheckpointReader(self.folder):
+        head = path_of(model, model.get_output_embeddings())
+        if f"{head}.weight" not in CheckpointReader(self.folder):
             model.config.tie_word_embeddings = True
         return model
 
@@ -156,7 +159,7 @@ class Checkpoint:
         if variant == "w4a8" and self.native is not None:
             return self._stored(QuantizedCheckpoint(self.native, self.trust_remote_code))
         stream = StreamedModel(self.folder, trust_remote_code=self.trust_remote_code)
-        if stream.family.vision is not None:
+        if stream.vision is not None:
             raise VariantError(f"{self.folder}: has a vision tower: text models alone are timed")
         plan = plan_layers(stream, scheme, self.choices if variant == "w4a8" else None)
         return [Linear(each.name, each.rows, each.features, each.scheme) for each in plan.layers]

@@ -25,11 +25,10 @@ import torch
 from dpq_core import corpus
 from dpq_core.device import resolve_device
 from dpq_core.errors import InputError
-from dpq_core.families import FAMILIES, members_of
 from dpq_core.paths import is_file
-from dpq_core.reader import CheckpointReader, model_type_of
 from dpq_core.recipe import Recipe, TextDataset
 from dpq_core.roofline import synchronize
+from dpq_core.streaming import StreamedModel
 from dpq_core.suites import python_docs
 from dpq_core.suites.mirrored import MIRRORED
 from flows.progress import shown_time
@@ -109,7 +108,7 @@ def forecast(recipe: Recipe, measured: bool = True) -> list[str]:
     """Lines for a person. measured: a release; else what `dpq quantize` does of it."""
     shapes = None
     with suppress(InputError, OSError):  # preflight says what is wrong with it, or fetches it
-        shapes = _shapes(Path(recipe.model.id))
+        shapes = _shapes(Path(recipe.model.id), recipe.model.trust_remote_code)
     with suppress(InputError):
         return list(_lines(recipe, shapes, measured))
     return []  # a device that is not here: preflight says so
@@ -235,36 +234,27 @@ def _suite_characters(suite: str, limit: int | None) -> float | None:
     return float(_CHARACTERS[suite] * (documents if limit is None else min(documents, limit)))
 
 
-def _shapes(folder: Path) -> _Shapes:
-    """From the headers of a checkpoint's files.
+def _shapes(folder: Path, trust_remote_code: bool) -> _Shapes:
+    """From its configuration, without weights.
 
     Raises:
-        CheckpointError, OSError: no such folder, or no checkpoint in it.
+        InputError, OSError: no such folder, no checkpoint in it, or one that is not quantized.
     """
-    reader = CheckpointReader(folder)
-    family = FAMILIES[model_type_of(folder)]
-    found = {name: reader.shape_and_type(name)[0] for name in reader.names}
-    matrices = {name: shape for name, shape in found.items() if len(shape) == 2}
-    rows, width = matrices[f"{family.embedding}.weight"]
-    linears = {
-        name.removesuffix(".weight"): shape
-        for name, shape in matrices.items()
-        if name.startswith(f"{family.blocks}.") and name.endswith(".weight")
-    }
-    blocks = sum(out * features for out, features in linears.values())
-    by_block: dict[str, list[str]] = {}
-    for name in linears:
-        number, _, path = name.removeprefix(f"{family.blocks}.").partition(".")
-        by_block.setdefault(f"{family.blocks}.{number}", []).append(path)
+    stream = StreamedModel(folder, trust_remote_code=trust_remote_code)
+    rows, width = stream.parameters[f"{stream.anatomy.parts.embedding}.weight"]
+    sides = [
+        (linear.out_features, linear.in_features)
+        for block in range(stream.block_count)
+        for linear in stream.linears(block).values()
+    ]
     hessians = sum(
-        linears[f"{block}.{group[0]}"][1] ** 2
-        for block, paths in by_block.items()
-        for group in members_of(family.groups, sorted(paths))
+        stream.linears(block)[first].in_features ** 2
+        for block in range(stream.block_count)
+        for first, *_ in stream.groups(block)
     )
-    loops = sum(2.0 * out * n**2 + 2.0 * n**3 for out, n in linears.values())
-    outputs = sum(out for out, _ in linears.values())
-    head = rows * width
-    return _Shapes(blocks, head, outputs, hessians, loops, len(linears), width, rows)
+    weights, outputs = sum(out * n for out, n in sides), sum(out for out, _ in sides)
+    loops = sum(2.0 * out * n**2 + 2.0 * n**3 for out, n in sides)
+    return _Shapes(weights, rows * width, outputs, hessians, loops, len(sides), width, rows)
 
 
 def _rates(shapes: _Shapes | None, device: torch.device) -> _Rates:

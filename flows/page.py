@@ -485,6 +485,7 @@ def _facts(data: ReportData) -> dict[str, dict[str, str]]:
             "data": f"{label_of(calibration.dataset)}, split {calibration.dataset.split}",
             "windows": f"at most {calibration.samples} of {calibration.sequence_length} tokens",
             "tokens": CalibrationTokens.of_manifest(data.manifest).line,
+            "begin-of-text token before each": _bos(calibration.bos, data.manifest),
             "propagation": calibration.propagation,
             "statistics of inputs in": calibration.hessian_inputs,
             "tokens' weights in them": calibration.token_weights,
@@ -492,6 +493,11 @@ def _facts(data: ReportData) -> dict[str, dict[str, str]]:
         },
         **{heading: dict(facts) for heading, facts in data.environment.items()},
     }
+
+
+def _bos(asked: str, manifest: Mapping[str, Any]) -> str:
+    opening = manifest["calibration"].get("opening")
+    return f"{'none' if opening is None else f'token {opening}'} ({asked})"
 
 
 def _table(

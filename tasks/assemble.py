@@ -24,7 +24,7 @@ from infra.store import ArtifactRef, Store
 from tasks.model import Model, stream_of
 from tasks.progress import stepper
 from tasks.support.stages import computed_by
-from tasks.windows import count_tokens, load_inputs
+from tasks.windows import count_tokens, load_inputs, opening_of
 from tasks.worker import this_worker
 
 _PROBE_WINDOWS = 2
@@ -49,6 +49,7 @@ def provenance(recipe: Recipe, model: Model, windows: ArtifactRef) -> dict[str, 
             "windows": windows.sha256,
             "tokens": count_tokens(windows, Store(recipe.execution.store)),
             "tokens_asked": recipe.calibration.samples * recipe.calibration.sequence_length,
+            "opening": opening_of(windows, Store(recipe.execution.store)),
         },
     }
 
@@ -78,7 +79,8 @@ def assemble(
             step()
             return load_layer(store.open(layers[name]))
 
-        write_checkpoint(folder, stream.reader, stream.dtype, plan, recipe.scheme, layer, about)
+        reader, scheme = stream.reader, recipe.scheme
+        write_checkpoint(folder, reader, stream.dtype, plan, scheme, layer, about, stream.wide)
 
     return store.get_or_make("checkpoints", key, make)[0]
 

@@ -18,6 +18,7 @@ from prefect.tasks import Task
 
 from dpq_core import mirror
 from dpq_core.checkpoint import by_its_library, load_model
+from dpq_core.data import opening_token
 from dpq_core.device import halving_batches, whole_machine
 from dpq_core.digests import digest
 from dpq_core.errors import InputError
@@ -25,7 +26,7 @@ from dpq_core.harness import Progress, evaluate_suite
 from dpq_core.pairing import Evaluation, Failure
 from dpq_core.perplexity import perplexity_token
 from dpq_core.recipe import EvaluationSection, Recipe
-from dpq_core.scores import PERPLEXITY, Scores, load_scores, save_scores
+from dpq_core.scores import AFTER_BOS, PERPLEXITY, Scores, load_scores, save_scores
 from dpq_core.suites.definitions import SuiteError, SuiteSources, check_suites, loaded_suites
 from infra.store import ArtifactRef, Store, StoreError
 from tasks import windows
@@ -52,11 +53,13 @@ class Subject:
 
 @dataclass(frozen=True)
 class EvaluationData:
-    """What is asked. perplexity: stored windows. suites: the digest of each. mirror: a folder."""
+    """What is asked. perplexity: stored windows. suites: the digest of each. mirror: a folder.
+    opened: the windows begin with the begin-of-text token."""
 
     perplexity: ArtifactRef | None
     suites: dict[str, str]
     mirror: Path | None
+    opened: bool = False
 
 
 def prepare(section: EvaluationSection, tokenizer: Any, store: Store) -> EvaluationData:
@@ -71,6 +74,8 @@ def prepare(section: EvaluationSection, tokenizer: Any, store: Store) -> Evaluat
         else None,
         suites={},
         mirror=_local_mirror(section, store),
+        opened=section.perplexity is not None
+        and opening_token(tokenizer, section.perplexity.bos) is not None,
     )
     if not section.suites:
         return data
@@ -91,13 +96,15 @@ def measure_perplexity(recipe: Recipe, subject: Subject, data: EvaluationData) -
         **computed_by("perplexity", this_worker(recipe.execution).arithmetic),
         "windows": artifact.sha256,
         "batch_size": section.batch_size,
+        **({"metric": AFTER_BOS} if data.opened else {}),
     }
+    metric = AFTER_BOS if data.opened else PERPLEXITY
 
     def score(model: Any) -> Scores:
         tokens = windows.load(artifact, store)
         report = _until(recipe.evaluation.timeout, progress_of(f"{PERPLEXITY} of {subject.role}"))
         return halving_batches(
-            lambda batch_size: perplexity_token(model, tokens, batch_size, report),
+            lambda batch_size: perplexity_token(model, tokens, batch_size, report, metric),
             section.batch_size,
         )
 

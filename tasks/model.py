@@ -13,12 +13,14 @@ from transformers import AutoTokenizer
 
 from dpq_core.checkpoint import MANIFEST, check_checkpoint
 from dpq_core.digests import digest, identity
+from dpq_core.families import family_of
 from dpq_core.model.layout import ADAPTER
+from dpq_core.model.proof import prove
 from dpq_core.model.source import check_source, check_values
 from dpq_core.paths import is_folder
-from dpq_core.reader import SIDE_FILES, CheckpointError, CheckpointReader
+from dpq_core.reader import SIDE_FILES, CheckpointError, CheckpointReader, model_type_of
 from dpq_core.recipe import ModelSection, Recipe
-from dpq_core.streaming import StreamedModel
+from dpq_core.streaming import StreamedModel, empty_model
 from infra import remote
 from infra.store import Store
 from tasks.support.stages import computed_by
@@ -125,9 +127,10 @@ def fetch(model: ModelSection, store: Store) -> tuple[Path, str | None]:
 
 
 def inspect(model: ModelSection, store: Store) -> Model:
-    """Find a model to quantize: every tensor is checked.
+    """Find a model to quantize: its architecture is proven, and every tensor is checked.
 
     Raises:
+        ArchitectureError: one that is not quantized, with the module in the way.
         CheckpointError: unreadable, damaged, or not finite, with the file or tensor.
     """
     folder, revision = fetch(model, store)
@@ -136,6 +139,7 @@ def inspect(model: ModelSection, store: Store) -> Model:
     )  # at each run: a checkpoint to measure may be none
 
     def check() -> None:
+        prove(empty_model(folder, model.trust_remote_code))
         check_values(folder, model.trust_remote_code)
 
     return Model(model.id, folder, content_digest(folder, store, check), revision)
@@ -178,15 +182,18 @@ def content_digest(folder: Path, store: Store, check: Callable[[], None] = lambd
 
 
 def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> Any:
-    """A checkpoint's tokenizer.
+    """A checkpoint's tokenizer; it opens every text where the model's family was trained so.
 
     Raises:
         CheckpointError: missing or unusable.
     """
     try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except Exception as error:  # of transformers, tokenizers, and the packages that they want
         raise CheckpointError(f"{folder}: no usable tokenizer: {_why(folder, error)}") from error
+    if family_of(model_type_of(folder)).opened:
+        tokenizer.add_bos_token = True
+    return tokenizer
 
 
 _SENTENCEPIECE = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model")

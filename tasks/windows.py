@@ -6,11 +6,12 @@ import math
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from dpq_core.data import calibration_windows, load_texts, token_windows
+from dpq_core.data import calibration_windows, load_texts, opening_token, token_windows
 from dpq_core.images import image_windows
 from dpq_core.inputs import ModelInputs, batches_of
 from dpq_core.recipe import CalibrationSection, PerplexitySection
@@ -36,14 +37,24 @@ def store_calibration(
         tensors = {f"{n}.{name}": x for n, each in enumerate(found) for name, x in each.items()}
         return _store(tensors, store)
     texts = load_texts(section.dataset)
-    windows = calibration_windows(texts, tokenizer, section.samples, section.sequence_length)
-    return _store({"windows": windows}, store)
+    opening = opening_token(tokenizer, section.bos)
+    length = section.sequence_length
+    windows = calibration_windows(texts, tokenizer, section.samples, length, opening)
+    begins = {} if opening is None else {"opening": torch.tensor([opening])}
+    return _store({"windows": windows} | begins, store)
+
+
+def opening_of(artifact: ArtifactRef, store: Store) -> int | None:
+    """The token that every calibration window begins with; None: none was put there."""
+    found = load_file(store.open(artifact) / _FILE).get("opening")
+    return None if found is None else int(found)
 
 
 def store_perplexity(section: PerplexitySection, tokenizer: Any, store: Store) -> ArtifactRef:
     """Windows for perplexity. Raises DataError as above."""
     texts = load_texts(section.dataset)
-    windows = token_windows(texts, tokenizer, section.sequence_length)
+    opening = opening_token(tokenizer, section.bos)
+    windows = token_windows(texts, tokenizer, section.sequence_length, opening=opening)
     return _store({"windows": windows}, store)
 
 

@@ -5,6 +5,8 @@ from dataclasses import dataclass, field
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
@@ -128,6 +130,16 @@ FAMILIES = {
     ),
     "qwen3": Instance(
         Qwen3ForCausalLM, Qwen3Config(**SIZES, head_dim=32, tie_word_embeddings=True), DENSE
+    ),
+    "gemma3": Instance(
+        Gemma3ForCausalLM,
+        Gemma3TextConfig(
+            **SIZES,
+            head_dim=32,
+            sliding_window=16,
+            layer_types=["sliding_attention", "full_attention"],
+        ),
+        DENSE,
     ),
     "qwen3-moe": Instance(
         Qwen3MoeForCausalLM,

@@ -26,6 +26,7 @@ from dpq_core.checkpoint import (
 )
 from dpq_core.choices import CHOICES, chosen_scheme
 from dpq_core.digests import file_digest
+from dpq_core.errors import InputError
 from dpq_core.hessian import InputStatistics
 from dpq_core.inputs import batches_of
 from dpq_core.linear import W4A8Linear, layer_from_tensors
@@ -640,12 +641,13 @@ def test_empty_folder_is_refused(tmp_path):
         CheckpointReader(tmp_path)
 
 
-@pytest.mark.parametrize("model_type", ["gpt2", None])
-def test_unknown_model_type_is_refused(base_copy, model_type):
+@pytest.mark.parametrize(
+    ("model_type", "reason"),
+    [("gpt2", "'gpt2'.*Conv1D.*not quantized"), (None, r"config\.json.*`None`")],
+)
+def test_a_model_type_that_is_not_quantized_is_refused(base_copy, model_type, reason):
     rewrite_json(base_copy / "config.json", lambda config: config.update(model_type=model_type))
-    with pytest.raises(
-        CheckpointError, match=f"{model_type}.*model table, which has llama, mistral"
-    ):
+    with pytest.raises(InputError, match=reason):
         StreamedModel(base_copy)
 
 

@@ -10,7 +10,13 @@ import torch
 from transformers import AutoTokenizer, ByT5Tokenizer
 
 from dpq_core import corpus
-from dpq_core.data import DataError, calibration_windows, load_texts, token_windows
+from dpq_core.data import (
+    DataError,
+    calibration_windows,
+    load_texts,
+    opening_token,
+    token_windows,
+)
 from dpq_core.data_files import literal
 from dpq_core.errors import InputError
 from dpq_core.recipe import TextDataset
@@ -18,6 +24,7 @@ from dpq_core.recipe import TextDataset
 SHARED = Path(__file__).parents[2].parent / "shared"
 WIKITEXT = SHARED / "data/wikitext2_raw_test/test.jsonl.gz"
 WIKI_LLAMA = SHARED / "models/wiki-llama-12m"
+QUICKSTART = Path(__file__).parents[2] / "recipes/quickstart/model"
 BYTES = ByT5Tokenizer(extra_ids=0)
 
 
@@ -152,6 +159,30 @@ def test_one_end_of_text_between_documents_whoever_writes_it():
     assert both_in_one.tolist() == [[0, *a, 0, *b]]
     without = calibration_windows(["ab", "cd"], OpeningTokenizer(2, None), 9, 6)
     assert without.tolist() == [[2, *a, 2, *b]]
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "auto", "always"),
+    [(OpeningTokenizer(2, 1), 2, 2), (AutoTokenizer.from_pretrained(QUICKSTART), None, None)],
+)
+def test_which_token_opens_a_window(tokenizer, auto, always):
+    assert opening_token(tokenizer, "auto") == auto
+    assert opening_token(tokenizer, "never") is None
+    if always is None:
+        with pytest.raises(DataError, match="no begin-of-text token"):
+            opening_token(tokenizer, "always")
+    else:
+        assert opening_token(tokenizer, "always") == always
+
+
+def test_windows_that_are_opened_are_as_long_and_repeat_no_text():
+    tokenizer, text = OpeningTokenizer(2, None), ids_of("abcdefghij")
+    assert token_windows(["abcdefghij"], tokenizer, 4).tolist()[0] == [2, *text[:3]]
+    opened = token_windows(["abcdefghij"], tokenizer, 4, opening=2)
+    assert opened.tolist() == [[2, *text[n : n + 3]] for n in (0, 3, 6)]
+    documents = calibration_windows(["abc", "defgh"], tokenizer, 9, 4, opening=2)
+    a, b = ids_of("abc"), ids_of("defgh")  # in the stream 2 a b c 2 d e f g h
+    assert documents.tolist() == [[2, *a], [2, a[2], 2, b[0]], [2, *b[1:4]]]
 
 
 def test_calibration_windows_lie_evenly_over_all_documents():

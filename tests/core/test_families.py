@@ -329,21 +329,15 @@ def test_no_image_processor(folders, pictures, tmp_path):
 # What is refused
 
 
-def test_an_unknown_family_names_what_is_missing(folders, tmp_path):
-    base = shutil.copytree(folders["llama-2"], tmp_path / "base")
-    change_config(base, model_type="gpt_neox")
-    with pytest.raises(CheckpointError, match=r"'gpt_neox'.*llama.*qwen2_5_vl.*families\.py"):
-        StreamedModel(base)
-
-
-def test_a_linear_that_the_row_lacks(folders, monkeypatch):
+def test_a_linear_that_a_towers_row_lacks(folders, monkeypatch):
     from dpq_core import families
 
-    row = families.FAMILIES["llama"]
-    short = dataclasses.replace(row, groups=row.groups[:-1])
-    monkeypatch.setitem(families.FAMILIES, "llama", short)
-    stream = StreamedModel(folders["llama-2"])
-    with pytest.raises(CheckpointError, match=re.escape("model.layers.0.mlp.down_proj")):
+    row = families.FAMILIES["qwen2_vl"]
+    short = dataclasses.replace(row.vision, block_groups=row.vision.block_groups[:-1])
+    changed = dataclasses.replace(row, vision=short)
+    monkeypatch.setitem(families.FAMILIES, "qwen2_vl", changed)
+    stream = StreamedModel(folders["qwen2-vl"], images=True)
+    with pytest.raises(CheckpointError, match=re.escape("model.visual.blocks.0.mlp.fc2")):
         plan_layers(stream, SCHEME)
 
 

@@ -11,7 +11,8 @@ import torch
 from accelerate import init_empty_weights
 from transformers import AutoTokenizer, ByT5Tokenizer, LlamaConfig, LlamaForCausalLM
 
-from dpq_core import corpus, device, harness, streaming
+from dpq_core import corpus, device, harness
+from dpq_core.model.empty import building
 from dpq_core.suites import definitions, python_docs
 from dpq_core.suites.definitions import SuiteError, SuiteSources, check_suites, loaded_suites
 
@@ -146,7 +147,7 @@ def test_a_model_is_tied_while_another_thread_builds_one():
     inside = threading.Event()
 
     def build():
-        with streaming.building, init_empty_weights():
+        with building, init_empty_weights():
             inside.set()
             time.sleep(2)
 

@@ -5,7 +5,9 @@ import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from dpq_core.pairing import difference
 from dpq_core.perplexity import perplexity_token
+from dpq_core.scores import AFTER_BOS, PERPLEXITY
 
 VOCABULARY = 259
 
@@ -113,3 +115,11 @@ def test_progress_counts_windows_and_training_mode_is_left(model, windows):
 def test_windows_that_predict_nothing_are_refused(model, shape):
     with pytest.raises(ValueError, match="at least one window of at least two tokens"):
         perplexity_token(model, torch.zeros(shape, dtype=torch.int64), 2)
+
+
+def test_windows_after_bos_are_another_metric_with_the_same_number(model, windows):
+    plain = perplexity_token(model, windows, 3)
+    after = perplexity_token(model, windows, 3, metric=AFTER_BOS)
+    assert after.value == plain.value
+    found = difference({PERPLEXITY: plain}, {PERPLEXITY: after}, [PERPLEXITY])
+    assert found.wrong == "baseline has perplexity_token, candidate after BOS"

@@ -1,0 +1,347 @@
+"""Run a transformers model one block at a time, straight from its checkpoint.
+
+The model is built without weights. Each call loads the parts that it needs, lets transformers' own
+forward run through them with every other block skipped, and drops them again. Masks, rotary
+embeddings and whatever else an architecture does around its blocks are therefore transformers',
+and memory is bounded by one block and the hidden states that the caller keeps.
+
+With `images` the blocks are those of the vision tower, its merger, and those of the language model,
+in this order. A batch's hidden states are then patches [patches, vision hidden] up to the merger,
+which puts what it makes of them among the embedded tokens.
+"""
+
+import copy
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dpq_core.experts import SeparateExperts
+from dpq_core.families import Groups, family_of, members_of
+from dpq_core.inputs import Batch, ModelInputs
+from dpq_core.linear import W4A8Linear
+from dpq_core.model.anatomy import linears_of
+from dpq_core.model.empty import keeps_wide
+from dpq_core.model.filling import Tensors, fill_parameters
+from dpq_core.model.observation import anatomy_of
+from dpq_core.quantize import QuantizedLinear
+from dpq_core.reader import CheckpointError
+
+
+class _Skip(nn.Module):
+    """Stands where a block is not run: hands the hidden states on, as a block returns them."""
+
+    def __init__(self, tuple_length: int | None = None) -> None:
+        super().__init__()
+        self._length = tuple_length
+
+    def forward(self, *arguments: Any, **named: Any) -> Any:
+        states = arguments[0] if arguments else named["hidden_states"]
+        return states if self._length is None else (states, *[None] * (self._length - 1))
+
+
+class _NoEmbedding(nn.Module):
+    """Stands for the embedding while a block is run: the shape of what it gives, and zeros."""
+
+    def __init__(self, width: int, dtype: torch.dtype) -> None:
+        super().__init__()
+        self._width, self._dtype = width, dtype
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        return input_ids.new_zeros((*input_ids.shape, self._width), dtype=self._dtype)
+
+
+class BlockStream:
+    """A causal LM whose weights stay where `reader` has them.
+
+    Args:
+        model: of `empty.empty_of`; its parts are taken out.
+        images: stream the vision tower too. Without, a model that has one runs on text alone.
+
+    Raises:
+        ArchitectureError: see `dpq_core.model`.
+        CheckpointError: images for a model without a vision tower.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        reader: Tensors,
+        device: torch.device | str = "cpu",
+        images: bool = False,
+    ) -> None:
+        self.reader, self.model, self.images = reader, model, images
+        self.anatomy = anatomy_of(model)
+        self.vision = family_of(model.config.model_type).vision
+        self.device = torch.device(device)
+        self.dtype: torch.dtype = model.dtype
+        if images and self.vision is None:
+            raise CheckpointError(
+                f"{reader.folder}: model_type {model.config.model_type!r} has no vision tower that"
+                " is streamed, but calibration.image_column is set: leave it out"
+            )
+        # Everything but the blocks, by name: what a plan has to account for.
+        self.parameters = {name: p.shape for name, p in model.named_parameters()}
+        self.modules = {name: type(module) for name, module in model.named_modules()}
+        self.wide = frozenset(keeps_wide(model, model.state_dict()))
+        self._take_out()
+        self._loaded: int | None = None
+        for module in model.modules():  # what is left: rotary buffers, towers without memory
+            for name, buffer in module.named_buffers(recurse=False):
+                setattr(module, name, buffer.to(self.device))
+
+    def _take_out(self) -> None:
+        """Put stand-ins for all parts whose weights come and go."""
+        vision, parts, model = self.vision, self.anatomy.parts, self.model
+        seen = [*self._children(vision.blocks), vision.merger] if vision else []
+        language = self._children(parts.blocks)
+        self._paths = (seen if self.images else []) + language
+        self._first_language = len(self._paths) - len(language)
+        self._empty_blocks = {path: model.get_submodule(path) for path in seen + language}
+        self._stand_ins: dict[str, nn.Module] = {path: _Skip() for path in seen}
+        for path in language:
+            self._stand_ins[path] = _Skip(self.anatomy.tuple_length)
+        for path in [*self.anatomy.after, parts.head, *([vision.patches] if vision else [])]:
+            self._stand_ins[path] = _Skip()
+        width = model.get_submodule(parts.embedding).embedding_dim
+        self._stand_ins[parts.embedding] = _NoEmbedding(width, self.dtype)
+        outside = self._stand_ins.keys() - self._empty_blocks.keys()
+        self._empty = {path: model.get_submodule(path) for path in outside}
+        for path, stand_in in self._stand_ins.items():
+            model.set_submodule(path, stand_in)
+
+    @property
+    def block_count(self) -> int:
+        return len(self._paths)
+
+    def block_name(self, index: int) -> str:
+        """Path of a block, which the names of its tensors begin with."""
+        return self._paths[index]
+
+    def groups(self, index: int) -> list[tuple[str, ...]]:
+        """The linears of a block by full name, those that read the same input together.
+
+        Raises:
+            CheckpointError: a linear of a vision tower that the family's row does not name.
+        """
+        path = self.block_name(index)
+        linears = linears_of(self._empty_blocks[path])
+        groups = list(members_of(self._rows(index), linears))
+        named = [name for group in groups for name in group]
+        if wrong := set(linears).symmetric_difference(named):
+            raise CheckpointError(
+                f"{self.reader.folder}: {path}.{min(wrong)} is a linear layer of the model or of "
+                "its row in dpq_core/families.py, not of both: mend the row's groups"
+            )
+        return [tuple(f"{path}.{name}" for name in group) for group in groups]
+
+    def gate_rows(self, index: int) -> int:
+        """Up to so many outputs a linear of a block with experts is a gate, which chooses or weighs
+        them; 0 without experts."""
+        modules = self._empty_blocks[self.block_name(index)].modules()
+        return max((len(each) for each in modules if isinstance(each, SeparateExperts)), default=0)
+
+    def linears(self, index: int) -> dict[str, nn.Linear]:
+        """The linears of a block by full name, in the order of `groups`, without weights."""
+        path = self.block_name(index)
+        block = self._empty_blocks[path]
+        return {
+            name: block.get_submodule(name.removeprefix(f"{path}."))
+            for group in self.groups(index)
+            for name in group
+        }
+
+    def begin(self, inputs: Iterable[ModelInputs]) -> list[Batch]:
+        """Hidden states before the first block."""
+        with self.embedding() as begun:
+            return [begun(each) for each in inputs]
+
+    @contextmanager
+    def embedding(self) -> Iterator[Callable[[ModelInputs], Batch]]:
+        """A function from inputs to their hidden states before the first block."""
+        part = self.vision.patches if self.images and self.vision else self.anatomy.parts.embedding
+
+        def begun(inputs: ModelInputs) -> Batch:
+            with torch.no_grad():
+                return Batch.of(inputs, self._begun(inputs))
+
+        with self._running(), self._part(part):
+            yield begun
+
+    def _begun(self, inputs: ModelInputs) -> Tensor:
+        if self.images:
+            return self._tower(inputs, inputs["pixel_values"].to(self.dtype)).cpu()
+        return self._before_language({"input_ids": inputs["input_ids"]}).cpu()
+
+    def _before_language(self, inputs: ModelInputs) -> Tensor:
+        """What comes to the first block of the language model."""
+        given: list[Tensor] = []
+
+        def catch(_: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
+            given.append(arguments[0] if arguments else named["hidden_states"])
+
+        first = self.model.get_submodule(self._paths[self._first_language])
+        handle = first.register_forward_pre_hook(catch, with_kwargs=True)
+        try:
+            self._run(inputs)
+        finally:
+            handle.remove()
+        return given[0]
+
+    def _run(self, inputs: ModelInputs) -> None:
+        on_device = {name: x.to(self.device) for name, x in inputs.items()}
+        self.model.base_model(**on_device, use_cache=False)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Of hidden states after the last block. [n, length, hidden] → [n, length, vocabulary]."""
+        with self.head() as logits_of:
+            return logits_of(hidden).cpu()
+
+    @contextmanager
+    def head(self) -> Iterator[Callable[[Tensor], Tensor]]:
+        """The final norm and the output head: a function from hidden states after the last block
+        to logits, on the model's device. Gradients as in `forward`."""
+
+        last = self._paths[-1]
+
+        def logits_of(hidden: Tensor) -> Tensor:
+            tokens = torch.zeros(hidden.shape[:2], dtype=torch.int64, device=self.device)
+            with torch.set_grad_enabled(hidden.requires_grad), self._feeding(last, hidden):
+                logits: Tensor = self.model(input_ids=tokens, use_cache=False).logits
+            return logits
+
+        with self._running(), ExitStack() as parts:
+            for path in (*self.anatomy.after, self.anatomy.parts.head):
+                parts.enter_context(self._part(path))
+            yield logits_of
+
+    @contextmanager
+    def block(
+        self,
+        index: int,
+        replacements: Mapping[str, QuantizedLinear] | None = None,
+    ) -> Iterator[nn.Module]:
+        """One block with its weights; `replacements` take the place of linears, by full name."""
+        path = self.block_name(index)
+        block = copy.deepcopy(self._empty_blocks[path])
+        for full_name, layer in (replacements or {}).items():
+            bias_name = f"{full_name}.bias"
+            bias = self.reader.tensor(bias_name) if bias_name in self.reader else None
+            member = full_name.removeprefix(f"{path}.")
+            block.set_submodule(member, W4A8Linear(layer, bias))
+        self._fill(block, path)
+        self.model.set_submodule(path, block.eval())
+        self._loaded = index
+        try:
+            with self._running(), ExitStack() as parts:
+                if self.vision and path == self.vision.merger:
+                    parts.enter_context(self._part(self.anatomy.parts.embedding))
+                yield block
+        finally:
+            self.model.set_submodule(path, self._stand_ins[path])
+            self._loaded = None
+
+    def read_ahead(self, index: int) -> None:
+        """Have a block read from the disk while something else goes on, if there is such a block;
+        see `CheckpointReader.read_ahead`."""
+        if index < self.block_count:
+            self.reader.read_ahead(self.reader.under(self.block_name(index)))
+
+    def forward(self, batch: Batch) -> Tensor:
+        """A batch's hidden states after the block that is loaded now, on their own device."""
+        assert self._loaded is not None
+        path = self.block_name(self._loaded)
+        with torch.set_grad_enabled(batch.hidden.requires_grad), self._feeding(path, batch.hidden):
+            if self._loaded >= self._first_language:
+                states = self._language(batch, path)
+            elif self.vision and path == self.vision.merger:
+                states = self._before_language(batch.inputs)
+            else:
+                states = self._tower(batch.inputs, batch.inputs["pixel_values"])
+        return states.to(batch.hidden.device)
+
+    def advance(self, batches: Sequence[Batch]) -> None:
+        """`forward` of each batch in turn, in place of its hidden states."""
+        for batch in batches:
+            batch.hidden = self.forward(batch)
+
+    def _language(self, batch: Batch, path: str) -> Tensor:
+        """What a block of the language model gives; positions of image tokens are of their grid."""
+        given: list[Any] = []
+        about = {
+            name: x
+            for name, x in batch.inputs.items()
+            if name == "input_ids" or (self.images and name != "pixel_values")
+        }
+        block = self.model.get_submodule(path)
+        handle = block.register_forward_hook(lambda _, __, output: given.append(output))
+        try:
+            self._run(about)
+        finally:
+            handle.remove()
+        states: Tensor = given[0] if self.anatomy.tuple_length is None else given[0][0]
+        return states
+
+    def _tower(self, inputs: ModelInputs, patches: Tensor) -> Tensor:
+        """Hidden states of the vision tower after the block that is loaded now, if any."""
+        assert self.vision is not None
+        tower = self.model.get_submodule(self.vision.tower)
+        grid = inputs["image_grid_thw"].to(self.device)
+        states: Tensor = tower(patches.to(self.device), grid_thw=grid).last_hidden_state
+        return states
+
+    @contextmanager
+    def _feeding(self, path: str, hidden: Tensor) -> Iterator[None]:
+        """Give a module these hidden states, whatever comes to it: what is done before the first
+        block (scaled embeddings, positions, a tower's order of patches) is in them already."""
+        states = hidden.to(self.device)
+
+        def feed(_: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> Any:
+            if arguments:
+                return (states, *arguments[1:]), named
+            return arguments, named | {"hidden_states": states}
+
+        module = self.model.get_submodule(path)
+        handle = module.register_forward_pre_hook(feed, with_kwargs=True)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+    @contextmanager
+    def _running(self) -> Iterator[None]:
+        """With the parts before the blocks but the embedding: a model runs through them whatever
+        block it is run for. Small ones (positions, a norm), which stay."""
+        for path in self.anatomy.before:
+            part = self.model.get_submodule(path)
+            if any(parameter.is_meta for parameter in part.parameters()):
+                self._fill(part, path)
+        yield
+
+    def _children(self, path: str) -> list[str]:
+        return [f"{path}.{name}" for name, _ in self.model.get_submodule(path).named_children()]
+
+    def _rows(self, index: int) -> Groups:
+        if self.vision is None or index >= self._first_language:
+            return self.anatomy.groups[index - self._first_language]
+        is_merger = self.block_name(index) == self.vision.merger
+        return self.vision.merger_groups if is_merger else self.vision.block_groups
+
+    @contextmanager
+    def _part(self, path: str) -> Iterator[None]:
+        part, parts = copy.deepcopy(self._empty[path]), self.anatomy.parts
+        if path == parts.head and f"{path}.weight" not in self.reader:  # tied
+            embedded = self.reader.tensor(f"{parts.embedding}.weight").to(self.dtype)
+            part.weight = nn.Parameter(embedded, requires_grad=False)
+        self._fill(part, path)
+        self.model.set_submodule(path, part)
+        try:
+            yield
+        finally:
+            self.model.set_submodule(path, self._stand_ins[path])
+
+    def _fill(self, module: nn.Module, name: str) -> None:
+        fill_parameters(module, f"{name}.", self.reader, self.dtype)
+        module.to(self.device)
