@@ -6,13 +6,13 @@ order. The right choice is found by asking the suite itself: it gets results in 
 the likeliest, choice by choice.
 """
 
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedModel
 
-from dpq_core.suites.definitions import Suite, SuiteSources, loaded_suites, quiet
+from dpq_core.suites.definitions import Suite, quiet
 
 SUITES = (
     "hellaswag", "lambada_openai", "boolq", "arc_easy", "piqa", "winogrande", "arc_challenge",
@@ -47,16 +47,15 @@ class Collected:
         }  # fmt: skip
 
 
-def write(model: PreTrainedModel, folder: Path, mirror: Path, file: Path, limit: int | None) -> int:
-    """All suites' requests for a model's tokenizer into `file`; the tokens that the model reads."""
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+def arrays_of(
+    model: PreTrainedModel, tokenizer: Any, suites: Mapping[str, Suite], limit: int | None = None
+) -> dict[str, np.ndarray]:
+    """All suites' requests by a model's tokenizer, as `methods_score.Suites` reads them."""
     collected = Collected()
-    with loaded_suites(SUITES, SuiteSources(mirror=mirror)) as suites, quiet():
+    with quiet():
         for number, suite in enumerate(suites.values()):
             _collect(collected, number, suite, _listener(model, tokenizer), limit)
-    arrays = collected.arrays()
-    np.savez_compressed(file, names=np.array(SUITES), **arrays)
-    return len(arrays["tokens"])
+    return {"names": np.array(list(suites)), **collected.arrays()}
 
 
 def _listener(model: PreTrainedModel, tokenizer: Any) -> Any:

@@ -91,7 +91,9 @@ def main() -> None:
 
 def prepare(folder: Path, prepared: Path, data: Path, documents: int | None) -> None:
     """`tokens.npz`, streams as uint16 or int32, and `suites.npz`."""
-    from methods_suites import write
+    from methods_suites import SUITES, arrays_of
+
+    from dpq_core.suites.definitions import SuiteSources, loaded_suites
 
     prepared.mkdir(parents=True, exist_ok=True)
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -110,8 +112,10 @@ def prepare(folder: Path, prepared: Path, data: Path, documents: int | None) -> 
         print(f"{name}: {len(ids):,} tokens", flush=True)
     np.savez_compressed(prepared / "tokens.npz", **streams)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
-    count = write(model, folder, data, prepared / "suites.npz", documents)
-    print(f"suites: {count:,} tokens", flush=True)
+    with loaded_suites(SUITES, SuiteSources(mirror=data)) as suites:
+        arrays = arrays_of(model, tokenizer, suites, documents)
+    np.savez_compressed(prepared / "suites.npz", **arrays)
+    print(f"suites: {len(arrays['tokens']):,} tokens", flush=True)
 
 
 def work(arguments: argparse.Namespace) -> None:
