@@ -68,7 +68,8 @@ class Subject:
 
     def put(self, layers: Mapping[str, QuantizedLinear]) -> None:
         for name, layer in layers.items():
-            self.model.set_submodule(name, W4A8Linear(layer, self.linears[name].bias))
+            module = W4A8Linear(layer.to(self.device), self.linears[name].bias)
+            self.model.set_submodule(name, module)
 
     def take_back(self, index: int | None = None) -> None:
         """16-bit linears again, of one block or of all."""

@@ -71,7 +71,7 @@ def _compared(
     states: Tensor, before: Tensor, targets: Tensor, head: Tensor, old_head: Tensor
 ) -> Tensor:
     """Nats, divergence and agreement of each token, [3, tokens] fp32."""
-    size = max(1, (1 << (29 if states.is_cuda else 26)) // len(head))
+    size = max(1, (1 << (28 if states.is_cuda else 26)) // len(head))
     parts = []
     for at in range(0, len(targets), size):
         part = slice(at, at + size)
@@ -190,7 +190,7 @@ def _log_likelihoods(
 def _of_goals(model: Any, states: Tensor, goals: Tensor) -> tuple[Tensor, Tensor]:
     """Log-probability of each goal, and whether it is the likeliest; logits as the model rounds
     them, softmax in FP32, as in `dpq_core.harness`."""
-    size = max(1, (1 << (29 if states.is_cuda else 26)) // len(model.lm_head.weight))
+    size = max(1, (1 << (28 if states.is_cuda else 26)) // len(model.lm_head.weight))
     logp, top = [], []
     for part, goal in zip(states.split(size), goals.split(size), strict=True):
         found = functional.log_softmax(model.lm_head(part), 1, dtype=torch.float32)

@@ -170,7 +170,8 @@ class Bench:
         self.streams = {name: torch.from_numpy(streams[name].astype(np.int64)) for name in TEXTS}
         c4 = self.streams["c4"]
         self.streams["c4"], self.streams["held-out"] = c4[:-HELD_OUT], c4[-HELD_OUT:]
-        self.suites = Suites.load(arguments.prepared / "suites.npz")
+        file = arguments.prepared / "suites.npz"
+        self.suites = Suites.load(file) if file.is_file() else None
         self.reload()
         config = self.subject.model.config
         self.kind = "gemma" if "gemma" in config.model_type else "llama"
@@ -185,6 +186,9 @@ class Bench:
         self.opening = time.perf_counter() - started
 
     def reload(self) -> None:
+        self.subject = None
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
         model = AutoModelForCausalLM.from_pretrained(self.arguments.model, dtype=torch.bfloat16)
         self.subject = Subject(model.to(self.device))
 
@@ -278,7 +282,7 @@ class Bench:
     def answers(self, each: Row) -> dict[str, Any]:
         """Of a row's suites, as one digit a document."""
         count = self.arguments.documents or each.suites
-        if not each.suites:
+        if not each.suites or self.suites is None:
             return {}
         found = score_suites(self.subject.model, self.suites, count, 2 * self.at_once)
         answers = {name: "".join(map(str, own)) for name, own in found.items()}
