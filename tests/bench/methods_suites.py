@@ -48,13 +48,17 @@ class Collected:
 
 
 def arrays_of(
-    model: PreTrainedModel, tokenizer: Any, suites: Mapping[str, Suite], limit: int | None = None
+    model: PreTrainedModel,
+    tokenizer: Any,
+    suites: Mapping[str, Suite],
+    limits: Mapping[str, int | None],
 ) -> dict[str, np.ndarray]:
-    """All suites' requests by a model's tokenizer, as `methods_score.Suites` reads them."""
+    """All suites' requests by a model's tokenizer, as `methods_score.Suites` reads them. limits:
+    first documents of each of a suite's tasks."""
     collected = Collected()
     with quiet():
         for number, suite in enumerate(suites.values()):
-            _collect(collected, number, suite, _listener(model, tokenizer), limit)
+            _collect(collected, number, suite, _listener(model, tokenizer), limits.get(suite.name))
     return {"names": np.array(list(suites)), **collected.arrays()}
 
 

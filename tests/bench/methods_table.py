@@ -1,6 +1,7 @@
 """Methods of quantization on a real model, beside one another: the rows of `docs/results.md`.
 
     python tests/bench/methods_table.py prepare MODEL PREPARED [--data ../shared/data]
+                                        [--documents 1000] [--per-subject 40]
     python tests/bench/methods_table.py run MODEL PREPARED [--device cuda] [--out ROWS.jsonl]
                                         [--workers N] [--seconds S] [--only NAME ...] [--quick]
 
@@ -73,10 +74,11 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", metavar="NAME", help="rows, or full:ROW")
     parser.add_argument("--quick", action="store_true", help="a few thousand tokens, three rows")
     parser.add_argument("--documents", type=int, help="of each suite, instead of the rows' numbers")
+    parser.add_argument("--per-subject", type=int, help="of MMLU's subjects, to prepare")
     parser.add_argument("--claims", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.verb == "prepare":
-        prepare(arguments.model, arguments.prepared, arguments.data, arguments.documents)
+        prepare(arguments)
         return
     if arguments.claims:
         work(arguments)
@@ -89,12 +91,13 @@ def main() -> None:
         raise SystemExit(f"workers ended with {failed}")
 
 
-def prepare(folder: Path, prepared: Path, data: Path, documents: int | None) -> None:
+def prepare(arguments: argparse.Namespace) -> None:
     """`tokens.npz`, streams as uint16 or int32, and `suites.npz`."""
     from methods_suites import SUITES, arrays_of
 
     from dpq_core.suites.definitions import SuiteSources, loaded_suites
 
+    folder, prepared, data = arguments.model, arguments.prepared, arguments.data
     prepared.mkdir(parents=True, exist_ok=True)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     narrow = np.uint16 if len(tokenizer) <= 1 << 16 else np.int32
@@ -113,7 +116,8 @@ def prepare(folder: Path, prepared: Path, data: Path, documents: int | None) -> 
     np.savez_compressed(prepared / "tokens.npz", **streams)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
     with loaded_suites(SUITES, SuiteSources(mirror=data)) as suites:
-        arrays = arrays_of(model, tokenizer, suites, documents)
+        limits = dict.fromkeys(suites, arguments.documents) | {"mmlu": arguments.per_subject}
+        arrays = arrays_of(model, tokenizer, suites, limits)
     np.savez_compressed(prepared / "suites.npz", **arrays)
     print(f"suites: {len(arrays['tokens']):,} tokens", flush=True)
 
