@@ -168,7 +168,7 @@ class Bench:
         self.arguments = arguments
         self.device = torch.device(arguments.device)
         self.samples, self.length = (2, 256) if arguments.quick else (128, 2048)
-        self.most = 4 if arguments.quick else 1 << 30  # scored windows of each length
+        self.most = 2 if arguments.quick else 1 << 30  # scored windows of each length
         self.at_once = 16_384 if self.device.type == "cuda" else 1024  # tokens
         streams = np.load(arguments.prepared / "tokens.npz")
         self.streams = {name: torch.from_numpy(streams[name].astype(np.int64)) for name in TEXTS}
