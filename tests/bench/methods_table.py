@@ -38,7 +38,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import numpy as np
 import torch
 from methods_model import Quantized, Statistics, Subject, original_statistics, quantize_model
-from methods_rows import FULL, QUICK, ROWS, Row, full, row
+from methods_rows import FULL, QUICK, ROWS, SCORED, Row, full, row
 from methods_score import (
     Suites,
     WindowScores,
@@ -128,14 +128,8 @@ def work(arguments: argparse.Namespace) -> None:
     for each in wanted(arguments):
         if time.monotonic() - started > arguments.seconds:
             break
-        if (each.only and each.only != bench.kind) or not _claimed(arguments.claims, each.name):
-            continue
-        try:
-            bench.write(bench.measure(each))
-        except Exception as error:  # the other rows are worth having
-            traceback.print_exc()
-            bench.write({"row": each.name, "error": f"{type(error).__name__}: {error}"[:500]})
-            bench.reload()
+        if bench.knows(each) and _claimed(arguments.claims, each.name):
+            bench.attempt(each)
 
 
 def wanted(arguments: argparse.Namespace) -> list[Row]:
@@ -195,6 +189,19 @@ class Bench:
             torch.cuda.empty_cache()
         model = AutoModelForCausalLM.from_pretrained(self.arguments.model, dtype=torch.bfloat16)
         self.subject = Subject(model.to(self.device))
+
+    def knows(self, each: Row) -> bool:
+        """Whether a row is of this kind of model, and its documents are here."""
+        there = SCORED if self.suites is None else int(self.suites.place.max()) + 1
+        return each.only in ("", self.kind) and (each.suites <= SCORED or there > SCORED)
+
+    def attempt(self, each: Row) -> None:
+        try:
+            self.write(self.measure(each))
+        except Exception as error:  # the other rows are worth having
+            traceback.print_exc()
+            self.write({"row": each.name, "error": f"{type(error).__name__}: {error}"[:500]})
+            self.reload()
 
     def measure(self, each: Row) -> dict[str, Any]:
         started, made, held_out = time.perf_counter(), Quantized(), self.held_out
