@@ -54,6 +54,7 @@ from dpq_core.quantize import (
     objective,
     quantize_layer,
 )
+from dpq_core.reader import read_config
 from dpq_core.recipe import Recipe, load_recipe
 from dpq_core.scheme import Scheme
 from dpq_core.scores import PERPLEXITY, Scores
@@ -192,7 +193,8 @@ def quantize_model(
                     at = [_WRITERS[member]]
                     before = inputs_of(stream, block, sixteen, {}, at)[at[0]].float()
                     lost = before - inputs_of(stream, block, hidden, done, at)[at[0]]
-                    goal = goal + variant.stream * restored(lost, x8, hessian, variant.target_damp)
+                    moment = 2 * lost.T @ x8 / len(x8)
+                    goal = goal + variant.stream * restored(moment, hessian, variant.target_damp)
                 layer = quantize_layer(goal, found, scheme)
                 if own_scale is not None:
                     layer = replace(layer, input_scale=own_scale)
@@ -269,7 +271,9 @@ def scaling(sites: tuple[str, ...]) -> Transform:
 
 
 def rotation(seed: int, stream: bool, values: bool) -> Transform:
-    return lambda tensors, bench: rotated(tensors, bench.recipe, seed, stream, values)
+    return lambda tensors, bench: rotated(
+        tensors, transforms.Heads.of(read_config(bench.folder)), seed, stream, values
+    )
 
 
 def main() -> None:

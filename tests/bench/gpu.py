@@ -1,7 +1,7 @@
 """Everything that wants a Hopper GPU, in one go, in order of value: a lease may be cut short.
 
     python tests/bench/gpu.py [--device cuda|cpu] [--quick] [--only PART ...] [--out FOLDER]
-                              [--model FOLDER --tokens FILE]
+                              [--model FOLDER --prepared FOLDER]
 
 Each part is a process with a time limit of its own; what it prints is kept in FOLDER/PART.log as it
 comes, and FOLDER/log.md grows into the section for docs/log.md. A part that fails or runs out of
@@ -33,7 +33,7 @@ PATIENCE = 4  # of the rehearsal, on a slow machine
 @dataclass(frozen=True)
 class Part:
     """A row: what it shows, its command on a GPU and in the rehearsal, seconds that it may take.
-    `{model}` and `{tokens}` are the arguments'; `{out}` is the folder of results."""
+    `{model}` and `{prepared}` are the arguments'; `{out}` is the folder of results."""
 
     name: str
     title: str
@@ -95,8 +95,10 @@ PARTS = (
     Part(
         "methods",
         "Methods on a real model",
-        "tests/bench/why.py {model} {tokens} --device cuda --first 20 --out {out}/methods.jsonl",
-        "tests/bench/why.py {model} {tokens} --device cpu --quick --out {out}/methods.jsonl",
+        "tests/bench/methods_table.py run {model} {prepared} --device cuda --workers 3"
+        " --seconds 150 --out {out}/methods.jsonl",
+        "tests/bench/methods_table.py run {model} {prepared} --device cpu --quick"
+        " --out {out}/methods.jsonl",
         200,
         needs_model=True,
     ),
@@ -114,7 +116,7 @@ def run(part: Part, arguments: argparse.Namespace) -> tuple[int, float]:
     """Exit code, 124 where time ran out, and seconds. Output goes to the screen and to the log."""
     command = part.quick if arguments.quick else part.command
     command = command.format(
-        model=arguments.model, tokens=arguments.tokens, out=arguments.out.resolve()
+        model=arguments.model, prepared=arguments.prepared, out=arguments.out.resolve()
     )
     environment = dict(os.environ, PYTHONUNBUFFERED="1")
     environment["PYTHONPATH"] = f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"
@@ -162,7 +164,7 @@ def main() -> None:
     parser.add_argument("--skip", nargs="*", default=[], choices=[part.name for part in PARTS])
     parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT", "gpu-results")))
     parser.add_argument("--model", type=Path, help="checkpoint of a real model")
-    parser.add_argument("--tokens", type=Path, help="its prepared tokens")
+    parser.add_argument("--prepared", type=Path, help="its texts, by methods_table.py prepare")
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
     today = datetime.datetime.now(datetime.UTC).date()

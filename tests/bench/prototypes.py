@@ -25,9 +25,11 @@ from dpq_core.gradient_rounding import refine_codes
 from dpq_core.grid import Grid
 from dpq_core.hessian import InputStatistics, static_input_scale
 from dpq_core.inputs import Batch, batches_of
-from dpq_core.quantize import QuantizedLinear, QuantizedWeight, objective, quantize_layer
+from dpq_core.quantize import QuantizedLinear, QuantizedWeight, objective, quantize_or_keep
 from dpq_core.reader import read_config
 from dpq_core.recipe import Recipe
+from dpq_core.scheme import Scheme
+from dpq_core.shared_input import SharedInput
 from dpq_core.streaming import StreamedModel
 
 
@@ -73,7 +75,7 @@ def refit(weight: Tensor, hessian: Tensor, layer: QuantizedLinear) -> QuantizedL
     grid = layer.weight.grid
     codes = layer.weight.codes.T.float().contiguous()
     grid = refit_scales(codes, weight.T.contiguous(), grid, hessian)
-    columns = torch.arange(len(codes))
+    columns = torch.arange(len(codes), device=codes.device)
     scheme = layer.scheme
     refine_codes(
         codes,
@@ -88,11 +90,12 @@ def refit(weight: Tensor, hessian: Tensor, layer: QuantizedLinear) -> QuantizedL
 
 def refit_scales(codes: Tensor, weight: Tensor, grid: Grid, hessian: Tensor) -> Grid:
     """codes, weight [in, out] fp32. Objective never rises."""
-    columns = torch.arange(len(codes))
+    columns = torch.arange(len(codes), device=codes.device)
     residual = grid.at(columns).decode(codes) - weight
     gradient = hessian @ residual
     scales = grid.group_scale.clone()
     size = grid.group_size
+    ratios = 1 + torch.arange(-12, 13, device=codes.device)[:, None] / 128
     for group in range(scales.shape[1]):
         span = slice(group * size, min((group + 1) * size, len(codes)))
         inside = hessian[span, span]
@@ -102,24 +105,18 @@ def refit_scales(codes: Tensor, weight: Tensor, grid: Grid, hessian: Tensor) -> 
         # around the target of this group alone: now - step along the direction
         curvature = (direction * (inside @ direction)).sum(0)
         slope = (direction * gradient[span]).sum(0)
-        old = scales[:, group].float()
-        base = old - torch.where(curvature > 0, slope / curvature, 0)
-        best_gain = torch.zeros_like(old)
-        best = scales[:, group].clone()
-        best_change = torch.zeros_like(now)
-        for ratio in [1 + step / 128 for step in range(-12, 13)]:
-            for start in (base, old):
-                tried = (start * ratio).to(torch.bfloat16)
-                tried = torch.where(tried > 0, tried, scales[:, group])
-                new = replace(column, group_scale=tried.float().expand_as(now))
-                change = new.decode(codes[span]) - now
-                gain = -(2 * (change * gradient[span]).sum(0) + (change * (inside @ change)).sum(0))
-                better = gain > best_gain
-                best_gain = torch.where(better, gain, best_gain)
-                best = torch.where(better, tried, best)
-                best_change = torch.where(better, change, best_change)
-        scales[:, group] = best
-        gradient += hessian[:, span] @ best_change
+        old = scales[:, group]
+        base = old.float() - torch.where(curvature > 0, slope / curvature, 0)
+        tried = torch.cat([old[None], base * ratios, old * ratios]).to(torch.bfloat16)
+        tried = torch.where(tried > 0, tried, old)[:, None]  # [tried, 1, out]
+        new = replace(column, group_scale=tried.float().expand(-1, *now.shape))
+        changes = new.decode(codes[span]) - now  # [tried, n, out]
+        losses = (changes * (2 * gradient[span] + inside @ changes)).sum(1)
+        best = losses.argmin(0)
+        best[losses.amin(0) >= 0] = 0  # the old scale
+        out = torch.arange(len(best), device=best.device)
+        scales[:, group] = tried[best, 0, out]
+        gradient += hessian[:, span] @ changes[best, :, out].T
     return replace(grid, group_scale=scales)
 
 
@@ -137,10 +134,10 @@ def target_weight(
     return weight + (weight @ shift @ factor.T) @ factor
 
 
-def restored(lost: Tensor, x8: Tensor, hessian: Tensor, damp_frac: float) -> Tensor:
-    """R (H + λ)⁻¹, R = mean 2 lost x8ᵀ: what the layer's inputs tell of the stream's loss."""
+def restored(moment: Tensor, hessian: Tensor, damp_frac: float) -> Tensor:
+    """R (H + λ)⁻¹, R = mean 2 lost x8ᵀ [out, in]: what the inputs tell of the stream's loss."""
     factor, _ = inverse_factor(hessian, damp_frac)
-    return (2 * lost.T @ x8 / len(x8) @ factor.T) @ factor
+    return (moment @ factor.T) @ factor
 
 
 # (d) scaled channels
@@ -149,53 +146,55 @@ def restored(lost: Tensor, x8: Tensor, hessian: Tensor, damp_frac: float) -> Ten
 def scaled(
     tensors: transforms.Tensors, recipe: Recipe, windows: Tensor, sites: tuple[str, ...]
 ) -> transforms.Tensors:
-    """Each site's s = rms(x)^α / rms(w)^β, α and β from a grid, by the objective of a layer."""
+    """Each site's channels scaled by `scale_factor`."""
     stream = StreamedModel(Path(recipe.model.id))
     heads = transforms.Heads.of(read_config(Path(recipe.model.id)))
-    scheme, section = recipe.scheme, recipe.calibration
-    search = scheme.model_copy(update={"max_passes": 2, "scale_search": "hessian"})
-    batches = stream.begin(batches_of(windows, section.batch_size))
-    rounding = InputRounding.of(scheme, section)
+    batches = stream.begin(batches_of(windows, recipe.calibration.batch_size))
     factors: dict[str, Tensor] = {}
     for block in range(stream.block_count):
         prefix = stream.block_name(block)
         groups = [g for g in members_of(stream, block) if g[0].split(".")[-1] in sites]
         raw = inputs_of(stream, block, batches, {}, [g[0] for g in groups])
         for group in groups:
-            x = raw[group[0]].float()
+            found = InputStatistics.empty(raw[group[0]].shape[1])
+            found.add_hessian(raw[group[0]])
             weights = [tensors[f"{prefix}.{member}.weight"] for member in group]
-            joined = torch.cat(weights)
-            fold = group[0].endswith("o_proj")
-            spread = (lambda v: transforms.spread_values(v, heads)) if fold else (lambda v: v)
-            activity, size = x.square().mean(0), joined.square().mean(0)
-            if fold:
-                activity = unspread(activity, heads)
-                size = unspread(size, heads)
-            activity, size = activity.clamp(min=1e-12).sqrt(), size.clamp(min=1e-12).sqrt()
-            best, least = torch.ones_like(activity), torch.inf
-            for alpha in (0.0, 0.125, 0.25, 0.375, 0.5, 0.75):
-                for beta in (0.0, 0.25, 0.5, 0.75):
-                    factor = activity**alpha / size**beta
-                    factor = factor / factor.log().mean().exp()
-                    columns = spread(factor)
-                    found = InputStatistics.empty(x.shape[1])
-                    scaled_x = (x / columns).to(torch.bfloat16)
-                    found.add_magnitudes(scaled_x)
-                    if rounding:
-                        scaled_x = rounded(rounding, scaled_x, found.magnitudes)
-                    found.add_hessian(scaled_x)
-                    hessian = found.hessian()
-                    total = 0.0
-                    for weight in weights:
-                        goal = weight * columns
-                        layer = quantize_layer(goal, found, search)
-                        total += layer.report.error * objective(goal.T, hessian)
-                    if total < least:
-                        best, least = factor, total
-            factors[f"{prefix}.{group[0]}"] = best
+            fold = heads if group[0].endswith("o_proj") else None
+            factors[f"{prefix}.{group[0]}"] = scale_factor(weights, found.hessian(), fold)
         with stream.block(block):
             stream.advance(batches)
     return transforms.scale_channels(tensors, heads, factors)
+
+
+def scale_factor(weights: list[Tensor], hessian: Tensor, heads: transforms.Heads | None) -> Tensor:
+    """s = rms(x)^α / rms(w)^β of the channels that these linears [out, in] read, α and β by the
+    layers' objective after quantization: the inputs x / s have H / (s sᵀ). heads: where the inputs
+    are values, which several query heads share."""
+    activity, size = hessian.diagonal() / 2, torch.cat(weights).square().mean(0)
+    if heads:
+        activity, size = unspread(activity, heads), unspread(size, heads)
+    activity, size = activity.clamp(min=1e-12).sqrt(), size.clamp(min=1e-12).sqrt()
+    best, least = torch.ones_like(activity), torch.inf
+    for alpha, beta in SHARES:
+        factor = activity**alpha / size**beta
+        factor = factor / factor.log().mean().exp()
+        columns = transforms.spread_values(factor, heads) if heads else factor
+        inverse = 1 / columns
+        found = InputStatistics.empty(len(hessian), hessian.device)
+        found.hessian_sum, found.tokens = hessian * inverse[:, None] * inverse, 1
+        shared = SharedInput(found)
+        total = 0.0
+        for weight in weights:
+            layer = quantize_or_keep(weight * columns, shared, _SEARCHED, 0)
+            residual = (layer.decoded() * inverse - weight).T.contiguous()
+            total += objective(residual, hessian)
+        if total < least:
+            best, least = factor, total
+    return best
+
+
+SHARES = [(alpha, beta) for alpha in (0.0, 0.25, 0.5) for beta in (0.0, 0.25, 0.5)]
+_SEARCHED = Scheme(rounding="nearest", activations="dynamic")
 
 
 def unspread(square: Tensor, heads: transforms.Heads) -> Tensor:
@@ -207,18 +206,18 @@ def unspread(square: Tensor, heads: transforms.Heads) -> Tensor:
 
 
 def rotated(
-    tensors: transforms.Tensors, recipe: Recipe, seed: int, stream: bool, values: bool
+    tensors: transforms.Tensors, heads: transforms.Heads, seed: int, stream: bool, values: bool
 ) -> transforms.Tensors:
-    config = read_config(Path(recipe.model.id))
-    heads = transforms.Heads.of(config)
+    device = tensors[transforms.EMBEDDING].device
     generator = torch.Generator().manual_seed(seed)
     if stream:
-        rotation = transforms.random_rotation(int(config["hidden_size"]), generator)
+        width = tensors[transforms.EMBEDDING].shape[1]
+        rotation = transforms.random_rotation(width, generator).to(device)
         tensors = transforms.rotate_stream(tensors, heads, rotation)
     if values:
         count = heads.blocks * heads.values
         each = [transforms.random_rotation(heads.features, generator) for _ in range(count)]
-        rotations = torch.stack(each).unflatten(0, (heads.blocks, heads.values))
+        rotations = torch.stack(each).unflatten(0, (heads.blocks, heads.values)).to(device)
         tensors = transforms.rotate_values(tensors, heads, rotations)
     return tensors
 
@@ -230,7 +229,7 @@ def output_range(
     x: Tensor, weights: list[Tensor], found: InputStatistics, inner: NumberFormat
 ) -> Tensor:
     """sx of least ‖W (x − x8)‖² over the layers that read x, among shrunk ranges."""
-    top = static_input_scale(found.magnitudes, inner, "amax")
+    top = static_input_scale(found.magnitudes, inner, "amax").to(x.device)
     joined = torch.cat(weights)
     metric = joined.T @ joined
     x = x[:: max(1, len(x) // 8192)].float()

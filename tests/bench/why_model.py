@@ -11,11 +11,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from methods_score import logits
 from torch import Tensor, nn
 from torch.nn import functional
 from why_tokens import fisher_statistics, weighted
 
-from dpq_core import cpu
 from dpq_core.formats import fake_quantize
 from dpq_core.hessian import InputStatistics
 from dpq_core.quantize import QuantizedLinear, objective, quantize_layer
@@ -268,17 +268,3 @@ def score(
                     divergence += float((logq.exp() * (logq - logp)).sum(1).double().sum())
             nats.append(total / len(target))
     return Score(nats, divergence / len(windows) / (windows.shape[1] - first))
-
-
-def logits(states: Tensor, head: Tensor) -> Tensor:
-    """states [n, width], head [vocabulary, width] → [n, vocabulary] fp32, sums in FP32."""
-    if not cpu.multiplies_bf16(states):
-        return states.float() @ head.float().T
-    states, found = states.contiguous(), torch.empty(len(states), len(head))
-    (rows, width), columns = states.shape, len(head)
-    cpu.bf16_product(
-        cpu.ROW_MAJOR, cpu.AS_IS, cpu.TRANSPOSED, rows, columns, width,
-        1.0, states.data_ptr(), width, head.data_ptr(), width,
-        0.0, found.data_ptr(), columns,
-    )  # fmt: skip
-    return found
