@@ -102,7 +102,7 @@ def _footprint(plan: Plan, recipe: Recipe, worker: Worker, fp8: bool) -> Footpri
         recipe.calibration,
         execution.shards,
         execution.blocks_per_task,
-        workers_here(execution),
+        workers_here(execution) if worker.name == "cpu" else 1,
         on_device=worker.memory is not None,
         fp8=fp8,
     )

@@ -56,9 +56,9 @@ def arrays_of(
     """All suites' requests by a model's tokenizer, as `methods_score.Suites` reads them. limits:
     first documents of each of a suite's tasks."""
     collected = Collected()
-    with quiet():
-        for number, suite in enumerate(suites.values()):
-            _collect(collected, number, suite, _listener(model, tokenizer), limits.get(suite.name))
+    quiet()
+    for number, suite in enumerate(suites.values()):
+        _collect(collected, number, suite, _listener(model, tokenizer), limits.get(suite.name))
     return {"names": np.array(list(suites)), **collected.arrays()}
 
 

@@ -39,11 +39,11 @@ def test_another_model(champion):
 
 def test_a_release_says_so_before_any_work(champion, dpq, tmp_path):
     registry, name, version = champion
-    settings = [f"registry.name={name}", f"execution.store={tmp_path}"]
+    settings = [f"registry.name={name}", f"execution.store={tmp_path / 'store'}"]
     result = dpq("release", *(word for each in settings for word in ("--set", each)))
     assert result.exit_code == 1
     assert "was made of org/theirs" in result.stderr.splitlines()[-1]
-    assert not (tmp_path / "statistics").exists()
+    assert not (tmp_path / "store" / "statistics").exists()
     assert (registry.champion(name), len(list(registry.versions(name)))) == (version, 1)
 
 

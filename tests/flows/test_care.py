@@ -116,7 +116,7 @@ def test_a_rollback_takes_the_place_of_a_promotion(dpq, filled, services_home, m
     monkeypatch.setenv("PREFECT_API_URL", "http://127.0.0.1:9/api")
     code, _, errors = dpq("rollback", name, "--store", filled.root)
     assert code == 1
-    assert "does not say whether a promotion is under way, and nothing was changed" in errors
+    assert "PREFECT_API_URL is http://127.0.0.1:9/api, and nothing answers there" in errors
 
 
 def test_rollback(dpq, filled, services_home):

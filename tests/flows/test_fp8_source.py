@@ -47,7 +47,9 @@ def in_fp8(quickstart_model, tmp_path_factory):
 
 
 def test_release(content, services_home, in_fp8):
-    recipe = parse_recipe({**content, "model": {"id": str(in_fp8)}})
+    recipe = parse_recipe(
+        {**content, "model": {"id": str(in_fp8)}, "registry": {"name": "fp8-source"}}
+    )
     result = run_flow(release, recipe)
     assert result.verdict.verdict == "promoted"
     about = result.manifest["base_model"]

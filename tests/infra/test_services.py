@@ -113,7 +113,7 @@ def doubled() -> int:
 FLOW = """
 import sys
 from pathlib import Path
-sys.path += [sys.argv[1], f"{sys.argv[1]}/tests/infra"]
+sys.path += [sys.argv[1], f"{sys.argv[1]}/tests", f"{sys.argv[1]}/tests/infra"]
 from test_services import doubled, services
 with services(Path(sys.argv[2])):
     print(doubled())
@@ -226,8 +226,8 @@ def test_a_dead_server_is_replaced_on_its_port_and_files_of_dead_users_do_not_ke
         assert eventually(lambda: not psutil.pid_exists(dead))
         user = tmp_path / "web" / "users" / f"{os.getpid()}-2"
         code = (
-            "import sys, pathlib; sys.path.insert(0, sys.argv[1]); "
-            "sys.path.insert(0, str(pathlib.Path(sys.argv[1], 'tests', 'infra'))); "
+            "import sys, pathlib; "
+            "sys.path[:0] = [sys.argv[1] + each for each in ('', '/tests', '/tests/infra')]; "
             "from test_services import web, shared_server\n"
             "with shared_server(web(), pathlib.Path(sys.argv[2])) as url: print(url)"
         )
