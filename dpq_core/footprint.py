@@ -21,6 +21,7 @@ from dpq_core.plan import Plan, PlannedLayer
 from dpq_core.recipe import CalibrationSection
 
 _FLOAT32, _BFLOAT16, _INT64 = 4, 2, 8
+PROCESS = 150 << 20  # compiled kernels, and what libraries keep from their first use on
 
 
 @dataclass(frozen=True)
@@ -45,13 +46,13 @@ class Footprint:
 
     @property
     def worker(self) -> int:
-        """Most of any task that a worker gets."""
-        return max(self.layer, self.share, self.block)
+        """Of a worker process: the most of any task that it gets."""
+        return PROCESS + max(self.layer, self.share, self.block)
 
     def together(self, workers: int) -> int:
-        """Most of so many workers: one at a time calibrates alone, or adds up."""
+        """Of so many workers in one process: one at a time calibrates alone, or adds up."""
         usual = max(self.layer, self.share)
-        return max(self.block, usual) + (workers - 1) * usual
+        return PROCESS + max(self.block, usual) + (workers - 1) * usual
 
 
 def footprint(

@@ -2,7 +2,7 @@ from dataclasses import replace
 
 import pytest
 
-from dpq_core.footprint import footprint, layer_bytes
+from dpq_core.footprint import PROCESS, footprint, layer_bytes
 from dpq_core.plan import plan_layers
 from dpq_core.recipe import CalibrationSection
 from dpq_core.scheme import Scheme
@@ -41,7 +41,7 @@ def test_tasks_that_share_calibration_take_what_one_took(plan):
     sums = {1: 5, 2: 3, 3: 2, 8: 1}  # of 8, 4, 2 (and 1), and 1 leaves; alone also those written
     for n, each in shared.items():
         assert alone.block - each.share == (sums[1] - sums[n]) * largest_statistics(plan)
-        assert each.worker == max(each.layer, each.share, each.block)
+        assert each.worker == PROCESS + max(each.layer, each.share, each.block)
         assert each.shards == n
         assert each.together(3) == each.worker + 2 * max(each.layer, each.share)
         assert (each.layer, each.disk) == (alone.layer, alone.disk)
