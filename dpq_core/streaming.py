@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers import AutoConfig
 
 from dpq_core.model.blocks import BlockStream
-from dpq_core.model.empty import empty_of
+from dpq_core.model.empty import empty_of, sixteen_bits
 from dpq_core.reader import (
     CheckpointError,
     CheckpointReader,
@@ -62,9 +62,7 @@ def empty_model(folder: Path, trust_remote_code: bool = False) -> Any:
 
 def sixteen_bit_type(config: Any, folder: Path) -> torch.dtype:
     """The type that a checkpoint's model runs in."""
-    half = (torch.bfloat16, torch.float16)
-    found: torch.dtype = config.dtype if config.dtype in half else stored_type(folder)
-    return found
+    return sixteen_bits(config, stored_type(folder))
 
 
 def as_run(weight: Tensor, dtype: torch.dtype) -> Tensor:

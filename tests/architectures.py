@@ -76,6 +76,19 @@ class Architecture:
     why: str = ""
 
 
+def _opt(name: str, why: str, **changes: Any) -> Architecture:
+    sizes = {"hidden_size": 64, "ffn_dim": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = OPTConfig(
+        vocab_size=VOCABULARY,
+        max_position_embeddings=512,
+        init_std=0.15,
+        pad_token_id=1,
+        **sizes,
+        **changes,
+    )
+    return Architecture(name, config, ((QKV, ("self_attn.out_proj",), ("fc1",), ("fc2",)),), why)
+
+
 ARCHITECTURES = [
     Architecture("Llama 2", LlamaConfig(**BASE), (LLAMA,)),
     Architecture(
@@ -248,52 +261,12 @@ ARCHITECTURES = [
         ),
         "parallel residual",
     ),
-    Architecture(
-        "OPT",
-        OPTConfig(
-            vocab_size=VOCABULARY,
-            hidden_size=64,
-            ffn_dim=96,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            word_embed_proj_dim=64,
-            max_position_embeddings=512,
-            init_std=0.15,
-            pad_token_id=1,
-        ),
-        (
-            (
-                ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-                ("self_attn.out_proj",),
-                ("fc1",),
-                ("fc2",),
-            ),
-        ),
-        "learned positions",
-    ),
-    Architecture(
+    _opt("OPT", "learned positions", word_embed_proj_dim=64),
+    _opt(
         "OPT 350M",
-        OPTConfig(
-            vocab_size=VOCABULARY,
-            hidden_size=64,
-            ffn_dim=96,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            word_embed_proj_dim=48,
-            do_layer_norm_before=False,
-            max_position_embeddings=512,
-            init_std=0.15,
-            pad_token_id=1,
-        ),
-        (
-            (
-                ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-                ("self_attn.out_proj",),
-                ("fc1",),
-                ("fc2",),
-            ),
-        ),
         "projections before and after the blocks",
+        word_embed_proj_dim=48,
+        do_layer_norm_before=False,
     ),
     Architecture(
         "BLOOM",

@@ -32,14 +32,20 @@ def empty_of(
     Raises:
         ValueError: transformers has no language model for it.
     """
-    half = (torch.bfloat16, torch.float16)
-    dtype = config.dtype if config.dtype in half else wider
+    dtype = sixteen_bits(config, wider)
     of_text = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING or "auto_map" in vars(config)
     auto = AutoModelForCausalLM if of_text else AutoModelForImageTextToText
     with building, init_empty_weights(include_buffers=False):
         model = auto.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
         separate_experts(model, family_of(config.model_type).experts)
     return _finished(model)
+
+
+def sixteen_bits(config: Any, wider: torch.dtype) -> torch.dtype:
+    """The type that a model of this configuration runs in: its own, or `wider` where that has more
+    bits, or none is said."""
+    found: torch.dtype = config.dtype
+    return found if found in (torch.bfloat16, torch.float16) else wider
 
 
 def empty_like(model: Any, config: Any, separate: bool = True) -> Any:

@@ -22,7 +22,6 @@ the time. `--quick` has few tokens and three rows.
 """
 
 import argparse
-import gzip
 import json
 import os
 import subprocess
@@ -47,6 +46,7 @@ from methods_score import (
     score_windows,
 )
 from methods_transforms import transform
+from token_streams import streams_of
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -100,19 +100,7 @@ def prepare(arguments: argparse.Namespace) -> None:
     folder, prepared, data = arguments.model, arguments.prepared, arguments.data
     prepared.mkdir(parents=True, exist_ok=True)
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    narrow = np.uint16 if len(tokenizer) <= 1 << 16 else np.int32
-    streams = {}
-    for name, (file, column, between) in TEXTS.items():
-        with gzip.open(data / file, "rt", encoding="utf-8") as lines:
-            texts = [json.loads(line)[column] for line in lines]
-        if between is not None:
-            ids = tokenizer(between.join(texts), verbose=False, add_special_tokens=False).input_ids
-        else:
-            ids = []
-            for each in tokenizer(texts, verbose=False, add_special_tokens=False).input_ids:
-                ids += [*each, tokenizer.eos_token_id]
-        streams[name] = np.array(ids, narrow)
-        print(f"{name}: {len(ids):,} tokens", flush=True)
+    streams = streams_of(TEXTS, tokenizer, data)
     np.savez_compressed(prepared / "tokens.npz", **streams)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
     with loaded_suites(SUITES, SuiteSources(mirror=data)) as suites:

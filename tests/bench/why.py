@@ -20,7 +20,6 @@ value: `--first` and `--skip` cut the list.
 """
 
 import argparse
-import gzip
 import json
 import os
 import sys
@@ -32,6 +31,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import numpy as np
 import torch
+from token_streams import streams_of
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from why_model import (
@@ -170,19 +170,7 @@ def main() -> None:
 def prepare(model: Path, target: Path, data: Path) -> None:
     """Streams of tokens as uint16 or int32, whichever is smaller."""
     tokenizer = AutoTokenizer.from_pretrained(model)
-    narrow = np.uint16 if len(tokenizer) <= 1 << 16 else np.int32
-    streams = {}
-    for name, (file, column, between) in TEXTS.items():
-        with gzip.open(data / file, "rt", encoding="utf-8") as lines:
-            texts = [json.loads(line)[column] for line in lines]
-        if between is not None:
-            ids = tokenizer(between.join(texts), verbose=False, add_special_tokens=False).input_ids
-        else:
-            ids = []
-            for each in tokenizer(texts, verbose=False, add_special_tokens=False).input_ids:
-                ids += [*each, tokenizer.eos_token_id]
-        streams[name] = np.array(ids, narrow)
-        print(f"{name}: {len(ids):,} tokens")
+    streams = streams_of(TEXTS, tokenizer, data)
     streams["bos"] = np.array(tokenizer.bos_token_id)
     np.savez_compressed(target, **streams)
 
