@@ -42,9 +42,7 @@ def check_prefect(url: str) -> None:
             client = get_client(httpx_settings={"timeout": _TIMEOUT}, sync_client=True)
             health = _patiently(lambda: client.request("GET", "/health"))
             if health.text.strip() == "true":
-                client.request(
-                    "GET", "/admin/version"
-                )  # asks for a password, which health does not
+                client.request("GET", "/admin/version")  # wants the password; health does not
                 return
     except PrefectHTTPStatusError as error:
         status = error.response.status_code

@@ -12,13 +12,17 @@ def home() -> Path:
 def recipe_roots() -> list[Path]:
     """Folders from which a deployment takes recipes besides the shipped ones: `DPQ_RECIPE_ROOTS`,
     separated as in `PATH`; none by default."""
-    return [Path(each) for each in os.environ.get("DPQ_RECIPE_ROOTS", "").split(os.pathsep) if each]
+    return _folders("DPQ_RECIPE_ROOTS")
 
 
 def setting_roots() -> list[Path]:
     """Folders in which a deployment's settings may name models and data, besides those of recipes:
     `DPQ_SETTING_ROOTS`, separated as in `PATH`; none by default."""
-    return [Path(p) for p in os.environ.get("DPQ_SETTING_ROOTS", "").split(os.pathsep) if p]
+    return _folders("DPQ_SETTING_ROOTS")
+
+
+def _folders(variable: str) -> list[Path]:
+    return [Path(each) for each in os.environ.get(variable, "").split(os.pathsep) if each]
 
 
 def setting_addresses() -> list[str]:

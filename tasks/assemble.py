@@ -33,7 +33,7 @@ _PROBE_LENGTH = 64
 
 def provenance(recipe: Recipe, model: Model, windows: ArtifactRef) -> dict[str, Any]:
     """What a checkpoint's manifest says of where it comes from. stored_as: of FP8, its method."""
-    quantization = quantization_of(model.folder)
+    quantization, store = quantization_of(model.folder), Store(recipe.execution.store)
     stored_as = {"stored_as": described(quantization)} if quantization else {}
     return {
         "base_model": stored_as
@@ -47,9 +47,9 @@ def provenance(recipe: Recipe, model: Model, windows: ArtifactRef) -> dict[str, 
         "calibration": recipe.calibration.model_dump(mode="json", exclude={"dataset"})
         | {
             "windows": windows.sha256,
-            "tokens": count_tokens(windows, Store(recipe.execution.store)),
+            "tokens": count_tokens(windows, store),
             "tokens_asked": recipe.calibration.samples * recipe.calibration.sequence_length,
-            "opening": opening_of(windows, Store(recipe.execution.store)),
+            "opening": opening_of(windows, store),
         },
     }
 
