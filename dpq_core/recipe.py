@@ -196,7 +196,7 @@ class RepairSection(_Section):
     max_bits_per_weight: float = Field(8.0, gt=4, le=16, description="budget of the linear layers")
     candidates: list[str] = Field(
         default_factory=lambda: ["w4a8-g32", "w8a8", "bf16"],
-        description="choices besides the recipe's own scheme, see dpq_core/choices.py",
+        description="choices besides the recipe's own scheme",
     )
     samples: int = Field(16, ge=1, description="calibration windows to measure sensitivity on")
     together: bool = Field(
@@ -296,7 +296,7 @@ class Recipe(_Section):
     scheme: Scheme = Scheme()
     layers: dict[str, str] = Field(
         default_factory=dict,
-        description="a choice (w8a8, bf16, …: dpq_core/choices.py) for single layers, by full name",
+        description="a choice (w8a8, bf16, …) for single layers, by full name",
     )
     calibration: CalibrationSection
     evaluation: EvaluationSection = EvaluationSection()

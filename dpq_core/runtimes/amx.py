@@ -183,7 +183,8 @@ def _widened(b: Builder, weights: Any, is_float: bool) -> Any:
         halves = []
         for half in range(2):
             numbers = b.sext(load(b, weights, 32 * part + 16 * half, _BYTES), _INTEGERS)
-            if is_float:  # as dpq_core.formats decodes: moved to FP32's places, biases made up for
+            if is_float:
+                # As `formats` decodes: moved to FP32's places, biases made up for.
                 places = b.shl(numbers, fill(_INTEGERS, 20))
                 places = b.and_(places, fill(_INTEGERS, -(1 << 31) | 0x7F << 20))
                 reals = b.fmul(b.bitcast(places, _REALS), fill(_REALS, 2.0**120))

@@ -226,7 +226,8 @@ def _widened(b: Builder, weights: Any, is_float: bool) -> Iterator[Any]:
     """128 E4M3 or INT8 numbers as 16 registers of FP32."""
     for first in range(0, UNIT, LANES):
         numbers = b.sext(load(b, weights, first, _EIGHT), _INTEGERS)
-        if is_float:  # as dpq_core.formats decodes: moved to FP32's places, biases made up for
+        if is_float:
+            # As `formats` decodes: moved to FP32's places, biases made up for.
             places = b.shl(numbers, fill(_INTEGERS, 20))
             places = b.and_(places, fill(_INTEGERS, -(1 << 31) | 0x7F << 20))
             yield b.fmul(b.bitcast(places, _REALS), fill(_REALS, 2.0**120))
