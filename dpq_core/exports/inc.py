@@ -154,7 +154,7 @@ INC = Format(
     shapes=partial(_shapes, ("scale_bf16_to_fp8",)),
     bits=_bits,
     load=partial(_load, "scale_bf16_to_fp8"),
-    reader="dpq_core.exports.inc, from the format's description (Gaudi itself was not there)",
+    reader="our own, from the format's description (Gaudi itself was not there)",
     arithmetic=_EXACT,
 )
 
@@ -165,6 +165,6 @@ FP8_TO_INT = Format(
     shapes=partial(_shapes, ("w_bf16_to_fp8_scale", "act_scales")),
     bits=_bits,
     load=partial(_load, "w_bf16_to_fp8_scale"),
-    reader="dpq_core.exports.inc, from the format's description (Gaudi itself was not there)",
+    reader="our own, from the format's description (Gaudi itself was not there)",
     arithmetic=_EXACT,
 )
