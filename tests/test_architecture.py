@@ -6,7 +6,10 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-MODULES = [f"dpq_core.{path.stem}" for path in sorted((ROOT / "dpq_core").glob("[!_]*.py"))]
+MODULES = [
+    ".".join(path.relative_to(ROOT).with_suffix("").parts)
+    for path in sorted((ROOT / "dpq_core").rglob("[!_]*.py"))
+]
 
 QUANTIZE_A_LAYER = """
 import importlib, sys

@@ -78,7 +78,9 @@ def test_code_digest_follows_the_imports(package, module, changes):
 
 
 def test_code_digest_in_many_threads_at_once():
-    modules = [f"dpq_core.{path.stem}" for path in Path(dpq_core.__file__).parent.glob("*.py")]
+    top = Path(dpq_core.__file__).parents[1]
+    paths = Path(dpq_core.__file__).parent.rglob("[!_]*.py")
+    modules = [".".join(path.relative_to(top).with_suffix("").parts) for path in paths]
     _code_digest.cache_clear()
     with ThreadPoolExecutor(8) as pool:
         together = list(pool.map(code_digest, modules * 4))
