@@ -305,7 +305,7 @@ class Recipe(_Section):
     repair: RepairSection = RepairSection()
     export: list[ExportName] = Field(
         default_factory=list,
-        description="formats to write and verify before a promotion, see dpq_core/exports",
+        description="formats to write and verify before a promotion",
     )
     registry: RegistrySection = RegistrySection()
     execution: ExecutionSection = ExecutionSection()

@@ -32,7 +32,11 @@ MODELS = {  # hidden, intermediate, heads, key-value heads, blocks
     "1.1b": (2048, 5632, 32, 4, 22),
 }
 WITHIN = 0.15  # of the prediction
-_IDLE = "import flows.quantize, flows.release, time; print('ready', flush=True); time.sleep(600)"
+_IDLE = """
+import flows.quantize, flows.release, time
+print('ready', flush=True)
+time.sleep(600)
+"""
 
 
 def make_model(folder: Path, name: str, blocks: int | None) -> int:
