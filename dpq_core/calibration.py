@@ -19,16 +19,16 @@ from functools import cache
 import torch
 from torch import Tensor, nn
 
-from dpq_core import cpu
-from dpq_core.formats import NumberFormat, quantize
+from dpq_core.arithmetic.formats import NumberFormat, quantize
 from dpq_core.hessian import MAGNITUDES, InputStatistics, count_magnitudes, equal_norms, raise_first
 from dpq_core.inputs import Batch
+from dpq_core.kernels import cpu
 from dpq_core.leaves import Node, leaves_of, summed
 from dpq_core.linear import token_scale
 from dpq_core.model.finite import not_finite
 from dpq_core.quantize import static_scale_of
 from dpq_core.recipe import CalibrationSection
-from dpq_core.scheme import Scheme
+from dpq_core.recipe.scheme import Scheme
 from dpq_core.streaming import StreamedModel
 
 # Of an input's first linear, by full name.

@@ -13,7 +13,7 @@ from typing import Any
 from dpq_core.data import DataError
 from dpq_core.plan import PlannedLayer
 from dpq_core.recipe import CalibrationSection
-from dpq_core.scheme import Scheme
+from dpq_core.recipe.scheme import Scheme
 
 
 @dataclass(frozen=True)

@@ -38,7 +38,7 @@ from dpq_core.reader import (
     read_json,
     side_files,
 )
-from dpq_core.scheme import Scheme
+from dpq_core.recipe.scheme import Scheme
 from dpq_core.shards import ShardWriter, check_files, digests_of
 from dpq_core.streaming import empty_model
 

@@ -8,7 +8,8 @@ triangular, quantizing column j of the working weight changes the columns still 
 which is the change that keeps the layer objective lowest. Columns are handled in blocks: inside a
 block one by one, then all columns after it by one product. Everything is transposed here (a column
 of the weight is a contiguous row), which is what makes the inner steps cheap. `choose_block` states
-a block's steps in plain torch; `dpq_core.cpu` and `dpq_core.cuda` have them as kernels.
+a block's steps in plain torch; `dpq_core.kernels.cpu` and `dpq_core.kernels.cuda` have them as
+kernels.
 
 DPQ differs from GPTQ in one thing: ŵ contains the rounding to the 8-bit inner format, so that this
 error is compensated as well.
@@ -17,8 +18,8 @@ error is compensated as well.
 import torch
 from torch import Tensor
 
-from dpq_core.affine import ColumnGrid
-from dpq_core.dispatch import kernels_for
+from dpq_core.arithmetic.affine import ColumnGrid
+from dpq_core.kernels.dispatch import kernels_for
 
 _INVERSE_BLOCK = 256
 _DAMPING_ATTEMPTS = 4  # the recipe's damping, then three times tenfold

@@ -13,9 +13,9 @@ column loop. Codes stay in 0…15.
 import torch
 from torch import Tensor
 
-from dpq_core import cpu
-from dpq_core.affine import CODES, Affine, ColumnGrid
-from dpq_core.dispatch import kernels_for
+from dpq_core.arithmetic.affine import CODES, Affine, ColumnGrid
+from dpq_core.kernels import cpu
+from dpq_core.kernels.dispatch import kernels_for
 
 # A step must gain this share of δ² H_jj: keeps float noise from moving codes between ties.
 _LEAST_GAIN = 1e-3

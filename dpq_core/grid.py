@@ -26,10 +26,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from dpq_core.affine import CODES, Affine, ColumnGrid
-from dpq_core.dispatch import kernels_for
-from dpq_core.formats import FORMATS, NumberFormat, round_to
-from dpq_core.scheme import Scheme
+from dpq_core.arithmetic.affine import CODES, Affine, ColumnGrid
+from dpq_core.arithmetic.formats import FORMATS, NumberFormat, round_to
+from dpq_core.kernels.dispatch import kernels_for
+from dpq_core.recipe.scheme import Scheme
 
 RANGE_MARGIN = 14 / 15
 SYMMETRIC_ZERO_POINT = 8

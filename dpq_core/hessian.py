@@ -14,8 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dpq_core import cpu
-from dpq_core.formats import NumberFormat, round_to
+from dpq_core.arithmetic.formats import NumberFormat, round_to
+from dpq_core.kernels import cpu
 
 MAGNITUDES = 1 << 15  # bit patterns of a non-negative bf16
 
@@ -40,7 +40,7 @@ class InputStatistics:
         """Count inputs `x` [..., in], any float type, in units of `scale` (a scalar), into the sum.
 
         BF16 and 8-bit values have products that FP32 holds exactly: how they are multiplied
-        (`dpq_core.products`) decides on the order of the sums, which are FP32 in any case.
+        (`dpq_core.kernels.products`) decides on the order of the sums, which are FP32 in any case.
         """
         rows = x.reshape(-1, x.shape[-1])
         factor = 2.0 if scale is None else 2 * float(scale) ** 2
@@ -148,7 +148,7 @@ def count_magnitudes(x: Tensor) -> Tensor:
         cpu.count_magnitudes(x, counts)
         return counts
     if x.is_cuda:
-        from dpq_core import cuda  # Triton, which comes with a CUDA torch
+        from dpq_core.kernels import cuda  # Triton, which comes with a CUDA torch
 
         return cuda.count_magnitudes(x.to(torch.bfloat16), MAGNITUDES)
     bits = x.to(torch.bfloat16).view(torch.int16).flatten().int() & (MAGNITUDES - 1)

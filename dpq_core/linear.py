@@ -7,8 +7,8 @@ has exactly the arithmetic of the 8-bit units, on any device. This module is the
 fast runtimes are held against.
 
 `W4A8Linear` states the formula in plain torch, and that is what runs on accelerators and in FP32
-models. BF16 models on a CPU take one pass over their tokens instead, `dpq_core.forward_rows`, whose
-only difference is the order of the sums.
+models. BF16 models on a CPU take one pass over their tokens instead,
+`dpq_core.kernels.forward_rows`, whose only difference is the order of the sums.
 """
 
 import math
@@ -17,12 +17,17 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from dpq_core import forward_rows, sixteen_bit
-from dpq_core.formats import round_to
+from dpq_core.arithmetic.formats import round_to
+from dpq_core.arithmetic.packing import (
+    pack_codes,
+    pack_zero_points,
+    unpack_codes,
+    unpack_zero_points,
+)
 from dpq_core.grid import SYMMETRIC_ZERO_POINT, Grid
-from dpq_core.packing import pack_codes, pack_zero_points, unpack_codes, unpack_zero_points
+from dpq_core.kernels import forward_rows, sixteen_bit
 from dpq_core.quantize import LayerReport, QuantizedLinear, QuantizedWeight, RoundedWeight
-from dpq_core.scheme import Scheme
+from dpq_core.recipe.scheme import Scheme
 
 _STORED_REPORT = LayerReport(error=float("nan"), damp_frac=float("nan"), codes_moved=0)
 

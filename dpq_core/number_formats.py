@@ -1,5 +1,5 @@
 """Number formats, one row each. Without torch: recipes name them, and are read by commands that
-compute nothing. Rounding to them is in `dpq_core.formats`."""
+compute nothing. Rounding to them is in `dpq_core.arithmetic.formats`."""
 
 from dataclasses import dataclass
 

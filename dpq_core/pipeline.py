@@ -25,7 +25,7 @@ from dpq_core.model.source import check_source
 from dpq_core.plan import PlannedLayer, plan_layers, readers_of_one_input
 from dpq_core.quantize import QuantizedLinear, quantize_or_keep
 from dpq_core.recipe import CalibrationSection
-from dpq_core.scheme import Scheme
+from dpq_core.recipe.scheme import Scheme
 from dpq_core.shared_input import SharedInput
 from dpq_core.streaming import StreamedModel, as_run, empty_model
 

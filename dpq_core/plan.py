@@ -6,9 +6,9 @@ from itertools import groupby
 
 from torch import nn
 
-from dpq_core.choices import chosen_scheme
 from dpq_core.reader import CheckpointError
-from dpq_core.scheme import Scheme
+from dpq_core.recipe.layer_choices import chosen_scheme
+from dpq_core.recipe.scheme import Scheme
 from dpq_core.streaming import StreamedModel
 
 
@@ -74,7 +74,7 @@ def plan_layers(
 
     Args:
         scheme: of all layers but those that `choices` names.
-        choices: layer's full name → its choice (`dpq_core.choices`).
+        choices: layer's full name → its choice (`dpq_core.recipe.layer_choices`).
 
     Raises:
         CheckpointError: no layer is left to quantize, a choice for a layer that is not there, or a

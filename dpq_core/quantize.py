@@ -13,14 +13,14 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from dpq_core.affine import ColumnGrid
-from dpq_core.choices import chosen_scheme
+from dpq_core.arithmetic.affine import ColumnGrid
+from dpq_core.arithmetic.formats import round_to
 from dpq_core.column_loop import quantize_columns
-from dpq_core.formats import round_to
 from dpq_core.gradient_rounding import refine_codes, residual
 from dpq_core.grid import Grid, choose_channel_scale, choose_grid, power_of_two_above
 from dpq_core.hessian import InputStatistics, static_input_scale
-from dpq_core.scheme import METHODS, OrderName, Scheme
+from dpq_core.recipe.layer_choices import chosen_scheme
+from dpq_core.recipe.scheme import METHODS, OrderName, Scheme
 from dpq_core.shared_input import SharedInput
 
 

@@ -21,7 +21,6 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from dpq_core.checkpoint import QuantizedCheckpoint, load_quantized
-from dpq_core.choices import CHOICES
 from dpq_core.decoding import context_bytes
 from dpq_core.errors import InputError
 from dpq_core.grid import choose_grid
@@ -32,9 +31,10 @@ from dpq_core.plan import plan_layers
 from dpq_core.quantize import LayerReport, QuantizedLinear, QuantizedWeight, round_weight
 from dpq_core.reader import CheckpointReader
 from dpq_core.recipe import Recipe
+from dpq_core.recipe.layer_choices import CHOICES
+from dpq_core.recipe.scheme import Scheme
 from dpq_core.roofline import Load
 from dpq_core.runtimes import MakeLinear
-from dpq_core.scheme import Scheme
 from dpq_core.streaming import StreamedModel, empty_model
 
 _NEAREST = {"method": "rtn", "order": "none", "rounding": "nearest", "scale_search": "minmax"}

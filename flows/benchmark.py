@@ -9,7 +9,7 @@ from prefect import flow
 from prefect.artifacts import create_table_artifact
 from prefect.logging import get_run_logger
 
-from dpq_core.device import share_machine
+from dpq_core.machine.device import share_machine
 from dpq_core.recipe import DeviceKind, Recipe, RecipeError
 from dpq_core.throughput import Times, check_context
 from dpq_core.variants import Checkpoint, Shape, Source

@@ -11,9 +11,9 @@ from prefect.artifacts import create_markdown_artifact, create_table_artifact
 
 from dpq_core.convnet.gates import accuracy_change, judge_classifier
 from dpq_core.convnet.recipe import ActivationScheme, ConvRecipe, ConvScheme, WeightScheme
-from dpq_core.device import share_machine
 from dpq_core.gates import Verdict
 from dpq_core.halves import ALL, CHOOSING, JUDGING
+from dpq_core.machine.device import share_machine
 from flows.attended import attended
 from infra.registry import Registry
 from infra.settings import home

@@ -20,8 +20,8 @@ import psutil
 from distributed.diagnostics.plugin import WorkerPlugin
 from prefect_dask import DaskTaskRunner
 
-from dpq_core.device import share_machine
 from dpq_core.errors import InputError
+from dpq_core.machine.device import share_machine
 from dpq_core.recipe import ExecutionSection
 from infra.tls import share_tls_context
 from tasks.support.work import Work

@@ -6,8 +6,8 @@ from typing import Any
 from prefect import flow
 from prefect.artifacts import create_table_artifact
 
-from dpq_core.device import share_machine
 from dpq_core.gates import Metric, compare, judge
+from dpq_core.machine.device import share_machine
 from dpq_core.pairing import CONFIDENCE, Evaluation, Failure
 from dpq_core.recipe import Recipe, RecipeError
 from dpq_core.streaming import load_config

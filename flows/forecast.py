@@ -23,8 +23,8 @@ from pathlib import Path
 import torch
 
 from dpq_core import corpus
-from dpq_core.device import resolve_device
 from dpq_core.errors import InputError
+from dpq_core.machine.device import resolve_device
 from dpq_core.paths import is_file
 from dpq_core.recipe import Recipe, TextDataset
 from dpq_core.roofline import synchronize

@@ -14,12 +14,12 @@ from dpq_core.allocation import (
     predicted_increase,
     total,
 )
-from dpq_core.choices import chosen_scheme
 from dpq_core.gates import Metric
 from dpq_core.linear import stored_bytes
 from dpq_core.plan import PlannedLayer
 from dpq_core.proxy import OutputMoments
 from dpq_core.recipe import Recipe
+from dpq_core.recipe.layer_choices import chosen_scheme
 from dpq_core.scores import PERPLEXITY
 from flows.attempt import Attempt
 from flows.quantize import Candidate

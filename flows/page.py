@@ -21,7 +21,7 @@ from dpq_core.data import label_of
 from dpq_core.exports.card import shown_scheme
 from dpq_core.gates import THROUGHPUT_RATIO, Verdict
 from dpq_core.recipe import Recipe
-from dpq_core.scheme import Scheme
+from dpq_core.recipe.scheme import Scheme
 from dpq_core.scores import PERPLEXITIES
 from dpq_core.throughput import Times
 from flows.html import rendered

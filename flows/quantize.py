@@ -11,8 +11,8 @@ from prefect.futures import PrefectFuture
 from prefect.logging import get_run_logger
 
 from dpq_core.checkpoint import MANIFEST
-from dpq_core.device import share_machine
 from dpq_core.leaves import shares
+from dpq_core.machine.device import share_machine
 from dpq_core.recipe import Recipe
 from flows.attended import attended
 from infra.memory import watched

@@ -13,7 +13,7 @@ from urllib.parse import unquote, urlparse
 import typer
 
 from dpq_core.recipe import ExecutionSection
-from dpq_core.registered_names import checked_name
+from dpq_core.recipe.registered_names import checked_name
 from flows.errors import errors, print_json
 from infra.settings import home
 

@@ -16,8 +16,8 @@ from typing import Any, Self, TypeVar
 
 from prefect.task_runners import ProcessPoolTaskRunner, TaskRunner, ThreadPoolTaskRunner
 
-from dpq_core.device import settle_thread, share_machine
 from dpq_core.errors import check_extra
+from dpq_core.machine.device import settle_thread, share_machine
 from dpq_core.recipe import ExecutionSection
 from infra.tls import share_tls_context
 from tasks.worker import OwnDevices, become_worker, of_a_worker

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any
 
-from dpq_core.device import whole_machine
+from dpq_core.machine.device import whole_machine
 
 Progress = Callable[[int, int], None]
 

@@ -7,7 +7,7 @@ from dataclasses import asdict, replace
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
-from dpq_core.device import DeviceError, resolve_device
+from dpq_core.machine.device import DeviceError, resolve_device
 from dpq_core.pairing import Failure
 from dpq_core.recipe import BenchmarkSection, Recipe
 from dpq_core.throughput import CANDIDATE, RATIO_BATCH, Times, measure

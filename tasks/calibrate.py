@@ -32,10 +32,10 @@ from dpq_core.calibration import (
     block_passes,
     completed,
 )
-from dpq_core.device import freed_memory_kept
 from dpq_core.digests import digest
 from dpq_core.hessian import InputStatistics
 from dpq_core.leaves import Node, summed
+from dpq_core.machine.device import freed_memory_kept
 from dpq_core.recipe import Recipe
 from infra.store import ArtifactRef, Store, StoreError
 from tasks.hidden import HiddenStates

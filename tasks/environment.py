@@ -8,9 +8,10 @@ from pathlib import Path
 import psutil
 import torch
 
-from dpq_core import pairing, products, proxy
-from dpq_core.device import resolve_device
+from dpq_core import pairing, proxy
 from dpq_core.digests import code_digest
+from dpq_core.kernels import products
+from dpq_core.machine.device import resolve_device
 from dpq_core.recipe import Recipe
 from dpq_core.suites import definitions
 

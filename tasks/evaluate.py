@@ -19,10 +19,10 @@ from prefect.tasks import Task
 from dpq_core import mirror
 from dpq_core.checkpoint import by_its_library, load_model
 from dpq_core.data import opening_token
-from dpq_core.device import halving_batches, whole_machine
 from dpq_core.digests import digest
 from dpq_core.errors import InputError
 from dpq_core.harness import Progress, evaluate_suite
+from dpq_core.machine.device import halving_batches, whole_machine
 from dpq_core.pairing import Evaluation, Failure
 from dpq_core.perplexity import perplexity_token
 from dpq_core.recipe import EvaluationSection, Recipe

@@ -9,15 +9,15 @@ from prefect.cache_policies import NO_CACHE
 from prefect.logging import get_run_logger
 
 from dpq_core.calibration_tokens import CalibrationTokens
-from dpq_core.choices import chosen_scheme
-from dpq_core.device import DeviceError, resolve_device
 from dpq_core.exports import check_exportable, planned_targets
 from dpq_core.exports.format import ExportError
 from dpq_core.footprint import Footprint, footprint
 from dpq_core.leaves import WINDOWS
 from dpq_core.linear import stored_bytes
+from dpq_core.machine.device import DeviceError, resolve_device
 from dpq_core.plan import Plan, kept_lines, plan_layers
 from dpq_core.recipe import Recipe, RecipeError
+from dpq_core.recipe.layer_choices import chosen_scheme
 from dpq_core.throughput import check_context
 from dpq_core.variants import Checkpoint
 from infra.store import ArtifactRef, Store

@@ -21,8 +21,8 @@ from prefect import task
 from prefect.cache_policies import NO_CACHE
 from prefect.task_runners import ThreadPoolTaskRunner
 
-from dpq_core.device import DeviceError, device_named
-from dpq_core.device_kinds import devices_of_kind, index_of, kind_of
+from dpq_core.machine.device import DeviceError, device_named
+from dpq_core.machine.device_kinds import devices_of_kind, index_of, kind_of
 from dpq_core.recipe import ExecutionSection, Recipe
 from infra.claims import Claim, claims
 

@@ -23,7 +23,7 @@ assert not [name for name in sys.modules if name.startswith(tuple(f"{b}." for b 
 import torch
 from dpq_core.hessian import InputStatistics
 from dpq_core.quantize import quantize_layer
-from dpq_core.scheme import Scheme
+from dpq_core.recipe.scheme import Scheme
 
 x = torch.randn(64, 32)
 statistics = InputStatistics.empty(32)

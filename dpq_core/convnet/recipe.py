@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 from dpq_core.digests import digest
 from dpq_core.recipe import ExecutionSection, read_recipe, validated
-from dpq_core.registered_names import ExperimentName, RegisteredName, default_name
+from dpq_core.recipe.registered_names import ExperimentName, RegisteredName, default_name
 
 Bits = Literal[4, 8, 16]
 

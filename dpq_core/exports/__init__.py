@@ -33,7 +33,7 @@ from dpq_core.linear import expected_shapes
 from dpq_core.plan import Plan
 from dpq_core.reader import CheckpointError, read_config, read_json
 from dpq_core.recipe import ExportName
-from dpq_core.scheme import Scheme
+from dpq_core.recipe.scheme import Scheme
 from dpq_core.shards import ShardWriter, StoredTensor, check_files, digests_of
 
 EXPORTS: dict[ExportName, Format] = {

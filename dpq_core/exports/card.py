@@ -13,7 +13,7 @@ from dpq_core.checkpoint import MANIFEST, QuantizedCheckpoint
 from dpq_core.digests import file_digest
 from dpq_core.exports.compressed_tensors import vllm_obstacle
 from dpq_core.exports.format import targets_of
-from dpq_core.scheme import Scheme
+from dpq_core.recipe.scheme import Scheme
 
 CARD = "README.md"
 _FRONT_MATTER = re.compile(r"\A---\n(.*?)\n---\n", re.DOTALL)

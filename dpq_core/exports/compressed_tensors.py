@@ -28,13 +28,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dpq_core.arithmetic.formats import FORMATS, round_to
+from dpq_core.arithmetic.packing import pack_codes
 from dpq_core.checkpoint import QuantizedCheckpoint
 from dpq_core.exports.format import Arithmetic, Format, Quantization, Target, left_out
 from dpq_core.foreign import load_compressed_tensors
-from dpq_core.formats import FORMATS, round_to
-from dpq_core.packing import pack_codes
 from dpq_core.quantize import QuantizedLinear, QuantizedWeight, RoundedWeight
-from dpq_core.scheme import Scheme
+from dpq_core.recipe.scheme import Scheme
 
 
 def _obstacle(target: Target) -> str | None:

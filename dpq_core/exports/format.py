@@ -12,7 +12,7 @@ from dpq_core.checkpoint import QuantizedCheckpoint
 from dpq_core.errors import InputError
 from dpq_core.quantize import QuantizedLinear
 from dpq_core.reader import read_config
-from dpq_core.scheme import Scheme
+from dpq_core.recipe.scheme import Scheme
 
 Quantization = dict[str, Any]  # `quantization_config` of an export's config.json
 

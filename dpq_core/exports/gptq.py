@@ -17,11 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dpq_core.arithmetic.packing import pack_codes
 from dpq_core.checkpoint import QuantizedCheckpoint, load_model
 from dpq_core.exports.format import Arithmetic, Format, Quantization, Target, left_out
-from dpq_core.packing import pack_codes
 from dpq_core.quantize import QuantizedLinear, QuantizedWeight
-from dpq_core.scheme import Scheme
+from dpq_core.recipe.scheme import Scheme
 
 
 def layout_obstacle(target: Target) -> str | None:

@@ -22,6 +22,7 @@ from typing import Any
 
 from torch import Tensor
 
+from dpq_core.arithmetic.packing import unpack_codes
 from dpq_core.checkpoint import QuantizedCheckpoint, load_quantized
 from dpq_core.exports.format import Arithmetic, ExportError, Format, Quantization, Target
 from dpq_core.exports.gptq import (
@@ -33,7 +34,6 @@ from dpq_core.exports.gptq import (
 )
 from dpq_core.grid import Grid
 from dpq_core.linear import W4A8Linear
-from dpq_core.packing import unpack_codes
 from dpq_core.quantize import QuantizedLinear, QuantizedWeight
 from dpq_core.reader import CheckpointReader
 

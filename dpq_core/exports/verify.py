@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dpq_core import products
 from dpq_core.checkpoint import QuantizedCheckpoint, load_quantized
 from dpq_core.exports.format import Format, Target
+from dpq_core.kernels import products
 from dpq_core.linear import expected_shapes
 from dpq_core.reader import CheckpointError, CheckpointReader
 

@@ -15,7 +15,7 @@ from transformers import (
 
 from dpq_core.experts import separate_experts
 from dpq_core.families import family_of
-from dpq_core.sixteen_bit import fit
+from dpq_core.kernels.sixteen_bit import fit
 
 # While accelerate makes empty weights, it redirects the parameters that any thread sets: whoever
 # builds or fills a model holds this.

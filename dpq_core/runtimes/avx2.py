@@ -22,11 +22,11 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from dpq_core import products
-from dpq_core.blas import sgemm
-from dpq_core.cpu import bits_of
-from dpq_core.forward_rows import add_product, scale_rows, take_threads, widen
-from dpq_core.kernels import real, round_rows
+from dpq_core.kernels import products
+from dpq_core.kernels.blas import sgemm
+from dpq_core.kernels.cpu import bits_of
+from dpq_core.kernels.forward_rows import add_product, scale_rows, take_threads, widen
+from dpq_core.kernels.numba_loops import real, round_rows
 from dpq_core.quantize import QuantizedLinear, QuantizedWeight
 from dpq_core.runtimes import avx2_kernels
 from dpq_core.runtimes.avx2_kernels import COLUMN_OF_BYTE, LANES, WIDTHS, sizes

@@ -24,10 +24,10 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from dpq_core import products
-from dpq_core.cpu import bits_of
-from dpq_core.forward_rows import take_threads
-from dpq_core.kernels import real, round_rows
+from dpq_core.kernels import products
+from dpq_core.kernels.cpu import bits_of
+from dpq_core.kernels.forward_rows import take_threads
+from dpq_core.kernels.numba_loops import real, round_rows
 from dpq_core.quantize import QuantizedLinear, QuantizedWeight, RoundedWeight
 from dpq_core.runtimes import amx
 from dpq_core.runtimes.weights import choose_scales, group_pairs, numbers_of, refusal, rows_of

@@ -30,9 +30,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dpq_core.arithmetic.packing import pack_codes
 from dpq_core.errors import InputError
 from dpq_core.linear import token_scale
-from dpq_core.packing import pack_codes
 from dpq_core.quantize import QuantizedLinear, QuantizedWeight, RoundedWeight
 from dpq_core.runtimes import other_arithmetic
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from dpq_core.formats import FORMATS, round_to
+from dpq_core.arithmetic.formats import FORMATS, round_to
 from dpq_core.grid import SYMMETRIC_ZERO_POINT, Grid
 from dpq_core.quantize import QuantizedWeight
 

@@ -3,7 +3,7 @@
     version     of the stage's own arithmetic, raised by hand, in the commit that changes a byte of
                 what the stage makes (or of what it would find): never for a comment or a name
     libraries   whose versions change what is computed
-    arithmetic  class of the processor's (`dpq_core.device_kinds`), where one computes
+    arithmetic  class of the processor's (`dpq_core.machine.device_kinds`), where one computes
 
 `tests/flows/test_stages.py` holds every stage against golden bytes, and fails where these change
 and the version does not. A stage is the name of a folder in the store, but for `perplexity` and

@@ -14,9 +14,9 @@ from pathlib import Path
 import torch
 import yaml
 
-from dpq_core.device import whole_machine
+from dpq_core.machine.device import whole_machine
 from dpq_core.recipe import BenchmarkSection
-from dpq_core.scheme import PRESETS, Scheme
+from dpq_core.recipe.scheme import PRESETS, Scheme
 from dpq_core.throughput import measure
 from dpq_core.variants import SHAPES, Shape
 from tasks.speeds import markdown

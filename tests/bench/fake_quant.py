@@ -20,10 +20,10 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from dpq_core.checkpoint import load_model
-from dpq_core.device import whole_machine
+from dpq_core.machine.device import whole_machine
 from dpq_core.pipeline import quantize_checkpoint
 from dpq_core.recipe import CalibrationSection, TextDataset
-from dpq_core.scheme import Scheme
+from dpq_core.recipe.scheme import Scheme
 
 ROOT = Path(__file__).parents[2]
 MODELS = [ROOT / "recipes/quickstart/model", ROOT.parent / "shared/models/wiki-llama-12m"]

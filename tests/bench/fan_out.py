@@ -30,7 +30,7 @@ from prefect import flow, task
 from prefect.futures import wait
 
 from dpq_core.checkpoint import save_layer
-from dpq_core.device import share_machine
+from dpq_core.machine.device import share_machine
 from dpq_core.plan import Plan, readers_of_one_input
 from dpq_core.quantize import quantize_or_keep
 from dpq_core.reader import CheckpointReader

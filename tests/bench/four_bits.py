@@ -40,10 +40,10 @@ from prototypes import (
 )
 from transformers import AutoTokenizer
 
+from dpq_core.arithmetic.formats import fake_quantize
 from dpq_core.calibration import InputRounding
 from dpq_core.checkpoint import load_model
 from dpq_core.data import calibration_windows, load_texts, token_windows
-from dpq_core.formats import fake_quantize
 from dpq_core.hessian import InputStatistics
 from dpq_core.inputs import batches_of
 from dpq_core.linear import W4A8Linear
@@ -56,7 +56,7 @@ from dpq_core.quantize import (
 )
 from dpq_core.reader import read_config
 from dpq_core.recipe import Recipe, load_recipe
-from dpq_core.scheme import Scheme
+from dpq_core.recipe.scheme import Scheme
 from dpq_core.scores import PERPLEXITY, Scores
 from dpq_core.streaming import StreamedModel
 

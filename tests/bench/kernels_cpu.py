@@ -9,7 +9,7 @@ import torch
 from kernel_rows import W4A8, Row, assert_as_good, random_layer, rotated, weight_bytes
 from torch import Tensor, nn
 
-from dpq_core import products
+from dpq_core.kernels import products
 from dpq_core.linear import W4A8Linear
 from dpq_core.quantize import QuantizedLinear
 from dpq_core.runtimes import avx2, runtime_for

@@ -9,8 +9,8 @@ from kernel_rows import W4A8, W4A16, W8A8, Row, assert_as_good, random_layer, we
 from torch import Tensor, nn
 
 from dpq_core.quantize import QuantizedLinear, QuantizedWeight
+from dpq_core.recipe.scheme import Scheme
 from dpq_core.runtimes import hopper
-from dpq_core.scheme import Scheme
 
 SHAPES = [(4096, 4096), (4096, 14336), (14336, 4096), (8192, 8192), (28672, 8192)]  # out, in
 TOKENS = [1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096]

@@ -22,9 +22,9 @@ from statistics import median
 
 import torch
 
-from dpq_core.device import whole_machine
+from dpq_core.machine.device import whole_machine
 from dpq_core.recipe import BenchmarkSection
-from dpq_core.scheme import Scheme
+from dpq_core.recipe.scheme import Scheme
 from dpq_core.throughput import measure
 from dpq_core.variants import Checkpoint
 

@@ -8,7 +8,7 @@ tokens    how much tokens count in Hessians, and from which texts they come
 from dataclasses import dataclass, replace
 from typing import Any
 
-from dpq_core.scheme import Scheme
+from dpq_core.recipe.scheme import Scheme
 
 OURS = "unit 0.125"  # the product's token_weights and first_token_share
 SCORED = 1000  # first documents of a suite where a row is scored on them

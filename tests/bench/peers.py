@@ -28,13 +28,13 @@ from quantize import RECIPE, compile_kernels
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
-from dpq_core import cpu
 from dpq_core.checkpoint import load_model
 from dpq_core.data import calibration_windows, load_texts, token_windows
+from dpq_core.kernels import cpu
 from dpq_core.perplexity import perplexity_token
 from dpq_core.pipeline import quantize_checkpoint
 from dpq_core.recipe import CalibrationSection, Recipe, load_recipe
-from dpq_core.scheme import Scheme
+from dpq_core.recipe.scheme import Scheme
 
 PACKAGES = ("torch==2.13.0", "llmcompressor==0.14.0.1", "auto-round==0.15.1")
 PEERS = {

@@ -22,7 +22,7 @@ from dpq_core.gradient_rounding import refine_codes, residual
 from dpq_core.grid import choose_grid
 from dpq_core.hessian import MAGNITUDES, InputStatistics, count_magnitudes
 from dpq_core.quantize import column_order, objective, quantize_layer
-from dpq_core.scheme import Scheme
+from dpq_core.recipe.scheme import Scheme
 
 SHAPES = (  # out × in, of Llama-3-8B and Llama-3-70B
     "4096x4096",

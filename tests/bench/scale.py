@@ -23,7 +23,7 @@ from scale_simulation import Rates, table
 
 from dpq_core.hessian import InputStatistics
 from dpq_core.quantize import quantize_layer
-from dpq_core.scheme import Scheme
+from dpq_core.recipe.scheme import Scheme
 from infra.services import services
 from infra.store import Store
 

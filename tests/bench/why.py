@@ -47,7 +47,7 @@ from why_model import (
 )
 from why_train import continue_training
 
-from dpq_core.scheme import Scheme
+from dpq_core.recipe.scheme import Scheme
 
 TEXTS = {  # stream: file, column, what stands between rows (None: end of text)
     "c4": ("c4_sample/c4_train_00000_first.jsonl.gz", "text", None),

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from dpq_core.formats import round_to
+from dpq_core.arithmetic.formats import round_to
 from dpq_core.grid import Grid, choose_grid
 from dpq_core.linear import W4A8Linear, token_scale
 from dpq_core.quantize import (
@@ -24,9 +24,9 @@ from dpq_core.quantize import (
     RoundedWeight,
     round_weight,
 )
+from dpq_core.recipe.scheme import Scheme
 from dpq_core.runtimes import hopper
 from dpq_core.runtimes.hopper_packing import pack
-from dpq_core.scheme import Scheme
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 if INTERPRETED:

@@ -2,7 +2,7 @@
 
 import torch
 
-from dpq_core.affine import ColumnGrid
+from dpq_core.arithmetic.affine import ColumnGrid
 from dpq_core.grid import choose_grid
 from dpq_core.quantize import column_order
 

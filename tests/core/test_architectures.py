@@ -10,9 +10,9 @@ from architectures import ARCHITECTURES, REFUSED, class_of, random_model
 from model_families import FAMILIES, tokenizer
 from torch import nn
 
-from dpq_core import products
 from dpq_core.checkpoint import QuantizedCheckpoint, load_model, load_quantized
 from dpq_core.inputs import batches_of
+from dpq_core.kernels import products
 from dpq_core.linear import W4A8Linear
 from dpq_core.model import observation
 from dpq_core.model.anatomy import ArchitectureError
@@ -22,7 +22,7 @@ from dpq_core.model.proof import prove
 from dpq_core.pipeline import quantize_checkpoint
 from dpq_core.plan import plan_layers
 from dpq_core.recipe import CalibrationSection, TextDataset
-from dpq_core.scheme import Scheme
+from dpq_core.recipe.scheme import Scheme
 from dpq_core.streaming import StreamedModel, empty_model
 
 PAGE = Path(__file__).parents[2] / "docs/models.md"

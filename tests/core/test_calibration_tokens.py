@@ -6,7 +6,7 @@ from dpq_core.calibration_tokens import CalibrationTokens
 from dpq_core.data import DataError
 from dpq_core.plan import PlannedLayer
 from dpq_core.recipe import CalibrationSection, load_recipe
-from dpq_core.scheme import Scheme
+from dpq_core.recipe.scheme import Scheme
 
 SECTION = CalibrationSection(dataset={"path": "python_docs"}, samples=128, sequence_length=2048)
 WEBQUESTIONS = 39_424  # tokens, by Llama's tokenizer

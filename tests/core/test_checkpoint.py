@@ -16,6 +16,7 @@ from transformers import (
 )
 
 from dpq_core import checkpoint as checkpoint_module
+from dpq_core.arithmetic.packing import pack_codes
 from dpq_core.checkpoint import (
     MANIFEST,
     QuantizedCheckpoint,
@@ -24,19 +25,18 @@ from dpq_core.checkpoint import (
     load_quantized,
     save_layer,
 )
-from dpq_core.choices import CHOICES, chosen_scheme
 from dpq_core.digests import file_digest
 from dpq_core.errors import InputError
 from dpq_core.hessian import InputStatistics
 from dpq_core.inputs import batches_of
+from dpq_core.kernels.sixteen_bit import fit
 from dpq_core.linear import W4A8Linear, layer_from_tensors
-from dpq_core.packing import pack_codes
 from dpq_core.pipeline import quantize_checkpoint
 from dpq_core.quantize import LayerReport, QuantizedWeight, quantize_layer
 from dpq_core.reader import CheckpointError, CheckpointReader
 from dpq_core.recipe import CalibrationSection, TextDataset
-from dpq_core.scheme import Scheme
-from dpq_core.sixteen_bit import fit
+from dpq_core.recipe.layer_choices import CHOICES, chosen_scheme
+from dpq_core.recipe.scheme import Scheme
 from dpq_core.streaming import StreamedModel
 
 VOCABULARY = 97

@@ -8,13 +8,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from dpq_core import products
 from dpq_core.grid import Grid
 from dpq_core.hessian import InputStatistics
+from dpq_core.kernels import products
 from dpq_core.linear import W4A8Linear
 from dpq_core.quantize import LayerReport, QuantizedLinear, QuantizedWeight, quantize_layer
+from dpq_core.recipe.scheme import Scheme
 from dpq_core.runtimes import RUNTIMES, Chosen, RuntimeUnavailableError, avx2, cpu, runtime_for
-from dpq_core.scheme import Scheme
 
 
 def _row(name: str, module: Any) -> Any:
@@ -84,7 +84,7 @@ def test_its_error_is_at_most_twice_the_definitions(
 
 def _exact(definition: W4A8Linear, x: Tensor) -> Tensor:
     """Of the same operands in float64."""
-    from dpq_core.formats import round_to
+    from dpq_core.arithmetic.formats import round_to
 
     scale = definition._input_scale(x)
     x8 = x.double()

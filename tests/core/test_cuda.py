@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from test_hopper import resources
 
-from dpq_core import cuda
+from dpq_core.kernels import cuda
 
 CASES = Path(__file__).with_name("cuda_cases.py")
 WHOLE = ("rows", "columns", "features", "groups", "group_size", "mask", "lowest")

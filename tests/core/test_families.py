@@ -12,7 +12,6 @@ from model_families import tokenizer as byte_tokenizer
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from dpq_core import products
 from dpq_core.calibration import TokenWeights, calibrate_block
 from dpq_core.checkpoint import (
     QuantizedCheckpoint,
@@ -23,6 +22,7 @@ from dpq_core.checkpoint import (
 from dpq_core.data import DataError
 from dpq_core.images import image_windows
 from dpq_core.inputs import batches_of
+from dpq_core.kernels import products
 from dpq_core.linear import W4A8Linear
 from dpq_core.model.source import check_source
 from dpq_core.perplexity import perplexity_token
@@ -30,7 +30,7 @@ from dpq_core.pipeline import quantize_checkpoint
 from dpq_core.plan import plan_layers
 from dpq_core.reader import CheckpointError, CheckpointReader
 from dpq_core.recipe import CalibrationSection, TextDataset
-from dpq_core.scheme import Scheme
+from dpq_core.recipe.scheme import Scheme
 from dpq_core.streaming import StreamedModel
 
 SCHEME = Scheme(group_size=24, rounding="nearest")

@@ -5,7 +5,7 @@ import pytest
 from dpq_core.footprint import PROCESS, footprint, layer_bytes
 from dpq_core.plan import plan_layers
 from dpq_core.recipe import CalibrationSection
-from dpq_core.scheme import Scheme
+from dpq_core.recipe.scheme import Scheme
 from dpq_core.streaming import StreamedModel
 
 

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dpq_core.formats import FORMATS, dequantize, fake_quantize, quantize, round_to
+from dpq_core.arithmetic.formats import FORMATS, dequantize, fake_quantize, quantize, round_to
 
 E4M3_CODES = np.arange(256, dtype=np.uint8)
 BF16 = torch.arange(1 << 16, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)

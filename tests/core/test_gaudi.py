@@ -8,14 +8,14 @@ contract asks; that the contract is the vendor's, only a Gaudi can show.
 import pytest
 import torch
 
+from dpq_core.arithmetic.formats import FORMATS, round_to
+from dpq_core.arithmetic.packing import unpack_codes
 from dpq_core.errors import InputError
-from dpq_core.formats import FORMATS, round_to
 from dpq_core.grid import choose_grid
 from dpq_core.linear import W4A8Linear
-from dpq_core.packing import unpack_codes
 from dpq_core.quantize import LayerReport, QuantizedLinear, QuantizedWeight, round_weight
+from dpq_core.recipe.scheme import Scheme
 from dpq_core.runtimes import RUNTIMES, gaudi
-from dpq_core.scheme import Scheme
 
 FP8 = torch.float8_e4m3fn
 

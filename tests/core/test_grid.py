@@ -10,7 +10,7 @@ from hypothesis.extra.numpy import arrays
 
 from dpq_core import grid as grid_module
 from dpq_core.grid import choose_grid, power_of_two_above
-from dpq_core.scheme import Scheme
+from dpq_core.recipe.scheme import Scheme
 
 modest = settings(deadline=None, max_examples=100)
 

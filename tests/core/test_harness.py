@@ -11,7 +11,8 @@ import torch
 from accelerate import init_empty_weights
 from transformers import AutoTokenizer, ByT5Tokenizer, LlamaConfig, LlamaForCausalLM
 
-from dpq_core import corpus, device, harness
+from dpq_core import corpus, harness
+from dpq_core.machine import device
 from dpq_core.model.empty import building
 from dpq_core.suites import definitions, python_docs
 from dpq_core.suites.definitions import SuiteError, SuiteSources, check_suites, loaded_suites

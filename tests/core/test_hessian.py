@@ -7,8 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dpq_core import blas, cpu
-from dpq_core.formats import FORMATS, fake_quantize
+from dpq_core.arithmetic.formats import FORMATS, fake_quantize
 from dpq_core.hessian import (
     MAGNITUDES,
     InputStatistics,
@@ -17,8 +16,9 @@ from dpq_core.hessian import (
     raise_first,
     static_input_scale,
 )
+from dpq_core.kernels import blas, cpu
 from dpq_core.quantize import quantize_layer, static_scale_of
-from dpq_core.scheme import Scheme
+from dpq_core.recipe.scheme import Scheme
 
 FEATURES = 24
 EIGHT_BIT = ("e4m3", "e4m3_240", "int8")

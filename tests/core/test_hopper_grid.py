@@ -16,7 +16,7 @@ from dpq_core.exports.compressed_tensors import vllm_obstacle
 from dpq_core.exports.format import Target
 from dpq_core.hessian import InputStatistics
 from dpq_core.quantize import quantize_layer
-from dpq_core.scheme import PRESETS, Scheme
+from dpq_core.recipe.scheme import PRESETS, Scheme
 
 FP8 = ml_dtypes.float8_e4m3fn
 

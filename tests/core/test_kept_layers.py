@@ -11,7 +11,7 @@ from dpq_core.linear import W4A8Linear
 from dpq_core.pipeline import quantize_checkpoint
 from dpq_core.reader import CheckpointReader
 from dpq_core.recipe import CalibrationSection, TextDataset
-from dpq_core.scheme import Scheme
+from dpq_core.recipe.scheme import Scheme
 
 KEPT = "model.layers.0.mlp.down_proj"
 SECTION = CalibrationSection(dataset=TextDataset(path="none"))

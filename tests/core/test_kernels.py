@@ -11,14 +11,15 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from kernel_layers import SCHEMES, layer_of
 
-from dpq_core import cpu, grid, kernels
-from dpq_core.affine import ColumnGrid
+from dpq_core import grid
+from dpq_core.arithmetic.affine import ColumnGrid
+from dpq_core.arithmetic.formats import FORMATS
 from dpq_core.column_loop import choose_block, inverse_factor, quantize_columns
-from dpq_core.formats import FORMATS
 from dpq_core.gradient_rounding import refine_codes, residual
 from dpq_core.grid import choose_grid
+from dpq_core.kernels import cpu, numba_loops
 from dpq_core.quantize import objective
-from dpq_core.scheme import Scheme
+from dpq_core.recipe.scheme import Scheme
 
 SHAPES = [(600, 256), (150, 200), (1, 33), (201, 7)]  # rows, features: short tiles, groups, blocks
 
@@ -182,4 +183,4 @@ def test_without_a_folder_to_write_to_nothing_is_kept(monkeypatch):
     monkeypatch.setattr("numba.core.caching.CacheImpl._locator_classes", [])
     with pytest.raises(RuntimeError, match="cannot cache"):
         numba.njit(cache=True)(lambda x: x + 1)
-    assert kernels.compiled()(lambda x: x + 1)(2) == 3
+    assert numba_loops.compiled()(lambda x: x + 1)(2) == 3

@@ -11,7 +11,7 @@ from dpq_core.calibration import InputRounding, TokenWeights, calibrate_block
 from dpq_core.inputs import batches_of
 from dpq_core.leaves import WINDOWS, Node, leaf_count, leaves_of, shares, summed
 from dpq_core.recipe import CalibrationSection
-from dpq_core.scheme import Scheme
+from dpq_core.recipe.scheme import Scheme
 from dpq_core.streaming import StreamedModel
 
 

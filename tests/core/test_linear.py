@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from dpq_core import blas, cpu, forward_rows
-from dpq_core.formats import FORMATS, round_to
+from dpq_core.arithmetic.formats import FORMATS, round_to
 from dpq_core.hessian import InputStatistics
+from dpq_core.kernels import blas, cpu, forward_rows
 from dpq_core.linear import (
     W4A8Linear,
     expected_shapes,
@@ -26,7 +26,7 @@ from dpq_core.quantize import (
     RoundedWeight,
     quantize_layer,
 )
-from dpq_core.scheme import Scheme
+from dpq_core.recipe.scheme import Scheme
 
 ROWS, FEATURES = 24, 40  # with groups of 16, a short last one
 SAFETENSORS_TYPES = {

@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 import torch
 
-from dpq_core.affine import ColumnGrid
+from dpq_core.arithmetic.affine import ColumnGrid
 from dpq_core.column_loop import FactorizationError, quantize_columns
 from dpq_core.gradient_rounding import refine_codes
 from dpq_core.grid import choose_grid
 from dpq_core.hessian import InputStatistics
 from dpq_core.quantize import column_order, quantize_layer
-from dpq_core.scheme import Scheme
+from dpq_core.recipe.scheme import Scheme
 
 ROWS, FEATURES = 48, 136  # with groups of 32, a last group of 8
 ORDERS = ("none", "gar", "activation")
@@ -333,7 +333,7 @@ def test_rows_in_which_nothing_moved_take_no_further_pass(most, moved, passes, m
         return torch.tensor(moves[len(taken) - 1])
 
     monkeypatch.setattr("dpq_core.gradient_rounding._one_pass", one_pass)
-    monkeypatch.setattr("dpq_core.cpu.fits", lambda *_: False)
+    monkeypatch.setattr("dpq_core.kernels.cpu.fits", lambda *_: False)
     codes, names = torch.zeros(1, 3), torch.tensor([[1.0, 2.0, 3.0]])
     grid = ColumnGrid(names, names, names, torch.zeros(1, dtype=torch.int64), None)
     assert refine_codes(codes, names, grid, torch.eye(1), 1, most) == moved

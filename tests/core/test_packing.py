@@ -3,7 +3,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dpq_core.packing import pack_codes, pack_zero_points, unpack_codes, unpack_zero_points
+from dpq_core.arithmetic.packing import (
+    pack_codes,
+    pack_zero_points,
+    unpack_codes,
+    unpack_zero_points,
+)
 
 
 def random_codes(rows, columns, seed):

@@ -13,7 +13,7 @@ from product_cases import check_attention, check_eight_bits, check_hessian, chec
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from dpq_core import products, sixteen_bit
+from dpq_core.kernels import products, sixteen_bit
 
 SEEDS, SIZES = st.integers(0, 1 << 16), st.integers(1, 90)
 BOTH = pytest.mark.parametrize("units", [True, False], ids=["BF16 units", "FP32"])

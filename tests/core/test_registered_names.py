@@ -4,7 +4,7 @@ import pytest
 
 from dpq_core.convnet.recipe import ConvRecipe
 from dpq_core.recipe import RecipeError, parse_recipe, validated
-from dpq_core.registered_names import default_name
+from dpq_core.recipe.registered_names import default_name
 
 HASH = "0e9e39f249a16976918f6564b8830bc894c89659"
 

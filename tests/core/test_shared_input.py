@@ -9,7 +9,7 @@ from dpq_core import shared_input
 from dpq_core.checkpoint import layer_tensors
 from dpq_core.hessian import InputStatistics
 from dpq_core.quantize import quantize_layer, quantize_or_keep
-from dpq_core.scheme import Scheme
+from dpq_core.recipe.scheme import Scheme
 from dpq_core.shared_input import SharedInput
 
 FEATURES = 96

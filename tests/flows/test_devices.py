@@ -12,7 +12,7 @@ from test_same_bytes import contents, in_store, plainly
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import tasks.quantize
-from dpq_core.device_kinds import FAKE_DEVICES, KINDS
+from dpq_core.machine.device_kinds import FAKE_DEVICES, KINDS
 from dpq_core.recipe import parse_recipe
 from flows.quantize import quantize
 from tasks.memory import RoomError

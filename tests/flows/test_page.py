@@ -12,7 +12,7 @@ from lxml.html import HTMLParser, document_fromstring
 
 from dpq_core.gates import Metric, Verdict, ratio_metric
 from dpq_core.recipe import parse_recipe
-from dpq_core.scheme import Scheme
+from dpq_core.recipe.scheme import Scheme
 from dpq_core.throughput import Cell, Times
 from flows.page import THROUGHPUT, ReportData, page
 from infra.history import PastVersion

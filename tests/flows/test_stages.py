@@ -20,15 +20,15 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from dpq_core.device_kinds import kind_of
 from dpq_core.digests import digest
 from dpq_core.exports import export_checkpoint
 from dpq_core.inputs import batches_of
+from dpq_core.machine.device_kinds import kind_of
 from dpq_core.perplexity import perplexity_token
 from dpq_core.pipeline import quantize_checkpoint
 from dpq_core.proxy import output_moments
 from dpq_core.recipe import CalibrationSection, TextDataset
-from dpq_core.scheme import Scheme
+from dpq_core.recipe.scheme import Scheme
 from dpq_core.sensitivity import Variant, block_losses
 from dpq_core.streaming import StreamedModel
 
@@ -304,7 +304,8 @@ def test_a_forward_pass_is_of_transformers_too(stage):
 
 def test_the_class_of_a_processor_has_the_units_that_multiply(monkeypatch):
     """AMX and AVX512_BF16 add in different orders; told to leave units out, libraries do."""
-    from dpq_core import device_kinds, products
+    from dpq_core.kernels import products
+    from dpq_core.machine import device_kinds
 
     classes = set()
     for units in ((), ("avx512_bf16",), ("avx512_bf16", "amx_bf16")):

@@ -7,10 +7,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from dpq_core import device_kinds
 from dpq_core.convnet.recipe import ConvRecipe
-from dpq_core.device import DeviceError, resolve_device
-from dpq_core.device_kinds import FAKE_DEVICES, KINDS
+from dpq_core.machine import device_kinds
+from dpq_core.machine.device import DeviceError, resolve_device
+from dpq_core.machine.device_kinds import FAKE_DEVICES, KINDS
 from dpq_core.recipe import ExecutionSection
 from flows import dask_runner
 from flows.dask_runner import LayersOnDask

@@ -16,7 +16,7 @@ from dpq_core.model.context import (
 )
 from dpq_core.pipeline import quantize_checkpoint
 from dpq_core.recipe import CalibrationSection, TextDataset
-from dpq_core.scheme import Scheme
+from dpq_core.recipe.scheme import Scheme
 from dpq_core.suites.definitions import SuiteSources, loaded_suites
 
 

@@ -14,7 +14,7 @@ from dpq_core.model.finite import NotFiniteError
 from dpq_core.perplexity import perplexity_token
 from dpq_core.pipeline import quantize_checkpoint
 from dpq_core.recipe import CalibrationSection, TextDataset
-from dpq_core.scheme import Scheme
+from dpq_core.recipe.scheme import Scheme
 from dpq_core.suites.definitions import SuiteSources, loaded_suites
 
 WINDOWS = torch.randint(VOCABULARY, (4, 32), generator=torch.Generator().manual_seed(0))

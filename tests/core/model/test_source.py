@@ -14,7 +14,7 @@ from dpq_core.model.source import check_source
 from dpq_core.pipeline import quantize_checkpoint
 from dpq_core.reader import CheckpointError, CheckpointReader
 from dpq_core.recipe import CalibrationSection, TextDataset
-from dpq_core.scheme import Scheme
+from dpq_core.recipe.scheme import Scheme
 from dpq_core.streaming import StreamedModel, empty_model
 
 UP = "model.layers.1.mlp.up_proj"

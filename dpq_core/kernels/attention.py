@@ -9,8 +9,9 @@ stand in the place of queries instead,
 
 which is the same product, and reads each key once. Prompts are left to transformers.
 
-On a processor without BF16 units: the same operands in FP32 (`dpq_core.products`), rounded to BF16
-once. Torch's BF16 attention rounds its weights too, before they are multiplied by the values.
+On a processor without BF16 units: the same operands in FP32 (`dpq_core.kernels.products`), rounded
+to BF16 once. Torch's BF16 attention rounds its weights too, before they are multiplied by the
+values.
 """
 
 from collections.abc import Sequence
@@ -22,7 +23,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from dpq_core.sixteen_bit import widened
+from dpq_core.kernels.sixteen_bit import widened
 
 NAME, IN_FP32 = "sdpa_grouped", "sdpa_fp32"
 

@@ -3,8 +3,8 @@
     y = bf16(channel_scale * scale * (x8 · weightᵀ) + bias)     x8 = round(x / scale), sums in FP32
 
 A few hundred tokens at a time, which stay in the cache, are rounded (where they are to be), then
-multiplied by BF16 units or as FP32 (`dpq_core.products`), then scaled. As FP32, the operands are
-widened piece by piece: `_PIECE` rows of the weight and `_DEPTH` of its columns.
+multiplied by BF16 units or as FP32 (`dpq_core.kernels.products`), then scaled. As FP32, the
+operands are widened piece by piece: `_PIECE` rows of the weight and `_DEPTH` of its columns.
 
 The order of the sums depends on neither the batch (of two tokens or more) nor the threads where
 that was tried; MKL does not promise it.
@@ -18,10 +18,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dpq_core import cpu, products
-from dpq_core.blas import AS_IS, ROW_MAJOR, TRANSPOSED, bf16_product, sgemm
-from dpq_core.formats import NumberFormat
-from dpq_core.kernels import bits, real, round_rows
+from dpq_core.arithmetic.formats import NumberFormat
+from dpq_core.kernels import cpu, products
+from dpq_core.kernels.blas import AS_IS, ROW_MAJOR, TRANSPOSED, bf16_product, sgemm
+from dpq_core.kernels.numba_loops import bits, real, round_rows
 
 _PIECE, _DEPTH = 256, 1024  # a megabyte of FP32
 _FEWEST = 64  # tokens of a share

@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from dpq_core.formats import FORMATS, NumberFormat, round_to
+from dpq_core.arithmetic.formats import FORMATS, NumberFormat, round_to
 
 CODES = FORMATS["uint4"]
 

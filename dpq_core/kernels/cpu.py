@@ -1,4 +1,5 @@
-"""Quantization's inner loops on a CPU: the kernels of `dpq_core.kernels`, called with tensors.
+"""Quantization's inner loops on a CPU: the kernels of `dpq_core.kernels.numba_loops`, called with
+tensors.
 
 They take the place of a definition in plain torch wherever `fits` says so. Memory: what is written
 is written in place.
@@ -14,12 +15,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dpq_core import kernels, products
-from dpq_core.affine import ColumnGrid
-from dpq_core.blas import AS_IS, ROW_MAJOR, TRANSPOSED, bf16_product
-from dpq_core.formats import NumberFormat
+from dpq_core.arithmetic.affine import ColumnGrid
+from dpq_core.arithmetic.formats import NumberFormat
+from dpq_core.kernels import numba_loops, products
+from dpq_core.kernels.blas import AS_IS, ROW_MAJOR, TRANSPOSED, bf16_product
 
-_COLUMNS = 32  # that `kernels.choose` takes at a time
+_COLUMNS = 32  # that `numba_loops.choose` takes at a time
 _SQUARE = 256  # rows of a Hessian whose products with what follows are made at a time
 
 
@@ -41,7 +42,7 @@ def choose_block(
         part = slice(start, min(start + _COLUMNS, len(work)))
         taken = transposed[part, part].contiguous().numpy()
         written = work[part].numpy(), codes[part].numpy()
-        _by_rows(kernels.choose, work.shape[1], *written, taken, group[part], *scales, *inner)
+        _by_rows(numba_loops.choose, work.shape[1], *written, taken, group[part], *scales, *inner)
         work[part.stop :].addmm_(transposed[part.stop :, part], work[part], alpha=-1)
 
 
@@ -52,7 +53,7 @@ def residual(
 ) -> Tensor:
     """ŵ - w [n, out], in the place of w."""
     arrays = codes.numpy(), weight.numpy(), *_arrays(grid)
-    _by_rows(kernels.residual, weight.shape[1], *arrays, *rounding_of(grid.inner))
+    _by_rows(numba_loops.residual, weight.shape[1], *arrays, *rounding_of(grid.inner))
     return weight
 
 
@@ -68,7 +69,7 @@ def refine_codes(
     arrays = codes.numpy(), gradient.numpy(), hessian.numpy(), hessian.diagonal().numpy().copy()
     limits = np.float32(least_gain), max_passes
     rest = *_arrays(grid), *rounding_of(grid.inner)
-    return sum(_by_rows(kernels.refine, len(gradient), *arrays, *limits, *rest))
+    return sum(_by_rows(numba_loops.refine, len(gradient), *arrays, *limits, *rest))
 
 
 def group_errors(
@@ -83,7 +84,7 @@ def group_errors(
     errors = torch.empty_like(group_scale)
     scales = group_scale.numpy(), zero_point.numpy(), errors.numpy()
     arrays = weight.numpy(), importance.numpy(), group_size, *scales
-    _by_rows(kernels.group_errors, len(weight), *arrays, *rounding_of(inner))
+    _by_rows(numba_loops.group_errors, len(weight), *arrays, *rounding_of(inner))
     return errors
 
 
@@ -118,13 +119,13 @@ def quantize(
     """`formats.quantize` in BF16, which represents the values of every 8-bit format. [rows, n]"""
     scales, x8 = scale.expand(len(x), 1).contiguous(), torch.empty_like(x).contiguous()
     arrays = bits_of(x), scales.numpy(), bits_of(x8)
-    _by_rows(kernels.round_rows, len(x), *arrays, *rounding(fmt))
+    _by_rows(numba_loops.round_rows, len(x), *arrays, *rounding(fmt))
     return x8
 
 
 def count_magnitudes(x: Tensor, counts: Tensor) -> None:
     """`hessian.count_magnitudes` of BF16 values of any shape, added to counts [2**15] int64."""
-    kernels.count_magnitudes(bits_of(x).ravel(), counts.numpy())
+    numba_loops.count_magnitudes(bits_of(x).ravel(), counts.numpy())
 
 
 def bits_of(x: Tensor) -> NDArray[np.int16]:
@@ -138,7 +139,7 @@ def rounding(fmt: NumberFormat) -> tuple[np.float32, np.int32, np.int32]:
     A float's step follows the exponent, down to that of its smallest normal number, 2**-6. That of
     the integers is the step below 2**4, the same everywhere.
     """
-    mask, lowest = (kernels.EXPONENT, 2.0**-6) if fmt.is_float else (0, 2.0**3)
+    mask, lowest = (numba_loops.EXPONENT, 2.0**-6) if fmt.is_float else (0, 2.0**3)
     return np.float32(fmt.maximum), np.int32(mask), np.float32(lowest).view(np.int32)
 
 
@@ -157,11 +158,11 @@ def _arrays(grid: ColumnGrid) -> tuple[Any, ...]:
 
 def _by_rows(kernel: Callable[..., Any], rows: int, *arguments: Any) -> list[Any]:
     """What `kernel(first, last, …)` returns for ranges of rows, one a thread of torch's."""
-    tiles = -(-rows // kernels.TILE_ROWS)
+    tiles = -(-rows // numba_loops.TILE_ROWS)
     threads = min(torch.get_num_threads(), tiles)
     if threads <= 1:
         return [kernel(0, rows, *arguments)]
-    cuts = [min(tiles * n // threads * kernels.TILE_ROWS, rows) for n in range(threads + 1)]
+    cuts = [min(tiles * n // threads * numba_loops.TILE_ROWS, rows) for n in range(threads + 1)]
     with ThreadPoolExecutor(threads) as pool:
         made = [pool.submit(kernel, *cut, *arguments) for cut in pairwise(cuts)]
     return [each.result() for each in made]

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from dpq_core import products
+from dpq_core.kernels import products
 
 FAKE_DEVICES = "DPQ_FAKE_DEVICES"
 

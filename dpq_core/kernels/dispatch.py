@@ -5,16 +5,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dpq_core import cpu
+from dpq_core.kernels import cpu
 
 
 def kernels_for(*tensors: Tensor) -> Any:
-    """`dpq_core.cpu` or `dpq_core.cuda`, for FP32 tensors on such a device; None: the definitions
-    in plain torch run."""
+    """`dpq_core.kernels.cpu` or `dpq_core.kernels.cuda`, for FP32 tensors on such a device; None:
+    the definitions in plain torch run."""
     if cpu.fits(*tensors):
         return cpu
     if all(tensor.is_cuda and tensor.dtype == torch.float32 for tensor in tensors):
-        from dpq_core import cuda  # Triton, which comes with a CUDA torch
+        from dpq_core.kernels import cuda  # Triton, which comes with a CUDA torch
 
         return cuda
     return None

@@ -21,10 +21,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dpq_core.affine import ColumnGrid
-from dpq_core.cpu import rounding_of
-from dpq_core.formats import NumberFormat
-from dpq_core.kernels import STEPS
+from dpq_core.arithmetic.affine import ColumnGrid
+from dpq_core.arithmetic.formats import NumberFormat
+from dpq_core.kernels.cpu import rounding_of
+from dpq_core.kernels.numba_loops import STEPS
 
 ROWS = 32  # of a program
 _CHUNK = 128  # columns of a group that are looked at together

@@ -14,13 +14,13 @@ from typing import Annotated, Any, Literal, Self, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from dpq_core.choices import chosen_scheme
 from dpq_core.digests import digest
 from dpq_core.paths import exists
-from dpq_core.recipe_text import RecipeError as RecipeError
-from dpq_core.recipe_text import parse_setting, read_yaml
-from dpq_core.registered_names import ExperimentName, RegisteredName, default_name
-from dpq_core.scheme import Scheme
+from dpq_core.recipe.layer_choices import chosen_scheme
+from dpq_core.recipe.registered_names import ExperimentName, RegisteredName, default_name
+from dpq_core.recipe.scheme import Scheme
+from dpq_core.recipe.text import RecipeError as RecipeError
+from dpq_core.recipe.text import parse_setting, read_yaml
 
 # Rows of `dpq_core.exports.EXPORTS`, which is slow to import.
 ExportName = Literal["compressed-tensors", "gptq", "inc", "fp8_to_int"]
@@ -382,7 +382,7 @@ class Recipe(_Section):
 
 
 def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
-    """Read a recipe and apply `key.path=value` overrides (`dpq_core.recipe_text`).
+    """Read a recipe and apply `key.path=value` overrides (`dpq_core.recipe.text`).
 
     Raises:
         RecipeError: missing file, bad YAML, unknown field, or a value outside its limits.

@@ -9,7 +9,7 @@ import psutil
 import torch
 from torch import nn
 
-from dpq_core.device import give_back_memory
+from dpq_core.machine.device import give_back_memory
 
 _EVERY = 0.002  # s, between two looks at a process
 

@@ -1,4 +1,4 @@
-"""Compiled loops of quantization for CPUs: NumPy in, NumPy out. `dpq_core.cpu` calls them.
+"""Compiled loops of quantization for CPUs: NumPy in, NumPy out. `dpq_core.kernels.cpu` calls them.
 
 Each stands for a definition in plain torch, named in its docstring, and has that definition's order
 of operations, roundings included. Only sums of products differ, in the last digit: fused

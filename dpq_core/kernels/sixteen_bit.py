@@ -1,8 +1,8 @@
 """Linears of a 16-bit model on a processor without BF16 units.
 
 `fit` puts them where transformers has torch's own: the same operands, multiplied as FP32 and
-rounded to BF16 once (`dpq_core.products`); attention likewise. On a processor with BF16 units, on
-accelerators and in models of other types nothing changes.
+rounded to BF16 once (`dpq_core.kernels.products`); attention likewise. On a processor with BF16
+units, on accelerators and in models of other types nothing changes.
 """
 
 from typing import Any
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from dpq_core import forward_rows, products
+from dpq_core.kernels import forward_rows, products
 
 _PIECE = 1 << 20  # weights that are widened at a time
 
@@ -24,7 +24,7 @@ def fit(model: Any) -> Any:
     for module in model.modules():
         if type(module) is nn.Linear:
             module.__class__ = Linear
-    from dpq_core.attention import attend_in_fp32  # transformers: seconds
+    from dpq_core.kernels.attention import attend_in_fp32  # transformers: seconds
 
     return attend_in_fp32(model)
 

@@ -6,7 +6,7 @@ count what is stored: codes, scales and zero points.
 
 from typing import Any
 
-from dpq_core.scheme import Scheme
+from dpq_core.recipe.scheme import Scheme
 
 CHOICES: dict[str, dict[str, Any]] = {
     "w4a8": {},

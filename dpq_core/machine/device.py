@@ -9,8 +9,8 @@ from typing import TypeVar
 
 import torch
 
-from dpq_core.device_kinds import index_of, kind_of
 from dpq_core.errors import InputError
+from dpq_core.machine.device_kinds import index_of, kind_of
 
 _Result = TypeVar("_Result")
 

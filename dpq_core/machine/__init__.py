@@ -1,0 +1,1 @@
+"""What this machine has: devices and their kinds, threads, memory."""
