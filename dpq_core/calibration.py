@@ -20,13 +20,19 @@ import torch
 from torch import Tensor, nn
 
 from dpq_core.arithmetic.formats import NumberFormat, quantize
-from dpq_core.hessian import MAGNITUDES, InputStatistics, count_magnitudes, equal_norms, raise_first
 from dpq_core.inputs import Batch
 from dpq_core.kernels import cpu
+from dpq_core.layer.hessian import (
+    MAGNITUDES,
+    InputStatistics,
+    count_magnitudes,
+    equal_norms,
+    raise_first,
+)
+from dpq_core.layer.linear import token_scale
+from dpq_core.layer.quantize import static_scale_of
 from dpq_core.leaves import Node, leaves_of, summed
-from dpq_core.linear import token_scale
 from dpq_core.model.finite import not_finite
-from dpq_core.quantize import static_scale_of
 from dpq_core.recipe import CalibrationSection
 from dpq_core.recipe.scheme import Scheme
 from dpq_core.streaming import StreamedModel

@@ -23,14 +23,14 @@ from torch import Tensor, nn
 
 from dpq_core.digests import write_json
 from dpq_core.foreign import fill_gptq, load_compressed_tensors, unsupported
-from dpq_core.linear import W4A8Linear, expected_shapes, layer_from_tensors, layer_tensors
+from dpq_core.layer.linear import W4A8Linear, expected_shapes, layer_from_tensors, layer_tensors
+from dpq_core.layer.quantize import LayerReport, QuantizedLinear
 from dpq_core.model.anatomy import path_of
 from dpq_core.model.empty import building
 from dpq_core.model.filling import fill_parameters
 from dpq_core.model.quantization import quantization_of, reads_fp8
 from dpq_core.model.source import check_parameters, check_source, check_values
 from dpq_core.plan import Plan
-from dpq_core.quantize import LayerReport, QuantizedLinear
 from dpq_core.reader import (
     CheckpointError,
     CheckpointReader,

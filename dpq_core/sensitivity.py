@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 
 from dpq_core.inputs import Batch
-from dpq_core.quantize import QuantizedLinear
+from dpq_core.layer.quantize import QuantizedLinear
 from dpq_core.streaming import StreamedModel
 
 

@@ -33,7 +33,7 @@ from transformers import StaticCache
 from dpq_core.decoding import Decoder, generate, static_cache
 from dpq_core.errors import InputError
 from dpq_core.kernels.attention import attend_in_groups
-from dpq_core.linear import W4A8Linear
+from dpq_core.layer.linear import W4A8Linear
 from dpq_core.machine.device import out_of_memory
 from dpq_core.machine.working_memory import Peak, free_bytes, free_unused, tensor_bytes
 from dpq_core.model.context import check_lengths

@@ -23,12 +23,12 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from dpq_core.checkpoint import QuantizedCheckpoint, load_quantized
 from dpq_core.decoding import context_bytes
 from dpq_core.errors import InputError
-from dpq_core.grid import choose_grid
-from dpq_core.linear import expected_shapes, layer_from_tensors, stored_bytes
+from dpq_core.layer.grid import choose_grid
+from dpq_core.layer.linear import expected_shapes, layer_from_tensors, stored_bytes
+from dpq_core.layer.quantize import LayerReport, QuantizedLinear, QuantizedWeight, round_weight
 from dpq_core.model.anatomy import path_of
 from dpq_core.model.empty import building
 from dpq_core.plan import plan_layers
-from dpq_core.quantize import LayerReport, QuantizedLinear, QuantizedWeight, round_weight
 from dpq_core.reader import CheckpointReader
 from dpq_core.recipe import Recipe
 from dpq_core.recipe.layer_choices import CHOICES

@@ -15,7 +15,7 @@ from dpq_core.allocation import (
     total,
 )
 from dpq_core.gates import Metric
-from dpq_core.linear import stored_bytes
+from dpq_core.layer.linear import stored_bytes
 from dpq_core.plan import PlannedLayer
 from dpq_core.proxy import OutputMoments
 from dpq_core.recipe import Recipe

@@ -14,10 +14,10 @@ from dpq_core.checkpoint import QuantizedCheckpoint, load_layer, write_checkpoin
 from dpq_core.digests import digest
 from dpq_core.exports.card import licence_of
 from dpq_core.inputs import ModelInputs
+from dpq_core.layer.quantize import QuantizedLinear
 from dpq_core.model.quantization import described, quantization_of
 from dpq_core.paths import is_folder
 from dpq_core.plan import plan_layers
-from dpq_core.quantize import QuantizedLinear
 from dpq_core.recipe import Recipe
 from dpq_core.streaming import StreamedModel
 from infra.store import ArtifactRef, Store

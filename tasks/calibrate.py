@@ -33,7 +33,7 @@ from dpq_core.calibration import (
     completed,
 )
 from dpq_core.digests import digest
-from dpq_core.hessian import InputStatistics
+from dpq_core.layer.hessian import InputStatistics
 from dpq_core.leaves import Node, summed
 from dpq_core.machine.device import freed_memory_kept
 from dpq_core.recipe import Recipe

@@ -15,8 +15,8 @@ from safetensors.torch import load_file, save_file
 from dpq_core.checkpoint import load_layer
 from dpq_core.digests import digest
 from dpq_core.inputs import Batch, ModelInputs
+from dpq_core.layer.quantize import QuantizedLinear
 from dpq_core.leaves import leaves_of
-from dpq_core.quantize import QuantizedLinear
 from dpq_core.recipe import Recipe
 from dpq_core.streaming import StreamedModel
 from infra.store import ArtifactRef, Store, StoreError

@@ -12,8 +12,8 @@ from dpq_core.calibration_tokens import CalibrationTokens
 from dpq_core.exports import check_exportable, planned_targets
 from dpq_core.exports.format import ExportError
 from dpq_core.footprint import Footprint, footprint
+from dpq_core.layer.linear import stored_bytes
 from dpq_core.leaves import WINDOWS
-from dpq_core.linear import stored_bytes
 from dpq_core.machine.device import DeviceError, resolve_device
 from dpq_core.plan import Plan, kept_lines, plan_layers
 from dpq_core.recipe import Recipe, RecipeError

@@ -10,8 +10,8 @@ from prefect.cache_policies import NO_CACHE
 
 from dpq_core.checkpoint import load_layer, load_report
 from dpq_core.digests import digest
+from dpq_core.layer.quantize import QuantizedLinear
 from dpq_core.proxy import OutputMoments, output_moments
-from dpq_core.quantize import QuantizedLinear
 from dpq_core.recipe import Recipe
 from dpq_core.sensitivity import Variant, block_losses
 from infra.store import ArtifactRef, Store

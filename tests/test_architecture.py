@@ -21,8 +21,8 @@ for name in sys.argv[1:]:
 assert not [name for name in sys.modules if name.startswith(tuple(f"{b}." for b in blocked))]
 
 import torch
-from dpq_core.hessian import InputStatistics
-from dpq_core.quantize import quantize_layer
+from dpq_core.layer.hessian import InputStatistics
+from dpq_core.layer.quantize import quantize_layer
 from dpq_core.recipe.scheme import Scheme
 
 x = torch.randn(64, 32)
@@ -80,7 +80,7 @@ def test_dpq_core_quantizes_a_layer_without_what_is_above_it(tmp_path):
 
 
 def test_importing_has_no_side_effects(tmp_path):
-    assert "dpq_core.quantize" in MODULES
+    assert "dpq_core.layer.quantize" in MODULES
     result = run(SIDE_EFFECTS, tmp_path)
     assert result.returncode == 0, result.stderr[-2000:]
     assert result.stdout.strip().endswith("unchanged")

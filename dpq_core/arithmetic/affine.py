@@ -1,4 +1,5 @@
-"""4-bit codes to values and back, for one value or for all of a layer: see `dpq_core.grid`."""
+"""4-bit codes to values and back, for one value or for all of a layer: see
+`dpq_core.layer.grid`."""
 
 from dataclasses import dataclass, replace
 

@@ -29,7 +29,7 @@ from dpq_core.exports.format import ExportError, Format, Quantization, Target, t
 from dpq_core.exports.gptq import GPTQ
 from dpq_core.exports.inc import FP8_TO_INT, INC
 from dpq_core.exports.verify import check_content
-from dpq_core.linear import expected_shapes
+from dpq_core.layer.linear import expected_shapes
 from dpq_core.plan import Plan
 from dpq_core.reader import CheckpointError, read_config, read_json
 from dpq_core.recipe import ExportName

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from dpq_core.checkpoint import QuantizedCheckpoint
 from dpq_core.errors import InputError
-from dpq_core.quantize import QuantizedLinear
+from dpq_core.layer.quantize import QuantizedLinear
 from dpq_core.reader import read_config
 from dpq_core.recipe.scheme import Scheme
 

@@ -10,7 +10,7 @@ FP8 units, whose maximum is 240, scale for free.
     zero points z − 1, none of them 0          8: signed codes only
 
 Powers of two make BF16 hold s8, s4 · s8 and sx exactly, and Gaudi computes E4M3(s4 · (k − z)) as
-`dpq_core.grid` does: what is stored is what was evaluated. The codes k are stored themselves;
+`dpq_core.layer.grid` does: what is stored is what was evaluated. The codes k are stored themselves;
 Neural Compressor's own exporter finds them by quantizing once more. `inc` has no place for sx:
 Neural Compressor measures the activations when it prepares the model. Names: `neural_compressor`
 (`mixed_low_precision/modules.py`) and AutoRound (`qlinear_triton_act.py`).
@@ -32,9 +32,9 @@ from dpq_core.exports.gptq import (
     lowest_zero_point,
     packed,
 )
-from dpq_core.grid import Grid
-from dpq_core.linear import W4A8Linear
-from dpq_core.quantize import QuantizedLinear, QuantizedWeight
+from dpq_core.layer.grid import Grid
+from dpq_core.layer.linear import W4A8Linear
+from dpq_core.layer.quantize import QuantizedLinear, QuantizedWeight
 from dpq_core.reader import CheckpointReader
 
 _NEEDS: dict[str, Any] = {

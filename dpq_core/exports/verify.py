@@ -17,7 +17,7 @@ from torch import Tensor
 from dpq_core.checkpoint import QuantizedCheckpoint, load_quantized
 from dpq_core.exports.format import Format, Target
 from dpq_core.kernels import products
-from dpq_core.linear import expected_shapes
+from dpq_core.layer.linear import expected_shapes
 from dpq_core.reader import CheckpointError, CheckpointReader
 
 _PROBE = (2, 64)  # windows, tokens

@@ -21,12 +21,12 @@ from torch import Tensor, nn
 from dpq_core.experts import SeparateExperts
 from dpq_core.families import Groups, family_of, members_of
 from dpq_core.inputs import Batch, ModelInputs
-from dpq_core.linear import W4A8Linear
+from dpq_core.layer.linear import W4A8Linear
+from dpq_core.layer.quantize import QuantizedLinear
 from dpq_core.model.anatomy import linears_of
 from dpq_core.model.empty import keeps_wide
 from dpq_core.model.filling import Tensors, fill_parameters
 from dpq_core.model.observation import anatomy_of
-from dpq_core.quantize import QuantizedLinear
 from dpq_core.reader import CheckpointError
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from dpq_core.errors import InputError
-from dpq_core.linear import W4A8Linear
+from dpq_core.layer.linear import W4A8Linear
 
 
 class NotFiniteError(InputError):

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from dpq_core.errors import InputError
-from dpq_core.linear import W4A8Linear
-from dpq_core.quantize import QuantizedLinear
+from dpq_core.layer.linear import W4A8Linear
+from dpq_core.layer.quantize import QuantizedLinear
 
 MakeLinear = Callable[[QuantizedLinear, Tensor | None], nn.Module]
 

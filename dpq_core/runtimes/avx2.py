@@ -27,7 +27,7 @@ from dpq_core.kernels.blas import sgemm
 from dpq_core.kernels.cpu import bits_of
 from dpq_core.kernels.forward_rows import add_product, scale_rows, take_threads, widen
 from dpq_core.kernels.numba_loops import real, round_rows
-from dpq_core.quantize import QuantizedLinear, QuantizedWeight
+from dpq_core.layer.quantize import QuantizedLinear, QuantizedWeight
 from dpq_core.runtimes import avx2_kernels
 from dpq_core.runtimes.avx2_kernels import COLUMN_OF_BYTE, LANES, WIDTHS, sizes
 from dpq_core.runtimes.weights import UNIT, choose_scales, group_pairs, numbers_of, refusal, rows_of

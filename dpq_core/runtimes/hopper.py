@@ -13,7 +13,7 @@ inside a CUDA graph, of the graph), gives the next layer the same memory: one la
 whatever the model. Nothing waits for the device and shapes alone decide what is launched, so that a
 CUDA graph can hold all of it; for `torch.compile` each linear is one operator.
 
-Kernels and layout: `hopper_kernels`, `hopper_packing`. Definition: `dpq_core.linear`.
+Kernels and layout: `hopper_kernels`, `hopper_packing`. Definition: `dpq_core.layer.linear`.
 """
 
 import functools
@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from dpq_core.errors import InputError
-from dpq_core.quantize import QuantizedLinear, QuantizedWeight, RoundedWeight
+from dpq_core.layer.quantize import QuantizedLinear, QuantizedWeight, RoundedWeight
 from dpq_core.runtimes import other_arithmetic
 from dpq_core.runtimes.hopper_packing import COLUMNS, ROWS, SMALLEST_GROUP, choose_split, pack
 

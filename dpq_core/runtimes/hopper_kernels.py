@@ -1,5 +1,5 @@
 """Triton kernels of the Hopper runtime: `hopper` launches them, `hopper_packing` lays out what they
-read, `dpq_core.linear` defines what they compute.
+read, `dpq_core.layer.linear` defines what they compute.
 
 A *block* is 128 rows × 256 columns of codes: 16 KiB, in the order in which the threads of 8 warps
 hold the left operand of `wgmma`. A thread copies 16 bytes at a time into shared memory (`cp.async`,

@@ -8,10 +8,10 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from dpq_core.arithmetic.formats import NumberFormat
-from dpq_core.grid import Grid
 from dpq_core.kernels.cpu import rounding
 from dpq_core.kernels.numba_loops import EXPONENT, STEPS, real
-from dpq_core.quantize import QuantizedLinear, QuantizedWeight
+from dpq_core.layer.grid import Grid
+from dpq_core.layer.quantize import QuantizedLinear, QuantizedWeight
 
 UNIT = 128  # columns that a kernel decodes at a time
 

@@ -8,7 +8,7 @@ taken them.
 from collections.abc import Mapping
 from threading import Lock
 
-from dpq_core.hessian import InputStatistics
+from dpq_core.layer.hessian import InputStatistics
 from infra.store import ArtifactRef
 
 _kept: list[dict[str, InputStatistics]] = []  # by block, the oldest first

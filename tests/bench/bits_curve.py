@@ -27,10 +27,10 @@ from dpq_core.calibration import InputRounding, TokenWeights, calibrate_block
 from dpq_core.checkpoint import load_model
 from dpq_core.data import calibration_windows, load_texts, token_windows
 from dpq_core.inputs import batches_of
-from dpq_core.linear import W4A8Linear, stored_bytes
+from dpq_core.layer.linear import W4A8Linear, stored_bytes
+from dpq_core.layer.quantize import QuantizedLinear, quantize_layer
 from dpq_core.perplexity import perplexity_token
 from dpq_core.plan import PlannedLayer, plan_layers
-from dpq_core.quantize import QuantizedLinear, quantize_layer
 from dpq_core.recipe import Recipe, load_recipe
 from dpq_core.recipe.layer_choices import chosen_scheme
 from dpq_core.sensitivity import Variant, block_losses

@@ -30,12 +30,12 @@ from prefect import flow, task
 from prefect.futures import wait
 
 from dpq_core.checkpoint import save_layer
+from dpq_core.layer.quantize import quantize_or_keep
+from dpq_core.layer.shared_input import SharedInput
 from dpq_core.machine.device import share_machine
 from dpq_core.plan import Plan, readers_of_one_input
-from dpq_core.quantize import quantize_or_keep
 from dpq_core.reader import CheckpointReader
 from dpq_core.recipe import Recipe, parse_recipe
-from dpq_core.shared_input import SharedInput
 from flows.quantize import quantize_layers
 from flows.runners import task_runner
 from infra.services import services

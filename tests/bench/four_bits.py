@@ -44,16 +44,16 @@ from dpq_core.arithmetic.formats import fake_quantize
 from dpq_core.calibration import InputRounding
 from dpq_core.checkpoint import load_model
 from dpq_core.data import calibration_windows, load_texts, token_windows
-from dpq_core.hessian import InputStatistics
 from dpq_core.inputs import batches_of
-from dpq_core.linear import W4A8Linear
-from dpq_core.pairing import difference
-from dpq_core.perplexity import perplexity_token
-from dpq_core.quantize import (
+from dpq_core.layer.hessian import InputStatistics
+from dpq_core.layer.linear import W4A8Linear
+from dpq_core.layer.quantize import (
     QuantizedLinear,
     objective,
     quantize_layer,
 )
+from dpq_core.pairing import difference
+from dpq_core.perplexity import perplexity_token
 from dpq_core.reader import read_config
 from dpq_core.recipe import Recipe, load_recipe
 from dpq_core.recipe.scheme import Scheme

@@ -10,8 +10,8 @@ from kernel_rows import W4A8, Row, assert_as_good, random_layer, rotated, weight
 from torch import Tensor, nn
 
 from dpq_core.kernels import products
-from dpq_core.linear import W4A8Linear
-from dpq_core.quantize import QuantizedLinear
+from dpq_core.layer.linear import W4A8Linear
+from dpq_core.layer.quantize import QuantizedLinear
 from dpq_core.runtimes import avx2, runtime_for
 
 SHAPES = [(2048, 2048), (4096, 4096), (4096, 11008), (14336, 4096)]  # out, in

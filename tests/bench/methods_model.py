@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from why_tokens import weighted
 
 from dpq_core.calibration import InputRounding
-from dpq_core.hessian import InputStatistics, count_magnitudes
-from dpq_core.linear import W4A8Linear, stored_bytes
-from dpq_core.quantize import QuantizedLinear, quantize_or_keep
-from dpq_core.shared_input import SharedInput
+from dpq_core.layer.hessian import InputStatistics, count_magnitudes
+from dpq_core.layer.linear import W4A8Linear, stored_bytes
+from dpq_core.layer.quantize import QuantizedLinear, quantize_or_keep
+from dpq_core.layer.shared_input import SharedInput
 
 # Linears of a block that read the same input, in the order in which they run.
 GROUPS = (

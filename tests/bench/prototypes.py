@@ -20,16 +20,16 @@ from torch import Tensor
 
 from dpq_core.arithmetic.formats import NumberFormat, fake_quantize
 from dpq_core.calibration import InputRounding, _observing
-from dpq_core.column_loop import inverse_factor
-from dpq_core.gradient_rounding import refine_codes
-from dpq_core.grid import Grid
-from dpq_core.hessian import InputStatistics, static_input_scale
 from dpq_core.inputs import Batch, batches_of
-from dpq_core.quantize import QuantizedLinear, QuantizedWeight, objective, quantize_or_keep
+from dpq_core.layer.column_loop import inverse_factor
+from dpq_core.layer.gradient_rounding import refine_codes
+from dpq_core.layer.grid import Grid
+from dpq_core.layer.hessian import InputStatistics, static_input_scale
+from dpq_core.layer.quantize import QuantizedLinear, QuantizedWeight, objective, quantize_or_keep
+from dpq_core.layer.shared_input import SharedInput
 from dpq_core.reader import read_config
 from dpq_core.recipe import Recipe
 from dpq_core.recipe.scheme import Scheme
-from dpq_core.shared_input import SharedInput
 from dpq_core.streaming import StreamedModel
 
 

@@ -32,11 +32,12 @@ from peak_memory import MODELS, make_model
 from torch import Tensor, nn
 from transformers import AutoTokenizer
 
-from dpq_core import calibration, hessian, pipeline, quantize, shared_input
+from dpq_core import calibration, pipeline
 from dpq_core.data import calibration_windows, load_texts
-from dpq_core.hessian import InputStatistics
 from dpq_core.inputs import Batch
 from dpq_core.kernels import cpu
+from dpq_core.layer import hessian, quantize, shared_input
+from dpq_core.layer.hessian import InputStatistics
 from dpq_core.recipe import CalibrationSection, load_recipe
 from dpq_core.recipe.scheme import Scheme
 from dpq_core.streaming import StreamedModel

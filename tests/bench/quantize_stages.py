@@ -17,11 +17,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from dpq_core.column_loop import inverse_factor, quantize_columns
-from dpq_core.gradient_rounding import refine_codes, residual
-from dpq_core.grid import choose_grid
-from dpq_core.hessian import MAGNITUDES, InputStatistics, count_magnitudes
-from dpq_core.quantize import column_order, objective, quantize_layer
+from dpq_core.layer.column_loop import inverse_factor, quantize_columns
+from dpq_core.layer.gradient_rounding import refine_codes, residual
+from dpq_core.layer.grid import choose_grid
+from dpq_core.layer.hessian import MAGNITUDES, InputStatistics, count_magnitudes
+from dpq_core.layer.quantize import column_order, objective, quantize_layer
 from dpq_core.recipe.scheme import Scheme
 
 SHAPES = (  # out × in, of Llama-3-8B and Llama-3-70B

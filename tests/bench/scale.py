@@ -21,8 +21,8 @@ import torch
 from scale_shapes import SHAPES, Shape
 from scale_simulation import Rates, table
 
-from dpq_core.hessian import InputStatistics
-from dpq_core.quantize import quantize_layer
+from dpq_core.layer.hessian import InputStatistics
+from dpq_core.layer.quantize import quantize_layer
 from dpq_core.recipe.scheme import Scheme
 from infra.services import services
 from infra.store import Store

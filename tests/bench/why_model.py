@@ -17,8 +17,8 @@ from torch.nn import functional
 from why_tokens import fisher_statistics, weighted
 
 from dpq_core.arithmetic.formats import fake_quantize
-from dpq_core.hessian import InputStatistics
-from dpq_core.quantize import QuantizedLinear, objective, quantize_layer
+from dpq_core.layer.hessian import InputStatistics
+from dpq_core.layer.quantize import QuantizedLinear, objective, quantize_layer
 from dpq_core.recipe.scheme import Scheme
 
 # Linears of a block that read the same input, in the order in which they run.

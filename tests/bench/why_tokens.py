@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dpq_core.hessian import InputStatistics, equal_norms, raise_first
+from dpq_core.layer.hessian import InputStatistics, equal_norms, raise_first
 
 
 def weighted(x: Tensor, weighting: str) -> Tensor:

@@ -15,9 +15,9 @@ import pytest
 import torch
 
 from dpq_core.arithmetic.formats import round_to
-from dpq_core.grid import Grid, choose_grid
-from dpq_core.linear import W4A8Linear, token_scale
-from dpq_core.quantize import (
+from dpq_core.layer.grid import Grid, choose_grid
+from dpq_core.layer.linear import W4A8Linear, token_scale
+from dpq_core.layer.quantize import (
     LayerReport,
     QuantizedLinear,
     QuantizedWeight,

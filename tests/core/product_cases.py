@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
-from dpq_core.hessian import InputStatistics
 from dpq_core.kernels import products
 from dpq_core.kernels.attention import attend_in_fp32
 from dpq_core.kernels.sixteen_bit import linear
-from dpq_core.linear import W4A8Linear
-from dpq_core.quantize import LayerReport, QuantizedLinear, RoundedWeight
+from dpq_core.layer.hessian import InputStatistics
+from dpq_core.layer.linear import W4A8Linear
+from dpq_core.layer.quantize import LayerReport, QuantizedLinear, RoundedWeight
 from dpq_core.recipe.scheme import Scheme
 
 _ROUNDING = 2.0**-24  # of FP32, relative

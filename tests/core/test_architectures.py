@@ -13,7 +13,7 @@ from torch import nn
 from dpq_core.checkpoint import QuantizedCheckpoint, load_model, load_quantized
 from dpq_core.inputs import batches_of
 from dpq_core.kernels import products
-from dpq_core.linear import W4A8Linear
+from dpq_core.layer.linear import W4A8Linear
 from dpq_core.model import observation
 from dpq_core.model.anatomy import ArchitectureError
 from dpq_core.model.empty import empty_of

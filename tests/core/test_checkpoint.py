@@ -27,12 +27,12 @@ from dpq_core.checkpoint import (
 )
 from dpq_core.digests import file_digest
 from dpq_core.errors import InputError
-from dpq_core.hessian import InputStatistics
 from dpq_core.inputs import batches_of
 from dpq_core.kernels.sixteen_bit import fit
-from dpq_core.linear import W4A8Linear, layer_from_tensors
+from dpq_core.layer.hessian import InputStatistics
+from dpq_core.layer.linear import W4A8Linear, layer_from_tensors
+from dpq_core.layer.quantize import LayerReport, QuantizedWeight, quantize_layer
 from dpq_core.pipeline import quantize_checkpoint
-from dpq_core.quantize import LayerReport, QuantizedWeight, quantize_layer
 from dpq_core.reader import CheckpointError, CheckpointReader
 from dpq_core.recipe import CalibrationSection, TextDataset
 from dpq_core.recipe.layer_choices import CHOICES, chosen_scheme

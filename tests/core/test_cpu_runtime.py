@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from dpq_core.grid import Grid
-from dpq_core.hessian import InputStatistics
 from dpq_core.kernels import products
-from dpq_core.linear import W4A8Linear
-from dpq_core.quantize import LayerReport, QuantizedLinear, QuantizedWeight, quantize_layer
+from dpq_core.layer.grid import Grid
+from dpq_core.layer.hessian import InputStatistics
+from dpq_core.layer.linear import W4A8Linear
+from dpq_core.layer.quantize import LayerReport, QuantizedLinear, QuantizedWeight, quantize_layer
 from dpq_core.recipe.scheme import Scheme
 from dpq_core.runtimes import RUNTIMES, Chosen, RuntimeUnavailableError, avx2, cpu, runtime_for
 

@@ -19,10 +19,10 @@ from dpq_core.checkpoint import QuantizedCheckpoint, load_model, load_quantized
 from dpq_core.exports import EXPORTS, ExportError, export_checkpoint, export_to, failures, verify
 from dpq_core.exports.card import licence_of
 from dpq_core.exports.gptq import moved_up, packed
-from dpq_core.grid import Grid
 from dpq_core.kernels.sixteen_bit import fit
+from dpq_core.layer.grid import Grid
+from dpq_core.layer.quantize import QuantizedWeight
 from dpq_core.pipeline import quantize_checkpoint
-from dpq_core.quantize import QuantizedWeight
 from dpq_core.reader import CheckpointError, CheckpointReader
 from dpq_core.recipe import CalibrationSection, ExportName, TextDataset
 from dpq_core.recipe.scheme import Scheme

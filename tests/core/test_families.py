@@ -23,7 +23,7 @@ from dpq_core.data import DataError
 from dpq_core.images import image_windows
 from dpq_core.inputs import batches_of
 from dpq_core.kernels import products
-from dpq_core.linear import W4A8Linear
+from dpq_core.layer.linear import W4A8Linear
 from dpq_core.model.source import check_source
 from dpq_core.perplexity import perplexity_token
 from dpq_core.pipeline import quantize_checkpoint

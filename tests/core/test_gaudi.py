@@ -11,9 +11,9 @@ import torch
 from dpq_core.arithmetic.formats import FORMATS, round_to
 from dpq_core.arithmetic.packing import unpack_codes
 from dpq_core.errors import InputError
-from dpq_core.grid import choose_grid
-from dpq_core.linear import W4A8Linear
-from dpq_core.quantize import LayerReport, QuantizedLinear, QuantizedWeight, round_weight
+from dpq_core.layer.grid import choose_grid
+from dpq_core.layer.linear import W4A8Linear
+from dpq_core.layer.quantize import LayerReport, QuantizedLinear, QuantizedWeight, round_weight
 from dpq_core.recipe.scheme import Scheme
 from dpq_core.runtimes import RUNTIMES, gaudi
 

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from dpq_core import grid as grid_module
-from dpq_core.grid import choose_grid, power_of_two_above
+from dpq_core.layer import grid as grid_module
+from dpq_core.layer.grid import choose_grid, power_of_two_above
 from dpq_core.recipe.scheme import Scheme
 
 modest = settings(deadline=None, max_examples=100)

@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dpq_core.arithmetic.formats import FORMATS, fake_quantize
-from dpq_core.hessian import (
+from dpq_core.kernels import blas, cpu
+from dpq_core.layer.hessian import (
     MAGNITUDES,
     InputStatistics,
     count_magnitudes,
@@ -16,8 +17,7 @@ from dpq_core.hessian import (
     raise_first,
     static_input_scale,
 )
-from dpq_core.kernels import blas, cpu
-from dpq_core.quantize import quantize_layer, static_scale_of
+from dpq_core.layer.quantize import quantize_layer, static_scale_of
 from dpq_core.recipe.scheme import Scheme
 
 FEATURES = 24

@@ -14,8 +14,8 @@ import torch
 
 from dpq_core.arithmetic.formats import FORMATS, round_to
 from dpq_core.errors import InputError
-from dpq_core.grid import choose_grid
-from dpq_core.quantize import LayerReport, QuantizedLinear, QuantizedWeight, round_weight
+from dpq_core.layer.grid import choose_grid
+from dpq_core.layer.quantize import LayerReport, QuantizedLinear, QuantizedWeight, round_weight
 from dpq_core.recipe.scheme import Scheme
 from dpq_core.runtimes import hopper
 from dpq_core.runtimes.hopper_packing import choose_split, fp16_scales, pack_words

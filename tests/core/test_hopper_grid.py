@@ -14,8 +14,8 @@ from pydantic import ValidationError
 from dpq_core.exports import EXPORTS
 from dpq_core.exports.compressed_tensors import vllm_obstacle
 from dpq_core.exports.format import Target
-from dpq_core.hessian import InputStatistics
-from dpq_core.quantize import quantize_layer
+from dpq_core.layer.hessian import InputStatistics
+from dpq_core.layer.quantize import quantize_layer
 from dpq_core.recipe.scheme import PRESETS, Scheme
 
 FP8 = ml_dtypes.float8_e4m3fn

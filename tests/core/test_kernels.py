@@ -11,14 +11,14 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from kernel_layers import SCHEMES, layer_of
 
-from dpq_core import grid
 from dpq_core.arithmetic.affine import ColumnGrid
 from dpq_core.arithmetic.formats import FORMATS
-from dpq_core.column_loop import choose_block, inverse_factor, quantize_columns
-from dpq_core.gradient_rounding import refine_codes, residual
-from dpq_core.grid import choose_grid
 from dpq_core.kernels import cpu, numba_loops
-from dpq_core.quantize import objective
+from dpq_core.layer import grid
+from dpq_core.layer.column_loop import choose_block, inverse_factor, quantize_columns
+from dpq_core.layer.gradient_rounding import refine_codes, residual
+from dpq_core.layer.grid import choose_grid
+from dpq_core.layer.quantize import objective
 from dpq_core.recipe.scheme import Scheme
 
 SHAPES = [(600, 256), (150, 200), (1, 33), (201, 7)]  # rows, features: short tiles, groups, blocks

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from dpq_core.arithmetic.formats import FORMATS, round_to
-from dpq_core.hessian import InputStatistics
 from dpq_core.kernels import blas, cpu, forward_rows
-from dpq_core.linear import (
+from dpq_core.layer.hessian import InputStatistics
+from dpq_core.layer.linear import (
     W4A8Linear,
     expected_shapes,
     layer_from_tensors,
@@ -19,7 +19,7 @@ from dpq_core.linear import (
     stored_bytes,
     token_scale,
 )
-from dpq_core.quantize import (
+from dpq_core.layer.quantize import (
     LayerReport,
     QuantizedLinear,
     QuantizedWeight,

@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from dpq_core.arithmetic.affine import ColumnGrid
-from dpq_core.column_loop import FactorizationError, quantize_columns
-from dpq_core.gradient_rounding import refine_codes
-from dpq_core.grid import choose_grid
-from dpq_core.hessian import InputStatistics
-from dpq_core.quantize import column_order, quantize_layer
+from dpq_core.layer.column_loop import FactorizationError, quantize_columns
+from dpq_core.layer.gradient_rounding import refine_codes
+from dpq_core.layer.grid import choose_grid
+from dpq_core.layer.hessian import InputStatistics
+from dpq_core.layer.quantize import column_order, quantize_layer
 from dpq_core.recipe.scheme import Scheme
 
 ROWS, FEATURES = 48, 136  # with groups of 32, a last group of 8
@@ -332,7 +332,7 @@ def test_rows_in_which_nothing_moved_take_no_further_pass(most, moved, passes, m
         codes += 1
         return torch.tensor(moves[len(taken) - 1])
 
-    monkeypatch.setattr("dpq_core.gradient_rounding._one_pass", one_pass)
+    monkeypatch.setattr("dpq_core.layer.gradient_rounding._one_pass", one_pass)
     monkeypatch.setattr("dpq_core.kernels.cpu.fits", lambda *_: False)
     codes, names = torch.zeros(1, 3), torch.tensor([[1.0, 2.0, 3.0]])
     grid = ColumnGrid(names, names, names, torch.zeros(1, dtype=torch.int64), None)

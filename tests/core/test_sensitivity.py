@@ -7,10 +7,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from dpq_core.calibration import InputRounding, TokenWeights, calibrate_block
 from dpq_core.inputs import batches_of
 from dpq_core.kernels.sixteen_bit import fit
-from dpq_core.linear import W4A8Linear
+from dpq_core.layer.linear import W4A8Linear
+from dpq_core.layer.quantize import quantize_layer
 from dpq_core.plan import plan_layers
 from dpq_core.proxy import OutputMoments, output_moments
-from dpq_core.quantize import quantize_layer
 from dpq_core.recipe import CalibrationSection, TextDataset
 from dpq_core.recipe.layer_choices import chosen_scheme
 from dpq_core.recipe.scheme import Scheme

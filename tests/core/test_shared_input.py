@@ -5,12 +5,12 @@ from collections import Counter
 import pytest
 import torch
 
-from dpq_core import shared_input
 from dpq_core.checkpoint import layer_tensors
-from dpq_core.hessian import InputStatistics
-from dpq_core.quantize import quantize_layer, quantize_or_keep
+from dpq_core.layer import shared_input
+from dpq_core.layer.hessian import InputStatistics
+from dpq_core.layer.quantize import quantize_layer, quantize_or_keep
+from dpq_core.layer.shared_input import SharedInput
 from dpq_core.recipe.scheme import Scheme
-from dpq_core.shared_input import SharedInput
 
 FEATURES = 96
 OWN = Scheme(group_size=32)

@@ -8,12 +8,12 @@ import torch
 
 from dpq_core import throughput
 from dpq_core.decoding import Decoder, context_bytes, generate, static_cache
-from dpq_core.hessian import InputStatistics
 from dpq_core.kernels.attention import NAME, attend_in_groups
-from dpq_core.linear import W4A8Linear, expected_shapes, layer_tensors
+from dpq_core.layer.hessian import InputStatistics
+from dpq_core.layer.linear import W4A8Linear, expected_shapes, layer_tensors
+from dpq_core.layer.quantize import quantize_layer
 from dpq_core.machine.working_memory import tensor_bytes
 from dpq_core.model.context import ContextError
-from dpq_core.quantize import quantize_layer
 from dpq_core.recipe import BenchmarkSection
 from dpq_core.recipe.scheme import PRESETS, Scheme
 from dpq_core.roofline import Device, Load

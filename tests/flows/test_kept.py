@@ -4,7 +4,7 @@ import pytest
 from conftest import run_flow
 from test_same_bytes import in_store
 
-from dpq_core.hessian import InputStatistics
+from dpq_core.layer.hessian import InputStatistics
 from flows.quantize import quantize
 from infra.store import ArtifactRef
 from tasks.support import kept, tensor_files

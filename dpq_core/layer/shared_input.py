@@ -11,8 +11,8 @@ Memory: the Hessian, and its factor once a layer has asked for one.
 import torch
 from torch import Tensor
 
-from dpq_core.column_loop import inverse_factor
-from dpq_core.hessian import InputStatistics
+from dpq_core.layer.column_loop import inverse_factor
+from dpq_core.layer.hessian import InputStatistics
 
 
 class SharedInput:

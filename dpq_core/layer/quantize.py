@@ -1,7 +1,7 @@
 """Quantize one linear layer: the whole of DPQ and of what it is compared with.
 
 `quantize_layer` takes a weight, the statistics of its inputs and a scheme. It walks no model and
-touches no file. Layers that read one input share what comes of it (`dpq_core.shared_input`).
+touches no file. Layers that read one input share what comes of it (`dpq_core.layer.shared_input`).
 
 Steps as in DESIGN: grid from the original weight, column loop in the order π, gradient-aware
 rounding, order undone. Group scales belong to the stored column order (static groups), so that
@@ -15,13 +15,13 @@ from torch import Tensor
 
 from dpq_core.arithmetic.affine import ColumnGrid
 from dpq_core.arithmetic.formats import round_to
-from dpq_core.column_loop import quantize_columns
-from dpq_core.gradient_rounding import refine_codes, residual
-from dpq_core.grid import Grid, choose_channel_scale, choose_grid, power_of_two_above
-from dpq_core.hessian import InputStatistics, static_input_scale
+from dpq_core.layer.column_loop import quantize_columns
+from dpq_core.layer.gradient_rounding import refine_codes, residual
+from dpq_core.layer.grid import Grid, choose_channel_scale, choose_grid, power_of_two_above
+from dpq_core.layer.hessian import InputStatistics, static_input_scale
+from dpq_core.layer.shared_input import SharedInput
 from dpq_core.recipe.layer_choices import chosen_scheme
 from dpq_core.recipe.scheme import METHODS, OrderName, Scheme
-from dpq_core.shared_input import SharedInput
 
 
 @dataclass(frozen=True)

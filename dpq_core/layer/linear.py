@@ -24,9 +24,9 @@ from dpq_core.arithmetic.packing import (
     unpack_codes,
     unpack_zero_points,
 )
-from dpq_core.grid import SYMMETRIC_ZERO_POINT, Grid
 from dpq_core.kernels import forward_rows, sixteen_bit
-from dpq_core.quantize import LayerReport, QuantizedLinear, QuantizedWeight, RoundedWeight
+from dpq_core.layer.grid import SYMMETRIC_ZERO_POINT, Grid
+from dpq_core.layer.quantize import LayerReport, QuantizedLinear, QuantizedWeight, RoundedWeight
 from dpq_core.recipe.scheme import Scheme
 
 _STORED_REPORT = LayerReport(error=float("nan"), damp_frac=float("nan"), codes_moved=0)

@@ -1,0 +1,2 @@
+"""Quantize one linear layer: statistics of its inputs, grid, column loop, gradient rounding,
+storage."""
