@@ -20,7 +20,6 @@ import torch
 from torch import Tensor, nn
 
 from dpq_core.arithmetic.formats import NumberFormat, quantize
-from dpq_core.inputs import Batch
 from dpq_core.kernels import cpu
 from dpq_core.layer.hessian import (
     MAGNITUDES,
@@ -33,9 +32,10 @@ from dpq_core.layer.linear import token_scale
 from dpq_core.layer.quantize import static_scale_of
 from dpq_core.leaves import Node, leaves_of, summed
 from dpq_core.model.finite import not_finite
+from dpq_core.model.inputs import Batch
+from dpq_core.model.streaming import StreamedModel
 from dpq_core.recipe import CalibrationSection
 from dpq_core.recipe.scheme import Scheme
-from dpq_core.streaming import StreamedModel
 
 # Of an input's first linear, by full name.
 BlockStatistics = dict[str, InputStatistics]

@@ -28,19 +28,19 @@ from dpq_core.layer.quantize import LayerReport, QuantizedLinear
 from dpq_core.model.anatomy import path_of
 from dpq_core.model.empty import building
 from dpq_core.model.filling import fill_parameters
+from dpq_core.model.plan import Plan
 from dpq_core.model.quantization import quantization_of, reads_fp8
-from dpq_core.model.source import check_parameters, check_source, check_values
-from dpq_core.plan import Plan
-from dpq_core.reader import (
+from dpq_core.model.reader import (
     CheckpointError,
     CheckpointReader,
     read_config,
     read_json,
     side_files,
 )
+from dpq_core.model.source import check_parameters, check_source, check_values
+from dpq_core.model.streaming import empty_model
 from dpq_core.recipe.scheme import Scheme
 from dpq_core.shards import ShardWriter, check_files, digests_of
-from dpq_core.streaming import empty_model
 
 FORMAT_VERSION = 2
 MANIFEST = "dpq.json"

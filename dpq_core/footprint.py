@@ -17,7 +17,7 @@ from dpq_core.layer.hessian import MAGNITUDES
 from dpq_core.layer.linear import stored_bytes
 from dpq_core.leaves import Node, leaf_count, leaf_size, shares
 from dpq_core.model.fp8 import WORKSPACE
-from dpq_core.plan import Plan, PlannedLayer
+from dpq_core.model.plan import Plan, PlannedLayer
 from dpq_core.recipe import CalibrationSection
 
 _FLOAT32, _BFLOAT16, _INT64 = 4, 2, 8

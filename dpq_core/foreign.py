@@ -26,8 +26,8 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from dpq_core.kernels.sixteen_bit import fit
-from dpq_core.reader import CheckpointError, CheckpointReader
-from dpq_core.streaming import empty_model
+from dpq_core.model.reader import CheckpointError, CheckpointReader
+from dpq_core.model.streaming import empty_model
 
 SUPPORTED = ("FP8 with scales", "compressed-tensors", "gptq")
 

@@ -19,8 +19,8 @@ import torch
 from transformers import AutoImageProcessor, PreTrainedTokenizerBase
 
 from dpq_core.data import DataError, label_of, open_rows
-from dpq_core.inputs import ModelInputs
-from dpq_core.reader import CheckpointError, read_config
+from dpq_core.model.inputs import ModelInputs
+from dpq_core.model.reader import CheckpointError, read_config
 from dpq_core.recipe import CalibrationSection
 
 _GOLDEN = (5**0.5 - 1) / 2

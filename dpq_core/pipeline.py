@@ -18,16 +18,16 @@ from dpq_core.calibration import (
     calibrate_block,
 )
 from dpq_core.checkpoint import load_layer, save_layer, write_checkpoint
-from dpq_core.inputs import ModelInputs, batches_of
 from dpq_core.layer.quantize import QuantizedLinear, quantize_or_keep
 from dpq_core.layer.shared_input import SharedInput
 from dpq_core.model.context import check_ids, check_lengths
+from dpq_core.model.inputs import ModelInputs, batches_of
+from dpq_core.model.plan import PlannedLayer, plan_layers, readers_of_one_input
 from dpq_core.model.proof import prove
 from dpq_core.model.source import check_source
-from dpq_core.plan import PlannedLayer, plan_layers, readers_of_one_input
+from dpq_core.model.streaming import StreamedModel, as_run, empty_model
 from dpq_core.recipe import CalibrationSection
 from dpq_core.recipe.scheme import Scheme
-from dpq_core.streaming import StreamedModel, as_run, empty_model
 
 
 def quantize_checkpoint(

@@ -17,8 +17,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from dpq_core.inputs import Batch
-from dpq_core.streaming import StreamedModel
+from dpq_core.model.inputs import Batch
+from dpq_core.model.streaming import StreamedModel
 
 SEED = 0  # of the labels
 

@@ -16,9 +16,9 @@ from dataclasses import dataclass
 
 import torch
 
-from dpq_core.inputs import Batch
 from dpq_core.layer.quantize import QuantizedLinear
-from dpq_core.streaming import StreamedModel
+from dpq_core.model.inputs import Batch
+from dpq_core.model.streaming import StreamedModel
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from dpq_core.digests import file_digest, write_json
-from dpq_core.reader import CheckpointError
+from dpq_core.model.reader import CheckpointError
 
 INDEX = "model.safetensors.index.json"
 

@@ -28,14 +28,14 @@ from dpq_core.layer.linear import expected_shapes, layer_from_tensors, stored_by
 from dpq_core.layer.quantize import LayerReport, QuantizedLinear, QuantizedWeight, round_weight
 from dpq_core.model.anatomy import path_of
 from dpq_core.model.empty import building
-from dpq_core.plan import plan_layers
-from dpq_core.reader import CheckpointReader
+from dpq_core.model.plan import plan_layers
+from dpq_core.model.reader import CheckpointReader
+from dpq_core.model.streaming import StreamedModel, empty_model
 from dpq_core.recipe import Recipe
 from dpq_core.recipe.layer_choices import CHOICES
 from dpq_core.recipe.scheme import Scheme
 from dpq_core.roofline import Load
 from dpq_core.runtimes import MakeLinear
-from dpq_core.streaming import StreamedModel, empty_model
 
 _NEAREST = {"method": "rtn", "order": "none", "rounding": "nearest", "scale_search": "minmax"}
 

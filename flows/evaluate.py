@@ -8,9 +8,9 @@ from prefect.artifacts import create_table_artifact
 
 from dpq_core.gates import Metric, compare, judge
 from dpq_core.machine.device import share_machine
+from dpq_core.model.streaming import load_config
 from dpq_core.pairing import CONFIDENCE, Evaluation, Failure
 from dpq_core.recipe import Recipe, RecipeError
-from dpq_core.streaming import load_config
 from flows.attended import attended
 from flows.measure import measure
 from flows.report import gate_rows, publish_parts, score_rows

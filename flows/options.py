@@ -16,7 +16,7 @@ from dpq_core.allocation import (
 )
 from dpq_core.gates import Metric
 from dpq_core.layer.linear import stored_bytes
-from dpq_core.plan import PlannedLayer
+from dpq_core.model.plan import PlannedLayer
 from dpq_core.proxy import OutputMoments
 from dpq_core.recipe import Recipe
 from dpq_core.recipe.layer_choices import chosen_scheme

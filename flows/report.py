@@ -13,8 +13,8 @@ from prefect.artifacts import (
 
 from dpq_core.calibration_tokens import CalibrationTokens
 from dpq_core.gates import Metric, Verdict
+from dpq_core.model.plan import kept_lines
 from dpq_core.pairing import Difference, Evaluation, Failure
-from dpq_core.plan import kept_lines
 from tasks.log import layer_rows
 from tasks.register import Registration
 

@@ -11,7 +11,7 @@ from prefect.artifacts import create_link_artifact
 from prefect.cache_policies import NO_CACHE
 from prefect.logging import get_run_logger
 
-from dpq_core.reader import CheckpointReader
+from dpq_core.model.reader import CheckpointReader
 from dpq_core.throughput import Times
 from flows.attempt import Attempt
 from infra.history import newest_versions

@@ -13,13 +13,13 @@ from torch import Tensor
 from dpq_core.checkpoint import QuantizedCheckpoint, load_layer, write_checkpoint
 from dpq_core.digests import digest
 from dpq_core.exports.card import licence_of
-from dpq_core.inputs import ModelInputs
 from dpq_core.layer.quantize import QuantizedLinear
+from dpq_core.model.inputs import ModelInputs
+from dpq_core.model.plan import plan_layers
 from dpq_core.model.quantization import described, quantization_of
+from dpq_core.model.streaming import StreamedModel
 from dpq_core.paths import is_folder
-from dpq_core.plan import plan_layers
 from dpq_core.recipe import Recipe
-from dpq_core.streaming import StreamedModel
 from infra.store import ArtifactRef, Store
 from tasks.model import Model, stream_of
 from tasks.progress import stepper

@@ -14,11 +14,11 @@ from safetensors.torch import load_file, save_file
 
 from dpq_core.checkpoint import load_layer
 from dpq_core.digests import digest
-from dpq_core.inputs import Batch, ModelInputs
 from dpq_core.layer.quantize import QuantizedLinear
 from dpq_core.leaves import leaves_of
+from dpq_core.model.inputs import Batch, ModelInputs
+from dpq_core.model.streaming import StreamedModel
 from dpq_core.recipe import Recipe
-from dpq_core.streaming import StreamedModel
 from infra.store import ArtifactRef, Store, StoreError
 from tasks.model import Model, stream_of
 from tasks.support.stages import computed_by

@@ -13,14 +13,14 @@ from transformers import AutoTokenizer
 
 from dpq_core.checkpoint import MANIFEST, check_checkpoint
 from dpq_core.digests import digest, identity
-from dpq_core.families import family_of
+from dpq_core.model.families import family_of
 from dpq_core.model.layout import ADAPTER
 from dpq_core.model.proof import prove
+from dpq_core.model.reader import SIDE_FILES, CheckpointError, CheckpointReader, model_type_of
 from dpq_core.model.source import check_source, check_values
+from dpq_core.model.streaming import StreamedModel, empty_model
 from dpq_core.paths import is_folder
-from dpq_core.reader import SIDE_FILES, CheckpointError, CheckpointReader, model_type_of
 from dpq_core.recipe import ModelSection, Recipe
-from dpq_core.streaming import StreamedModel, empty_model
 from infra import remote
 from infra.store import Store
 from tasks.support.stages import computed_by

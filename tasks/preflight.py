@@ -15,7 +15,7 @@ from dpq_core.footprint import Footprint, footprint
 from dpq_core.layer.linear import stored_bytes
 from dpq_core.leaves import WINDOWS
 from dpq_core.machine.device import DeviceError, resolve_device
-from dpq_core.plan import Plan, kept_lines, plan_layers
+from dpq_core.model.plan import Plan, kept_lines, plan_layers
 from dpq_core.recipe import Recipe, RecipeError
 from dpq_core.recipe.layer_choices import chosen_scheme
 from dpq_core.throughput import check_context

@@ -12,10 +12,10 @@ from dpq_core.checkpoint import save_layer
 from dpq_core.digests import digest
 from dpq_core.layer.quantize import quantize_or_keep
 from dpq_core.layer.shared_input import SharedInput
-from dpq_core.plan import PlannedLayer
-from dpq_core.reader import CheckpointReader
+from dpq_core.model.plan import PlannedLayer
+from dpq_core.model.reader import CheckpointReader
+from dpq_core.model.streaming import as_run, load_config, sixteen_bit_type
 from dpq_core.recipe import Recipe
-from dpq_core.streaming import as_run, load_config, sixteen_bit_type
 from infra.store import ArtifactRef, Store
 from tasks.calibrate import load_statistics
 from tasks.model import Model

@@ -30,8 +30,8 @@ from dpq_core.exports.gptq import GPTQ
 from dpq_core.exports.inc import FP8_TO_INT, INC
 from dpq_core.exports.verify import check_content
 from dpq_core.layer.linear import expected_shapes
-from dpq_core.plan import Plan
-from dpq_core.reader import CheckpointError, read_config, read_json
+from dpq_core.model.plan import Plan
+from dpq_core.model.reader import CheckpointError, read_config, read_json
 from dpq_core.recipe import ExportName
 from dpq_core.recipe.scheme import Scheme
 from dpq_core.shards import ShardWriter, StoredTensor, check_files, digests_of

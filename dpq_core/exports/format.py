@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from dpq_core.checkpoint import QuantizedCheckpoint
 from dpq_core.errors import InputError
 from dpq_core.layer.quantize import QuantizedLinear
-from dpq_core.reader import read_config
+from dpq_core.model.reader import read_config
 from dpq_core.recipe.scheme import Scheme
 
 Quantization = dict[str, Any]  # `quantization_config` of an export's config.json

@@ -35,7 +35,7 @@ from dpq_core.exports.gptq import (
 from dpq_core.layer.grid import Grid
 from dpq_core.layer.linear import W4A8Linear
 from dpq_core.layer.quantize import QuantizedLinear, QuantizedWeight
-from dpq_core.reader import CheckpointReader
+from dpq_core.model.reader import CheckpointReader
 
 _NEEDS: dict[str, Any] = {
     "inner": "e4m3",

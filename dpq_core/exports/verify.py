@@ -18,7 +18,7 @@ from dpq_core.checkpoint import QuantizedCheckpoint, load_quantized
 from dpq_core.exports.format import Format, Target
 from dpq_core.kernels import products
 from dpq_core.layer.linear import expected_shapes
-from dpq_core.reader import CheckpointError, CheckpointReader
+from dpq_core.model.reader import CheckpointError, CheckpointReader
 
 _PROBE = (2, 64)  # windows, tokens
 _SIZE_TOLERANCE = 0.02

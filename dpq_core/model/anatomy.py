@@ -14,9 +14,9 @@ from typing import Any
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from dpq_core.experts import SeparateExperts
-from dpq_core.families import Groups
-from dpq_core.reader import CheckpointError
+from dpq_core.model.experts import SeparateExperts
+from dpq_core.model.families import Groups
+from dpq_core.model.reader import CheckpointError
 
 
 class ArchitectureError(CheckpointError):

@@ -18,16 +18,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dpq_core.experts import SeparateExperts
-from dpq_core.families import Groups, family_of, members_of
-from dpq_core.inputs import Batch, ModelInputs
 from dpq_core.layer.linear import W4A8Linear
 from dpq_core.layer.quantize import QuantizedLinear
 from dpq_core.model.anatomy import linears_of
 from dpq_core.model.empty import keeps_wide
+from dpq_core.model.experts import SeparateExperts
+from dpq_core.model.families import Groups, family_of, members_of
 from dpq_core.model.filling import Tensors, fill_parameters
+from dpq_core.model.inputs import Batch, ModelInputs
 from dpq_core.model.observation import anatomy_of
-from dpq_core.reader import CheckpointError
+from dpq_core.model.reader import CheckpointError
 
 
 class _Skip(nn.Module):
@@ -133,7 +133,7 @@ class BlockStream:
         if wrong := set(linears).symmetric_difference(named):
             raise CheckpointError(
                 f"{self.reader.folder}: {path}.{min(wrong)} is a linear layer of the model or of "
-                "its row in dpq_core/families.py, not of both: mend the row's groups"
+                "its row in dpq_core/model/families.py, not of both: mend the row's groups"
             )
         return [tuple(f"{path}.{name}" for name in group) for group in groups]
 

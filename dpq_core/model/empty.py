@@ -13,9 +13,9 @@ from transformers import (
     AutoModelForImageTextToText,
 )
 
-from dpq_core.experts import separate_experts
-from dpq_core.families import family_of
 from dpq_core.kernels.sixteen_bit import fit
+from dpq_core.model.experts import separate_experts
+from dpq_core.model.families import family_of
 
 # While accelerate makes empty weights, it redirects the parameters that any thread sets: whoever
 # builds or fills a model holds this.

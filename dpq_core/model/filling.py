@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from dpq_core.model.empty import building
-from dpq_core.reader import CheckpointError
+from dpq_core.model.reader import CheckpointError
 
 
 class Tensors(Protocol):

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, nn
 
 from dpq_core.digests import digest
-from dpq_core.families import Groups
 from dpq_core.model.anatomy import (
     Anatomy,
     ArchitectureError,
@@ -29,6 +28,7 @@ from dpq_core.model.anatomy import (
     wildcarded,
 )
 from dpq_core.model.empty import building, empty_like
+from dpq_core.model.families import Groups
 from dpq_core.model.small import random_tensors, small_config, tokens
 
 _AT_LEAST = 4  # blocks: some settings turn at every fourth

@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dpq_core.experts import fused
-from dpq_core.families import family_of
 from dpq_core.kernels import products
 from dpq_core.model.anatomy import ArchitectureError, parts_of
 from dpq_core.model.blocks import BlockStream
+from dpq_core.model.experts import fused
+from dpq_core.model.families import family_of
 from dpq_core.model.observation import anatomy_of, fill, identity, small_of
 from dpq_core.model.small import random_tensors, tokens
 

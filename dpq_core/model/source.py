@@ -15,8 +15,8 @@ import torch
 
 from dpq_core.errors import CheckpointError
 from dpq_core.model.quantization import described, quantization_of, reads_fp8
-from dpq_core.reader import CheckpointReader
-from dpq_core.streaming import empty_model
+from dpq_core.model.reader import CheckpointReader
+from dpq_core.model.streaming import empty_model
 
 TYPES = ("BF16", "F16", "F32")
 # What transformers leaves out without a word, besides each model's own list: buffers that it made

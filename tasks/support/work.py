@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar, runtime_checkable
 
 from dpq_core.footprint import layer_bytes
-from dpq_core.plan import PlannedLayer, readers_of_one_input
+from dpq_core.model.plan import PlannedLayer, readers_of_one_input
 
 FIRST = 1 << 60  # priority of what others wait for: more than any layer's weights
 

@@ -26,15 +26,15 @@ from dpq_core.allocation import Option, least_loss, predicted_increase, total
 from dpq_core.calibration import InputRounding, TokenWeights, calibrate_block
 from dpq_core.checkpoint import load_model
 from dpq_core.data import calibration_windows, load_texts, token_windows
-from dpq_core.inputs import batches_of
 from dpq_core.layer.linear import W4A8Linear, stored_bytes
 from dpq_core.layer.quantize import QuantizedLinear, quantize_layer
+from dpq_core.model.inputs import batches_of
+from dpq_core.model.plan import PlannedLayer, plan_layers
+from dpq_core.model.streaming import StreamedModel
 from dpq_core.perplexity import perplexity_token
-from dpq_core.plan import PlannedLayer, plan_layers
 from dpq_core.recipe import Recipe, load_recipe
 from dpq_core.recipe.layer_choices import chosen_scheme
 from dpq_core.sensitivity import Variant, block_losses
-from dpq_core.streaming import StreamedModel
 
 OWN = "w4a8"
 Made = dict[str, dict[str, QuantizedLinear]]  # layer → choice → quantized

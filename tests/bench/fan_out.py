@@ -33,8 +33,8 @@ from dpq_core.checkpoint import save_layer
 from dpq_core.layer.quantize import quantize_or_keep
 from dpq_core.layer.shared_input import SharedInput
 from dpq_core.machine.device import share_machine
-from dpq_core.plan import Plan, readers_of_one_input
-from dpq_core.reader import CheckpointReader
+from dpq_core.model.plan import Plan, readers_of_one_input
+from dpq_core.model.reader import CheckpointReader
 from dpq_core.recipe import Recipe, parse_recipe
 from flows.quantize import quantize_layers
 from flows.runners import task_runner

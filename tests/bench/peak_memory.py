@@ -23,7 +23,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import ByT5Tokenizer, LlamaConfig
 
-from dpq_core.streaming import empty_model
+from dpq_core.model.streaming import empty_model
 
 LENGTH = 512
 MODELS = {  # hidden, intermediate, heads, key-value heads, blocks

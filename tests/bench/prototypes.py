@@ -20,17 +20,17 @@ from torch import Tensor
 
 from dpq_core.arithmetic.formats import NumberFormat, fake_quantize
 from dpq_core.calibration import InputRounding, _observing
-from dpq_core.inputs import Batch, batches_of
 from dpq_core.layer.column_loop import inverse_factor
 from dpq_core.layer.gradient_rounding import refine_codes
 from dpq_core.layer.grid import Grid
 from dpq_core.layer.hessian import InputStatistics, static_input_scale
 from dpq_core.layer.quantize import QuantizedLinear, QuantizedWeight, objective, quantize_or_keep
 from dpq_core.layer.shared_input import SharedInput
-from dpq_core.reader import read_config
+from dpq_core.model.inputs import Batch, batches_of
+from dpq_core.model.reader import read_config
+from dpq_core.model.streaming import StreamedModel
 from dpq_core.recipe import Recipe
 from dpq_core.recipe.scheme import Scheme
-from dpq_core.streaming import StreamedModel
 
 
 def members_of(stream: StreamedModel, block: int) -> list[list[str]]:

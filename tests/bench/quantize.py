@@ -34,13 +34,13 @@ from transformers import AutoTokenizer
 
 from dpq_core import calibration, pipeline
 from dpq_core.data import calibration_windows, load_texts
-from dpq_core.inputs import Batch
 from dpq_core.kernels import cpu
 from dpq_core.layer import hessian, quantize, shared_input
 from dpq_core.layer.hessian import InputStatistics
+from dpq_core.model.inputs import Batch
+from dpq_core.model.streaming import StreamedModel
 from dpq_core.recipe import CalibrationSection, load_recipe
 from dpq_core.recipe.scheme import Scheme
-from dpq_core.streaming import StreamedModel
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "wiki-llama-12m.yaml"
 REST, LAYER = "rest", "layer, rest"

@@ -22,10 +22,10 @@ from transformers import (
 
 from dpq_core.calibration import InputRounding, TokenWeights, calibrate_block
 from dpq_core.harness import evaluate_suite
-from dpq_core.inputs import batches_of
+from dpq_core.model.inputs import batches_of
+from dpq_core.model.streaming import StreamedModel
 from dpq_core.perplexity import perplexity_token
 from dpq_core.recipe.scheme import Scheme
-from dpq_core.streaming import StreamedModel
 from dpq_core.suites.definitions import SuiteSources, loaded_suites
 
 SHARED = Path(__file__).parents[2].parent / "shared"

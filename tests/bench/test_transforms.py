@@ -15,7 +15,7 @@ from transforms import (
     write_tensors,
 )
 
-from dpq_core.reader import read_config
+from dpq_core.model.reader import read_config
 
 HIDDEN, INTERMEDIATE = 48, 72  # 16 · 3: no power of two
 

@@ -26,7 +26,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from dpq_core.reader import SIDE_FILES, CheckpointError, CheckpointReader, read_config
+from dpq_core.model.reader import SIDE_FILES, CheckpointError, CheckpointReader, read_config
 
 Tensors = dict[str, Tensor]
 

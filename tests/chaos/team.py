@@ -18,7 +18,7 @@ from typing import Any
 import httpx
 import psutil
 
-from dpq_core.reader import SIDE_FILES
+from dpq_core.model.reader import SIDE_FILES
 from infra import remote
 
 _UP = 120.0  # s, for a service to come up

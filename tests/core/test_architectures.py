@@ -11,19 +11,19 @@ from model_families import FAMILIES, tokenizer
 from torch import nn
 
 from dpq_core.checkpoint import QuantizedCheckpoint, load_model, load_quantized
-from dpq_core.inputs import batches_of
 from dpq_core.kernels import products
 from dpq_core.layer.linear import W4A8Linear
 from dpq_core.model import observation
 from dpq_core.model.anatomy import ArchitectureError
 from dpq_core.model.empty import empty_of
+from dpq_core.model.inputs import batches_of
 from dpq_core.model.observation import anatomy_of
+from dpq_core.model.plan import plan_layers
 from dpq_core.model.proof import prove
+from dpq_core.model.streaming import StreamedModel, empty_model
 from dpq_core.pipeline import quantize_checkpoint
-from dpq_core.plan import plan_layers
 from dpq_core.recipe import CalibrationSection, TextDataset
 from dpq_core.recipe.scheme import Scheme
-from dpq_core.streaming import StreamedModel, empty_model
 
 PAGE = Path(__file__).parents[2] / "docs/models.md"
 SCHEME = Scheme(group_size=24, rounding="nearest", order="none")

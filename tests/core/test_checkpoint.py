@@ -27,17 +27,17 @@ from dpq_core.checkpoint import (
 )
 from dpq_core.digests import file_digest
 from dpq_core.errors import InputError
-from dpq_core.inputs import batches_of
 from dpq_core.kernels.sixteen_bit import fit
 from dpq_core.layer.hessian import InputStatistics
 from dpq_core.layer.linear import W4A8Linear, layer_from_tensors
 from dpq_core.layer.quantize import LayerReport, QuantizedWeight, quantize_layer
+from dpq_core.model.inputs import batches_of
+from dpq_core.model.reader import CheckpointError, CheckpointReader
+from dpq_core.model.streaming import StreamedModel
 from dpq_core.pipeline import quantize_checkpoint
-from dpq_core.reader import CheckpointError, CheckpointReader
 from dpq_core.recipe import CalibrationSection, TextDataset
 from dpq_core.recipe.layer_choices import CHOICES, chosen_scheme
 from dpq_core.recipe.scheme import Scheme
-from dpq_core.streaming import StreamedModel
 
 VOCABULARY = 97
 SCHEME = Scheme(group_size=24, rounding="nearest")  # 64 inputs: a short last group

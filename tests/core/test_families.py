@@ -21,17 +21,17 @@ from dpq_core.checkpoint import (
 )
 from dpq_core.data import DataError
 from dpq_core.images import image_windows
-from dpq_core.inputs import batches_of
 from dpq_core.kernels import products
 from dpq_core.layer.linear import W4A8Linear
+from dpq_core.model.inputs import batches_of
+from dpq_core.model.plan import plan_layers
+from dpq_core.model.reader import CheckpointError, CheckpointReader
 from dpq_core.model.source import check_source
+from dpq_core.model.streaming import StreamedModel
 from dpq_core.perplexity import perplexity_token
 from dpq_core.pipeline import quantize_checkpoint
-from dpq_core.plan import plan_layers
-from dpq_core.reader import CheckpointError, CheckpointReader
 from dpq_core.recipe import CalibrationSection, TextDataset
 from dpq_core.recipe.scheme import Scheme
-from dpq_core.streaming import StreamedModel
 
 SCHEME = Scheme(group_size=24, rounding="nearest")
 HEAD = {"lm_head": "output head, kept in 16 bits"}
@@ -330,7 +330,7 @@ def test_no_image_processor(folders, pictures, tmp_path):
 
 
 def test_a_linear_that_a_towers_row_lacks(folders, monkeypatch):
-    from dpq_core import families
+    from dpq_core.model import families
 
     row = families.FAMILIES["qwen2_vl"]
     short = dataclasses.replace(row.vision, block_groups=row.vision.block_groups[:-1])

@@ -3,10 +3,10 @@ from dataclasses import replace
 import pytest
 
 from dpq_core.footprint import PROCESS, footprint, layer_bytes
-from dpq_core.plan import plan_layers
+from dpq_core.model.plan import plan_layers
+from dpq_core.model.streaming import StreamedModel
 from dpq_core.recipe import CalibrationSection
 from dpq_core.recipe.scheme import Scheme
-from dpq_core.streaming import StreamedModel
 
 
 @pytest.fixture(scope="module")

@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from dpq_core.checkpoint import check_checkpoint, load_model
 from dpq_core.foreign import _dequantize, _Layout, _unpack
 from dpq_core.kernels import products
-from dpq_core.reader import CheckpointError, CheckpointReader
+from dpq_core.model.reader import CheckpointError, CheckpointReader
 
 CONFIG = LlamaConfig(
     vocab_size=259,

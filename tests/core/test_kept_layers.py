@@ -8,8 +8,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from dpq_core.checkpoint import QuantizedCheckpoint, load_model, load_quantized
 from dpq_core.exports import export_checkpoint
 from dpq_core.layer.linear import W4A8Linear
+from dpq_core.model.reader import CheckpointReader
 from dpq_core.pipeline import quantize_checkpoint
-from dpq_core.reader import CheckpointReader
 from dpq_core.recipe import CalibrationSection, TextDataset
 from dpq_core.recipe.scheme import Scheme
 

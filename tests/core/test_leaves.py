@@ -8,11 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dpq_core.calibration import InputRounding, TokenWeights, calibrate_block
-from dpq_core.inputs import batches_of
 from dpq_core.leaves import WINDOWS, Node, leaf_count, leaves_of, shares, summed
+from dpq_core.model.inputs import batches_of
+from dpq_core.model.streaming import StreamedModel
 from dpq_core.recipe import CalibrationSection
 from dpq_core.recipe.scheme import Scheme
-from dpq_core.streaming import StreamedModel
 
 
 def sums_of(count, seed=0):

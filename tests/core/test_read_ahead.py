@@ -9,8 +9,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from dpq_core.reader import CheckpointReader
-from dpq_core.streaming import StreamedModel
+from dpq_core.model.reader import CheckpointReader
+from dpq_core.model.streaming import StreamedModel
 
 ELEMENTS = 8 << 20
 

@@ -5,17 +5,17 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from dpq_core.calibration import InputRounding, TokenWeights, calibrate_block
-from dpq_core.inputs import batches_of
 from dpq_core.kernels.sixteen_bit import fit
 from dpq_core.layer.linear import W4A8Linear
 from dpq_core.layer.quantize import quantize_layer
-from dpq_core.plan import plan_layers
+from dpq_core.model.inputs import batches_of
+from dpq_core.model.plan import plan_layers
+from dpq_core.model.streaming import StreamedModel
 from dpq_core.proxy import OutputMoments, output_moments
 from dpq_core.recipe import CalibrationSection, TextDataset
 from dpq_core.recipe.layer_choices import chosen_scheme
 from dpq_core.recipe.scheme import Scheme
 from dpq_core.sensitivity import Variant, block_losses
-from dpq_core.streaming import StreamedModel
 
 SCHEME = Scheme(group_size=32, rounding="nearest", order="none")
 CHOICES = ("w4a8", "w8a8", "bf16")

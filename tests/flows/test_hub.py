@@ -13,7 +13,7 @@ from urllib.parse import unquote, urlparse
 import pytest
 from model_families import save
 
-from dpq_core.reader import SIDE_FILES
+from dpq_core.model.reader import SIDE_FILES
 
 OLD, NEW = "a" * 40, "b" * 40
 REVISIONS = {"main": NEW, "v1": OLD, OLD: OLD, NEW: NEW}
@@ -127,7 +127,7 @@ def repositories(tmp_path_factory):
 RUN = "from flows.cli import main; main()"
 RESOLVE = """
 import json, sys
-from dpq_core.reader import CheckpointError
+from dpq_core.model.reader import CheckpointError
 from dpq_core.recipe import ModelSection
 from tasks.model import resolve
 

@@ -22,15 +22,15 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from dpq_core.digests import digest
 from dpq_core.exports import export_checkpoint
-from dpq_core.inputs import batches_of
 from dpq_core.machine.device_kinds import kind_of
+from dpq_core.model.inputs import batches_of
+from dpq_core.model.streaming import StreamedModel
 from dpq_core.perplexity import perplexity_token
 from dpq_core.pipeline import quantize_checkpoint
 from dpq_core.proxy import output_moments
 from dpq_core.recipe import CalibrationSection, TextDataset
 from dpq_core.recipe.scheme import Scheme
 from dpq_core.sensitivity import Variant, block_losses
-from dpq_core.streaming import StreamedModel
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))  # for `python tests/flows/test_stages.py`

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from dpq_core.reader import CheckpointError
+from dpq_core.model.reader import CheckpointError
 from tasks.model import load_tokenizer
 
 SENTENCEPIECE = b"\x0a\x0e\x0a\x05<unk>\x15\x00\x00\x00\x00\x18\x02"

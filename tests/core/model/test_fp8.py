@@ -18,13 +18,13 @@ from dpq_core.checkpoint import check_checkpoint, load_model, load_quantized
 from dpq_core.footprint import footprint
 from dpq_core.kernels import products
 from dpq_core.model.fp8 import WORKSPACE
+from dpq_core.model.plan import plan_layers
+from dpq_core.model.reader import CheckpointError, CheckpointReader
 from dpq_core.model.source import check_source
+from dpq_core.model.streaming import StreamedModel
 from dpq_core.pipeline import quantize_checkpoint
-from dpq_core.plan import plan_layers
-from dpq_core.reader import CheckpointError, CheckpointReader
 from dpq_core.recipe import CalibrationSection, TextDataset
 from dpq_core.recipe.scheme import Scheme
-from dpq_core.streaming import StreamedModel
 
 UP = "model.layers.1.mlp.up_proj.weight"
 WINDOWS = torch.randint(97, (4, 16), generator=torch.Generator().manual_seed(1))

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from dpq_core.model.layout import INDEX, SINGLE
-from dpq_core.reader import CheckpointError, CheckpointReader
+from dpq_core.model.reader import CheckpointError, CheckpointReader
 
 SIZES = {
     "vocab_size": 97,

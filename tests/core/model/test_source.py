@@ -10,12 +10,12 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaForCausalLM
 
 from dpq_core.checkpoint import check_checkpoint, load_model
+from dpq_core.model.reader import CheckpointError, CheckpointReader
 from dpq_core.model.source import check_source
+from dpq_core.model.streaming import StreamedModel, empty_model
 from dpq_core.pipeline import quantize_checkpoint
-from dpq_core.reader import CheckpointError, CheckpointReader
 from dpq_core.recipe import CalibrationSection, TextDataset
 from dpq_core.recipe.scheme import Scheme
-from dpq_core.streaming import StreamedModel, empty_model
 
 UP = "model.layers.1.mlp.up_proj"
 WINDOWS = torch.randint(97, (2, 16), generator=torch.Generator().manual_seed(1))

@@ -9,7 +9,7 @@ from transformers import AutoConfig
 
 from dpq_core.model.blocks import BlockStream
 from dpq_core.model.empty import empty_of, sixteen_bits
-from dpq_core.reader import (
+from dpq_core.model.reader import (
     CheckpointError,
     CheckpointReader,
     model_type_of,

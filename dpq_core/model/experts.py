@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dpq_core.families import Experts
+from dpq_core.model.families import Experts
 
 
 class SeparateExperts(nn.ModuleList):

@@ -6,10 +6,10 @@ from itertools import groupby
 
 from torch import nn
 
-from dpq_core.reader import CheckpointError
+from dpq_core.model.reader import CheckpointError
+from dpq_core.model.streaming import StreamedModel
 from dpq_core.recipe.layer_choices import chosen_scheme
 from dpq_core.recipe.scheme import Scheme
-from dpq_core.streaming import StreamedModel
 
 
 @dataclass(frozen=True)
@@ -130,7 +130,7 @@ def _not_in_blocks(stream: StreamedModel, known: set[str]) -> dict[str, str]:
         elif of_tower:
             raise CheckpointError(
                 f"{stream.reader.folder}: linear {name} is in no block of the model's row in "
-                "dpq_core/families.py: mend the row"
+                "dpq_core/model/families.py: mend the row"
             )
         else:
             reasons[name] = "no text reaches it, kept in 16 bits"

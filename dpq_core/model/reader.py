@@ -16,7 +16,7 @@ from torch import Tensor
 
 from dpq_core.digests import digest, file_digest
 from dpq_core.errors import CheckpointError as CheckpointError
-from dpq_core.families import family_of
+from dpq_core.model.families import family_of
 from dpq_core.model.fp8 import Fp8Weights
 from dpq_core.model.json_files import read_config as read_config
 from dpq_core.model.json_files import read_json as read_json
