@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from dpq_core.data import DataError
+from dpq_core.data.texts import DataError
 from dpq_core.model.plan import PlannedLayer
 from dpq_core.recipe import CalibrationSection
 from dpq_core.recipe.scheme import Scheme

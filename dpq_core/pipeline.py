@@ -17,7 +17,7 @@ from dpq_core.calibration import (
     TokenWeights,
     calibrate_block,
 )
-from dpq_core.checkpoint import load_layer, save_layer, write_checkpoint
+from dpq_core.checkpoint.native import load_layer, save_layer, write_checkpoint
 from dpq_core.layer.quantize import QuantizedLinear, quantize_or_keep
 from dpq_core.layer.shared_input import SharedInput
 from dpq_core.model.context import check_ids, check_lengths

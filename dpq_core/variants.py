@@ -20,7 +20,7 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from dpq_core.checkpoint import QuantizedCheckpoint, load_quantized
+from dpq_core.checkpoint.native import QuantizedCheckpoint, load_quantized
 from dpq_core.decoding import context_bytes
 from dpq_core.errors import InputError
 from dpq_core.layer.grid import choose_grid

@@ -203,7 +203,7 @@ def verify(
 ) -> None:
     """Compare every byte with the manifest: 0 intact, 1 not, with the file or tensor."""
     with errors(as_json):
-        from dpq_core.exports import verify as verify_folder
+        from dpq_core.checkpoint.exports import verify as verify_folder
 
         kind = verify_folder(checkpoint)
         if as_json:

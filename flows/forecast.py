@@ -22,7 +22,8 @@ from pathlib import Path
 
 import torch
 
-from dpq_core import corpus
+from dpq_core.data import python_corpus
+from dpq_core.data.mirrored_suites import MIRRORED
 from dpq_core.errors import InputError
 from dpq_core.machine.device import resolve_device
 from dpq_core.model.streaming import StreamedModel
@@ -30,7 +31,6 @@ from dpq_core.paths import is_file
 from dpq_core.recipe import Recipe, TextDataset
 from dpq_core.roofline import synchronize
 from dpq_core.suites import python_docs
-from dpq_core.suites.mirrored import MIRRORED
 from flows.progress import shown_time
 from tasks.worker import workers_here
 
@@ -192,7 +192,7 @@ def _characters(dataset: TextDataset) -> float | None:
     """Of a data set's texts, where that can be known without reading them."""
     if dataset.path == _CORPUS:
         with suppress(ValueError):
-            return float(sum(map(len, corpus.documents(dataset.split))))
+            return float(sum(map(len, python_corpus.documents(dataset.split))))
     files = dataset.data_files
     paths = [Path(name) for name in ([files] if isinstance(files, str) else files or [])]
     if paths and all(is_file(path) and path.suffix in _TEXTS for path in paths):

@@ -9,9 +9,9 @@ from typing import Annotated
 
 import typer
 
-from dpq_core import mirror
-from dpq_core.mirror import MirroredSplit, MirrorError
-from dpq_core.suites.mirrored import MIRRORED
+from dpq_core.data import mirror
+from dpq_core.data.mirror import MirroredSplit, MirrorError
+from dpq_core.data.mirrored_suites import MIRRORED
 from flows.errors import errors, print_json
 
 app = typer.Typer(no_args_is_help=True, help="The suites' data without a hub.")

@@ -17,8 +17,8 @@ from markupsafe import Markup
 from matplotlib.figure import Figure
 
 from dpq_core.calibration_tokens import CalibrationTokens
-from dpq_core.data import label_of
-from dpq_core.exports.card import shown_scheme
+from dpq_core.checkpoint.exports.card import shown_scheme
+from dpq_core.data.texts import label_of
 from dpq_core.gates import THROUGHPUT_RATIO, Verdict
 from dpq_core.recipe import Recipe
 from dpq_core.recipe.scheme import Scheme

@@ -10,7 +10,7 @@ from prefect import flow
 from prefect.futures import PrefectFuture
 from prefect.logging import get_run_logger
 
-from dpq_core.checkpoint import MANIFEST
+from dpq_core.checkpoint.native import MANIFEST
 from dpq_core.leaves import shares
 from dpq_core.machine.device import share_machine
 from dpq_core.recipe import Recipe

@@ -10,9 +10,9 @@ from prefect import task
 from prefect.cache_policies import NO_CACHE
 from torch import Tensor
 
-from dpq_core.checkpoint import QuantizedCheckpoint, load_layer, write_checkpoint
+from dpq_core.checkpoint.exports.card import licence_of
+from dpq_core.checkpoint.native import QuantizedCheckpoint, load_layer, write_checkpoint
 from dpq_core.digests import digest
-from dpq_core.exports.card import licence_of
 from dpq_core.layer.quantize import QuantizedLinear
 from dpq_core.model.inputs import ModelInputs
 from dpq_core.model.plan import plan_layers

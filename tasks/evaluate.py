@@ -16,9 +16,9 @@ from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State, TaskRun
 from prefect.tasks import Task
 
-from dpq_core import mirror
-from dpq_core.checkpoint import by_its_library, load_model
-from dpq_core.data import opening_token
+from dpq_core.checkpoint.native import by_its_library, load_model
+from dpq_core.data import mirror
+from dpq_core.data.texts import opening_token
 from dpq_core.digests import digest
 from dpq_core.errors import InputError
 from dpq_core.harness import Progress, evaluate_suite

@@ -7,9 +7,9 @@ from typing import Any
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
-from dpq_core.checkpoint import QuantizedCheckpoint
-from dpq_core.exports import failures, read_export
-from dpq_core.exports.card import CARD, model_card
+from dpq_core.checkpoint.exports import failures, read_export
+from dpq_core.checkpoint.exports.card import CARD, model_card
+from dpq_core.checkpoint.native import QuantizedCheckpoint
 from dpq_core.recipe import Recipe
 from infra.store import ArtifactRef, Store
 from infra.tracking import TrackedRun

@@ -12,7 +12,7 @@ from typing import Any
 
 from safetensors.torch import load_file, save_file
 
-from dpq_core.checkpoint import load_layer
+from dpq_core.checkpoint.native import load_layer
 from dpq_core.digests import digest
 from dpq_core.layer.quantize import QuantizedLinear
 from dpq_core.leaves import leaves_of

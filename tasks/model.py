@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer
 
-from dpq_core.checkpoint import MANIFEST, check_checkpoint
+from dpq_core.checkpoint.native import MANIFEST, check_checkpoint
 from dpq_core.digests import digest, identity
 from dpq_core.model.families import family_of
 from dpq_core.model.layout import ADAPTER

@@ -9,8 +9,8 @@ from prefect.cache_policies import NO_CACHE
 from prefect.logging import get_run_logger
 
 from dpq_core.calibration_tokens import CalibrationTokens
-from dpq_core.exports import check_exportable, planned_targets
-from dpq_core.exports.format import ExportError
+from dpq_core.checkpoint.exports import check_exportable, planned_targets
+from dpq_core.checkpoint.exports.format import ExportError
 from dpq_core.footprint import Footprint, footprint
 from dpq_core.layer.linear import stored_bytes
 from dpq_core.leaves import WINDOWS

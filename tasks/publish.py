@@ -7,8 +7,8 @@ from pathlib import Path
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
-from dpq_core import exports
-from dpq_core.checkpoint import MANIFEST
+from dpq_core.checkpoint import exports
+from dpq_core.checkpoint.native import MANIFEST
 from dpq_core.gates import Verdict
 from infra import remote, settings
 from infra.registry import Registry, RegistryError

@@ -8,7 +8,7 @@ import torch
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
-from dpq_core.checkpoint import save_layer
+from dpq_core.checkpoint.native import save_layer
 from dpq_core.digests import digest
 from dpq_core.layer.quantize import quantize_or_keep
 from dpq_core.layer.shared_input import SharedInput

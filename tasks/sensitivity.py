@@ -8,7 +8,7 @@ from pathlib import Path
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
-from dpq_core.checkpoint import load_layer, load_report
+from dpq_core.checkpoint.native import load_layer, load_report
 from dpq_core.digests import digest
 from dpq_core.layer.quantize import QuantizedLinear
 from dpq_core.proxy import OutputMoments, output_moments

@@ -11,8 +11,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from dpq_core.data import calibration_windows, load_texts, opening_token, token_windows
-from dpq_core.images import image_windows
+from dpq_core.data.images import image_windows
+from dpq_core.data.texts import calibration_windows, load_texts, opening_token, token_windows
 from dpq_core.model.inputs import ModelInputs, batches_of
 from dpq_core.recipe import CalibrationSection, PerplexitySection
 from infra.store import ArtifactRef, Store

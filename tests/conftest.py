@@ -34,10 +34,10 @@ def quickstart_model():
 def text_file(tmp_path_factory):
     """A small text data set, one document a line: 8,000 bytes, since most of a release's time
     here goes into reading them."""
-    from dpq_core import corpus
+    from dpq_core.data import python_corpus
 
     path = tmp_path_factory.mktemp("text") / "text.jsonl"
-    texts = [text[:700] for text in corpus.documents("validation")[:12]]
+    texts = [text[:700] for text in python_corpus.documents("validation")[:12]]
     lines = [json.dumps({"text": text}) for text in texts]
     path.write_text("\n".join(lines) + "\n")
     return path

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from dpq_core.convnet.recipe import ImagesSection
-from dpq_core.data_files import check_folder, literal
+from dpq_core.data.data_files import check_folder, literal
 from dpq_core.digests import file_digest, identity
 from dpq_core.errors import InputError
 

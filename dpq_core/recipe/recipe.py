@@ -22,7 +22,7 @@ from dpq_core.recipe.scheme import Scheme
 from dpq_core.recipe.text import RecipeError as RecipeError
 from dpq_core.recipe.text import parse_setting, read_yaml
 
-# Rows of `dpq_core.exports.EXPORTS`, which is slow to import.
+# Rows of `dpq_core.checkpoint.exports.EXPORTS`, which is slow to import.
 ExportName = Literal["compressed-tensors", "gptq", "inc", "fp8_to_int"]
 
 DeviceKind = Literal["cpu", "cuda", "hpu"]
@@ -39,7 +39,7 @@ class _Section(BaseModel):
 class TextDataset(_Section):
     """Arguments of `datasets.load_dataset`, and the column to read.
 
-    `path: python_docs` is the corpus of `dpq_core.corpus` (splits train, validation).
+    `path: python_docs` is the corpus of `dpq_core.data.python_corpus` (splits train, validation).
     """
 
     path: str = Field(description="a hub id, a builder (json, text, parquet) or python_docs")
@@ -60,7 +60,7 @@ class ModelSection(_Section):
     )
 
 
-# Whether windows begin with the begin-of-text token; see `dpq_core.data.opening_token`.
+# Whether windows begin with the begin-of-text token; see `dpq_core.data.texts.opening_token`.
 Bos = Literal["auto", "always", "never"]
 _BOS = "each window begins with the begin-of-text token; auto: where the model was trained so"
 

@@ -25,7 +25,7 @@ from typing import Any
 
 from jinja2 import TemplateError
 
-from dpq_core import mirror
+from dpq_core.data import mirror
 from dpq_core.digests import digest, file_digest
 from dpq_core.errors import InputError
 from dpq_core.suites import python_docs
@@ -54,7 +54,7 @@ class SuiteError(InputError):
 class SuiteSources:
     """Where definitions and documents come from besides our folder and the harness's.
 
-    definitions: folder of the recipe's own YAML. mirror: folder, see `dpq_core.mirror`.
+    definitions: folder of the recipe's own YAML. mirror: folder, see `dpq_core.data.mirror`.
     """
 
     definitions: Path | None = None
@@ -306,7 +306,7 @@ _loading = threading.Lock()  # one at a time: where data sets are kept is one fo
 def _data_read_afresh(until: ExitStack) -> Iterator[None]:
     """Data sets loaded inside go to a folder of their own, kept until `until` closes.
 
-    `datasets` knows a local file by its name and mtime only, see `dpq_core.data`.
+    `datasets` knows a local file by its name and mtime only, see `dpq_core.data.texts`.
     """
     import datasets
 

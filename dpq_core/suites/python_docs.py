@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterator
 from typing import Any, TypedDict
 
-from dpq_core import corpus
+from dpq_core.data import python_corpus
 
 CONTEXT_CHARACTERS = 48
 CONTINUATION_CHARACTERS = 24
@@ -33,7 +33,7 @@ class Question(TypedDict):
 
 def questions() -> list[Question]:
     """All questions, always the same ones on the same Python version."""
-    pairs = [pair for text in corpus.documents("validation") for pair in _pairs(text)]
+    pairs = [pair for text in python_corpus.documents("validation") for pair in _pairs(text)]
     by_length = sorted(range(len(pairs)), key=lambda i: len(pairs[i][1]))
     rank = {index: place for place, index in enumerate(by_length)}
     rng = random.Random(_SEED)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from transformers import ByT5Tokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
-from dpq_core import corpus
+from dpq_core.data import python_corpus
 
 SEED = 0
 WINDOW = 512
@@ -48,7 +48,7 @@ def config(tokenizer: PreTrainedTokenizerBase) -> LlamaConfig:
 def token_stream(tokenizer: PreTrainedTokenizerBase, split: str) -> Tensor:
     """All documents of a split, each closed by the end-of-text token. Shape [tokens]."""
     ids: list[int] = []
-    for text in corpus.documents(split):
+    for text in python_corpus.documents(split):
         ids += [*tokenizer(text, add_special_tokens=False).input_ids, tokenizer.eos_token_id]
     return torch.tensor(ids)
 

@@ -3,11 +3,17 @@
 from pathlib import Path
 from typing import Any
 
-from dpq_core.checkpoint import QuantizedCheckpoint
+from dpq_core.checkpoint.exports import (
+    export_checkpoint,
+    export_to,
+    failures,
+    format_of,
+    read_export,
+)
+from dpq_core.checkpoint.exports.card import CARD, model_card
+from dpq_core.checkpoint.exports.format import ExportError
+from dpq_core.checkpoint.native import QuantizedCheckpoint
 from dpq_core.digests import digest
-from dpq_core.exports import export_checkpoint, export_to, failures, format_of, read_export
-from dpq_core.exports.card import CARD, model_card
-from dpq_core.exports.format import ExportError
 from dpq_core.machine.device_kinds import kind_of
 from infra.store import ArtifactRef, Store, artifact_at
 from infra.store_marker import is_store

@@ -24,8 +24,8 @@ from transformers import AutoTokenizer
 
 from dpq_core.allocation import Option, least_loss, predicted_increase, total
 from dpq_core.calibration import InputRounding, TokenWeights, calibrate_block
-from dpq_core.checkpoint import load_model
-from dpq_core.data import calibration_windows, load_texts, token_windows
+from dpq_core.checkpoint.native import load_model
+from dpq_core.data.texts import calibration_windows, load_texts, token_windows
 from dpq_core.layer.linear import W4A8Linear, stored_bytes
 from dpq_core.layer.quantize import QuantizedLinear, quantize_layer
 from dpq_core.model.inputs import batches_of

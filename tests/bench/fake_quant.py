@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from dpq_core.checkpoint import load_model
+from dpq_core.checkpoint.native import load_model
 from dpq_core.machine.device import whole_machine
 from dpq_core.pipeline import quantize_checkpoint
 from dpq_core.recipe import CalibrationSection, TextDataset

@@ -29,7 +29,7 @@ from peak_memory import MODELS, make_model
 from prefect import flow, task
 from prefect.futures import wait
 
-from dpq_core.checkpoint import save_layer
+from dpq_core.checkpoint.native import save_layer
 from dpq_core.layer.quantize import quantize_or_keep
 from dpq_core.layer.shared_input import SharedInput
 from dpq_core.machine.device import share_machine

@@ -42,8 +42,8 @@ from transformers import AutoTokenizer
 
 from dpq_core.arithmetic.formats import fake_quantize
 from dpq_core.calibration import InputRounding
-from dpq_core.checkpoint import load_model
-from dpq_core.data import calibration_windows, load_texts, token_windows
+from dpq_core.checkpoint.native import load_model
+from dpq_core.data.texts import calibration_windows, load_texts, token_windows
 from dpq_core.layer.hessian import InputStatistics
 from dpq_core.layer.linear import W4A8Linear
 from dpq_core.layer.quantize import (

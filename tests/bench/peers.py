@@ -28,8 +28,8 @@ from quantize import RECIPE, compile_kernels
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
-from dpq_core.checkpoint import load_model
-from dpq_core.data import calibration_windows, load_texts, token_windows
+from dpq_core.checkpoint.native import load_model
+from dpq_core.data.texts import calibration_windows, load_texts, token_windows
 from dpq_core.kernels import cpu
 from dpq_core.perplexity import perplexity_token
 from dpq_core.pipeline import quantize_checkpoint

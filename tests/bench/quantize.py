@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer
 
 from dpq_core import calibration, pipeline
-from dpq_core.data import calibration_windows, load_texts
+from dpq_core.data.texts import calibration_windows, load_texts
 from dpq_core.kernels import cpu
 from dpq_core.layer import hessian, quantize, shared_input
 from dpq_core.layer.hessian import InputStatistics

@@ -24,7 +24,7 @@ from peak_memory import write_shards
 from transformers import LlamaConfig
 
 from dpq_core import pipeline
-from dpq_core.checkpoint import load_model
+from dpq_core.checkpoint.native import load_model
 from dpq_core.model.streaming import empty_model
 from dpq_core.perplexity import perplexity_token
 from dpq_core.recipe import CalibrationSection, TextDataset

@@ -32,8 +32,8 @@ from pathlib import Path
 
 import psutil
 
-from dpq_core.exports import verify
-from dpq_core.exports.card import CARD
+from dpq_core.checkpoint.exports import verify
+from dpq_core.checkpoint.exports.card import CARD
 from infra import remote
 from infra.registry import Registry
 from infra.store import Store
@@ -226,10 +226,10 @@ def survive(
 
 def write_recipe(path: Path, model: str, **sections: object) -> Path:
     """A release of a model on little data, whose calibration is shared by two tasks."""
-    from dpq_core import corpus
+    from dpq_core.data import python_corpus
 
     text = path.parent / "text.jsonl"
-    documents = corpus.documents("validation")[:4]
+    documents = python_corpus.documents("validation")[:4]
     text.write_text("".join(json.dumps({"text": each[:1000]}) + "\n" for each in documents))
     dataset = {"path": "json", "data_files": str(text)}
     content = {

@@ -9,7 +9,7 @@ from removal import removal_beside_reading
 from team import postgres_binaries, team
 from transformers import AutoTokenizer
 
-from dpq_core.data import calibration_windows, load_texts
+from dpq_core.data.texts import calibration_windows, load_texts
 from dpq_core.pipeline import quantize_checkpoint
 from dpq_core.recipe import load_recipe
 from infra.store import Store

@@ -10,7 +10,7 @@ from architectures import ARCHITECTURES, REFUSED, class_of, random_model
 from model_families import FAMILIES, tokenizer
 from torch import nn
 
-from dpq_core.checkpoint import QuantizedCheckpoint, load_model, load_quantized
+from dpq_core.checkpoint.native import QuantizedCheckpoint, load_model, load_quantized
 from dpq_core.kernels import products
 from dpq_core.layer.linear import W4A8Linear
 from dpq_core.model import observation

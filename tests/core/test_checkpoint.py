@@ -15,9 +15,9 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-from dpq_core import checkpoint as checkpoint_module
 from dpq_core.arithmetic.packing import pack_codes
-from dpq_core.checkpoint import (
+from dpq_core.checkpoint import native as checkpoint_module
+from dpq_core.checkpoint.native import (
     MANIFEST,
     QuantizedCheckpoint,
     load_layer,

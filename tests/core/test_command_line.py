@@ -10,7 +10,7 @@ import lm_eval
 import pytest
 from transformers import AutoTokenizer
 
-from dpq_core.checkpoint import load_model
+from dpq_core.checkpoint.native import load_model
 from dpq_core.harness import evaluate_suite
 from dpq_core.suites.definitions import SuiteSources, loaded_suites
 
@@ -20,7 +20,8 @@ TASKS = Path(lm_eval.__file__).parent / "tasks"
 
 BATCH_SIZE, LIMIT = 8, 40
 
-# Written by hand, without `dpq_core.mirror`: the harness's definition, and the files of a split.
+# Written by hand, without `dpq_core.data.mirror`: the harness's definition, and the files of a
+# split.
 SUITES = {
     "arc_easy": (
         "arc/arc_easy.yaml",

@@ -9,15 +9,15 @@ import pytest
 import torch
 from transformers import AutoTokenizer, ByT5Tokenizer
 
-from dpq_core import corpus
-from dpq_core.data import (
+from dpq_core.data import python_corpus
+from dpq_core.data.data_files import literal
+from dpq_core.data.texts import (
     DataError,
     calibration_windows,
     load_texts,
     opening_token,
     token_windows,
 )
-from dpq_core.data_files import literal
 from dpq_core.errors import InputError
 from dpq_core.recipe import TextDataset
 
@@ -71,7 +71,7 @@ def test_text_and_parquet_files_and_several_files(tmp_path):
 
 def test_python_docs_is_the_corpus():
     wanted = TextDataset(path="python_docs", split="validation")
-    assert load_texts(wanted) == corpus.documents("validation")
+    assert load_texts(wanted) == python_corpus.documents("validation")
 
 
 @pytest.mark.parametrize("name", ["rows.jsonl", "rows.jsonl.gz", "rows.txt", "rows.txt.gz"])

@@ -14,11 +14,18 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from dpq_core import exports
-from dpq_core.checkpoint import QuantizedCheckpoint, load_model, load_quantized
-from dpq_core.exports import EXPORTS, ExportError, export_checkpoint, export_to, failures, verify
-from dpq_core.exports.card import licence_of
-from dpq_core.exports.gptq import moved_up, packed
+from dpq_core.checkpoint import exports
+from dpq_core.checkpoint.exports import (
+    EXPORTS,
+    ExportError,
+    export_checkpoint,
+    export_to,
+    failures,
+    verify,
+)
+from dpq_core.checkpoint.exports.card import licence_of
+from dpq_core.checkpoint.exports.gptq import moved_up, packed
+from dpq_core.checkpoint.native import QuantizedCheckpoint, load_model, load_quantized
 from dpq_core.kernels.sixteen_bit import fit
 from dpq_core.layer.grid import Grid
 from dpq_core.layer.quantize import QuantizedWeight

@@ -13,14 +13,14 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from dpq_core.calibration import TokenWeights, calibrate_block
-from dpq_core.checkpoint import (
+from dpq_core.checkpoint.native import (
     QuantizedCheckpoint,
     check_checkpoint,
     load_model,
     load_quantized,
 )
-from dpq_core.data import DataError
-from dpq_core.images import image_windows
+from dpq_core.data.images import image_windows
+from dpq_core.data.texts import DataError
 from dpq_core.kernels import products
 from dpq_core.layer.linear import W4A8Linear
 from dpq_core.model.inputs import batches_of

@@ -18,8 +18,8 @@ from compressed_tensors.quantization import (
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from dpq_core.checkpoint import check_checkpoint, load_model
-from dpq_core.foreign import _dequantize, _Layout, _unpack
+from dpq_core.checkpoint.importers import _dequantize, _Layout, _unpack
+from dpq_core.checkpoint.native import check_checkpoint, load_model
 from dpq_core.kernels import products
 from dpq_core.model.reader import CheckpointError, CheckpointReader
 

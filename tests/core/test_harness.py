@@ -11,7 +11,8 @@ import torch
 from accelerate import init_empty_weights
 from transformers import AutoTokenizer, ByT5Tokenizer, LlamaConfig, LlamaForCausalLM
 
-from dpq_core import corpus, harness
+from dpq_core import harness
+from dpq_core.data import python_corpus
 from dpq_core.machine import device
 from dpq_core.model.empty import building
 from dpq_core.suites import definitions, python_docs
@@ -173,7 +174,7 @@ def test_questions_are_many_distinct_and_fair():
     questions = python_docs.questions()
     assert questions == python_docs.questions()
     assert 2000 <= len(questions) <= 2600
-    text = "\n".join(corpus.documents("validation"))
+    text = "\n".join(python_corpus.documents("validation"))
     place = 0
     for question in questions:
         choices = question["choices"]

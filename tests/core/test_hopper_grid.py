@@ -11,9 +11,9 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from dpq_core.exports import EXPORTS
-from dpq_core.exports.compressed_tensors import vllm_obstacle
-from dpq_core.exports.format import Target
+from dpq_core.checkpoint.exports import EXPORTS
+from dpq_core.checkpoint.exports.compressed_tensors import vllm_obstacle
+from dpq_core.checkpoint.exports.format import Target
 from dpq_core.layer.hessian import InputStatistics
 from dpq_core.layer.quantize import quantize_layer
 from dpq_core.recipe.scheme import PRESETS, Scheme

@@ -5,8 +5,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from dpq_core.checkpoint import QuantizedCheckpoint, load_model, load_quantized
-from dpq_core.exports import export_checkpoint
+from dpq_core.checkpoint.exports import export_checkpoint
+from dpq_core.checkpoint.native import QuantizedCheckpoint, load_model, load_quantized
 from dpq_core.layer.linear import W4A8Linear
 from dpq_core.model.reader import CheckpointReader
 from dpq_core.pipeline import quantize_checkpoint

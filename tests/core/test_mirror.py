@@ -9,11 +9,11 @@ import fsspec
 import pytest
 from lm_eval.tasks import TaskManager
 
-from dpq_core import mirror
-from dpq_core.mirror import MirrorError, check, fetch, fingerprint, make
-from dpq_core.suites import definitions, mirrored
+from dpq_core.data import mirror, mirrored_suites
+from dpq_core.data.mirror import MirrorError, check, fetch, fingerprint, make
+from dpq_core.data.mirrored_suites import MIRRORED
+from dpq_core.suites import definitions
 from dpq_core.suites.definitions import SuiteError, SuiteSources, check_suites, loaded_suites
-from dpq_core.suites.mirrored import MIRRORED
 
 SHARED = Path(__file__).parents[2].parent / "shared" / "data"
 needs_shared = pytest.mark.skipif(not SHARED.exists(), reason="needs ../shared/data")
@@ -227,18 +227,18 @@ def hub(tmp_path, monkeypatch):
     source = tmp_path / "hub" / "piqa"
     write(source, "validation", [piqa(n, n % 2) for n in range(5)], packed=False)
     write(source, "train", [piqa(n) for n in range(3)], packed=False)
-    row = mirrored._row(
+    row = mirrored_suites._row(
         MIRRORED["piqa"].definition,
         "piqa",
         (str(source), None),
         {"validation": 5, "train": 3},
         "goal sol1 sol2 label",
     )
-    gone = mirrored._row(
+    gone = mirrored_suites._row(
         "boolq", "boolq", (str(tmp_path / "gone"), None), {"validation": 1}, "label"
     )
-    monkeypatch.setitem(mirrored.MIRRORED, "piqa", row)
-    monkeypatch.setitem(mirrored.MIRRORED, "boolq", gone)
+    monkeypatch.setitem(mirrored_suites.MIRRORED, "piqa", row)
+    monkeypatch.setitem(mirrored_suites.MIRRORED, "boolq", gone)
     return source
 
 

@@ -5,7 +5,7 @@ from collections import Counter
 import pytest
 import torch
 
-from dpq_core.checkpoint import layer_tensors
+from dpq_core.checkpoint.native import layer_tensors
 from dpq_core.layer import shared_input
 from dpq_core.layer.hessian import InputStatistics
 from dpq_core.layer.quantize import quantize_layer, quantize_or_keep

@@ -21,7 +21,7 @@ from typer.testing import CliRunner
 
 import tasks.evaluate
 from dpq_core import harness
-from dpq_core.checkpoint import MANIFEST, load_model
+from dpq_core.checkpoint.native import MANIFEST, load_model
 from dpq_core.gates import NotMeasuredError
 from dpq_core.recipe import parse_recipe
 from flows.cli import app

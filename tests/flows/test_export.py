@@ -8,8 +8,8 @@ import pytest
 from conftest import run_flow
 from typer.testing import CliRunner
 
-from dpq_core import exports
-from dpq_core.exports import EXPORTS, verify
+from dpq_core.checkpoint import exports
+from dpq_core.checkpoint.exports import EXPORTS, verify
 from flows.cli import app
 from flows.release import release
 from infra.registry import Registry

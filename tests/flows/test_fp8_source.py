@@ -8,8 +8,8 @@ import torch
 from conftest import run_flow
 from safetensors.torch import load_file, save_file
 
-from dpq_core.checkpoint import load_model
-from dpq_core.data import load_texts, token_windows
+from dpq_core.checkpoint.native import load_model
+from dpq_core.data.texts import load_texts, token_windows
 from dpq_core.perplexity import perplexity_token
 from dpq_core.recipe import parse_recipe
 from flows.release import release

@@ -6,7 +6,7 @@ import pytest
 import s3fs
 from conftest import run_flow
 
-from dpq_core.exports import verify
+from dpq_core.checkpoint.exports import verify
 from dpq_core.recipe import parse_recipe
 from flows.release import release
 from infra import remote

@@ -7,8 +7,8 @@ import pytest
 from conftest import dpq_process, run_flow
 from transformers import AutoTokenizer
 
-from dpq_core.data import calibration_windows, load_texts
-from dpq_core.exports.card import CARD
+from dpq_core.checkpoint.exports.card import CARD
+from dpq_core.data.texts import calibration_windows, load_texts
 from dpq_core.pipeline import quantize_checkpoint
 from flows.quantize import quantize
 from infra.store import Store

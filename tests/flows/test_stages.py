@@ -20,8 +20,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from dpq_core.checkpoint.exports import export_checkpoint
 from dpq_core.digests import digest
-from dpq_core.exports import export_checkpoint
 from dpq_core.machine.device_kinds import kind_of
 from dpq_core.model.inputs import batches_of
 from dpq_core.model.streaming import StreamedModel
@@ -167,7 +167,7 @@ def begun():
 
 
 def sensitivity():
-    from dpq_core.checkpoint import QuantizedCheckpoint
+    from dpq_core.checkpoint.native import QuantizedCheckpoint
 
     native = QuantizedCheckpoint(checkpoint()[0])
     names = ["model.layers.0.mlp.down_proj", "model.layers.0.self_attn.q_proj"]

@@ -20,7 +20,7 @@ import psycopg2
 import pytest
 import s3fs
 
-from dpq_core.exports import verify
+from dpq_core.checkpoint.exports import verify
 from infra import compose, team
 from infra.compose import ComposeError
 from infra.team import REPOSITORY, TeamError

@@ -5,7 +5,7 @@ import torch
 from model_families import IDS, VOCABULARY, save, tokenizer
 from transformers import Gemma3TextConfig, LlamaConfig, MambaConfig, MistralConfig, Qwen2Config
 
-from dpq_core.checkpoint import load_model
+from dpq_core.checkpoint.native import load_model
 from dpq_core.harness import evaluate_suite
 from dpq_core.model.context import (
     ContextError,

@@ -8,7 +8,7 @@ import torch
 from model_families import VOCABULARY, save, tokenizer
 from safetensors.torch import load_file, save_file
 
-from dpq_core.checkpoint import load_model, load_quantized
+from dpq_core.checkpoint.native import load_model, load_quantized
 from dpq_core.harness import evaluate_suite
 from dpq_core.model.finite import NotFiniteError
 from dpq_core.perplexity import perplexity_token

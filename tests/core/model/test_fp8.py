@@ -14,7 +14,7 @@ from transformers import (
     LlamaForCausalLM,
 )
 
-from dpq_core.checkpoint import check_checkpoint, load_model, load_quantized
+from dpq_core.checkpoint.native import check_checkpoint, load_model, load_quantized
 from dpq_core.footprint import footprint
 from dpq_core.kernels import products
 from dpq_core.model.fp8 import WORKSPACE

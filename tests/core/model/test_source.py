@@ -9,7 +9,7 @@ from model_families import FAMILIES, save
 from safetensors.torch import load_file, save_file
 from transformers import LlamaForCausalLM
 
-from dpq_core.checkpoint import check_checkpoint, load_model
+from dpq_core.checkpoint.native import check_checkpoint, load_model
 from dpq_core.model.reader import CheckpointError, CheckpointReader
 from dpq_core.model.source import check_source
 from dpq_core.model.streaming import StreamedModel, empty_model

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from transformers import AutoImageProcessor, PreTrainedTokenizerBase
 
-from dpq_core.data import DataError, label_of, open_rows
+from dpq_core.data.texts import DataError, label_of, open_rows
 from dpq_core.model.inputs import ModelInputs
 from dpq_core.model.reader import CheckpointError, read_config
 from dpq_core.recipe import CalibrationSection

@@ -19,9 +19,9 @@ from typing import Any
 
 import yaml
 
+from dpq_core.data.mirrored_suites import MIRRORED, SUBJECTS
 from dpq_core.digests import digest
 from dpq_core.errors import InputError
-from dpq_core.suites.mirrored import MIRRORED, SUBJECTS
 
 _ENDINGS = (".jsonl.gz", ".jsonl")
 _MISSING = "missing"

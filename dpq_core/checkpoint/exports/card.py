@@ -9,10 +9,10 @@ from typing import Any
 import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from dpq_core.checkpoint import MANIFEST, QuantizedCheckpoint
+from dpq_core.checkpoint.exports.compressed_tensors import vllm_obstacle
+from dpq_core.checkpoint.exports.format import targets_of
+from dpq_core.checkpoint.native import MANIFEST, QuantizedCheckpoint
 from dpq_core.digests import file_digest
-from dpq_core.exports.compressed_tensors import vllm_obstacle
-from dpq_core.exports.format import targets_of
 from dpq_core.recipe.scheme import Scheme
 
 CARD = "README.md"
@@ -22,7 +22,7 @@ _TITLES = {"native": "W4A8 by Dual Precision Quantization"}
 _USES = {
     "native": (
         "With `dpq` installed, in transformers:\n\n```python\n"
-        "from dpq_core.checkpoint import load_quantized\n\n"
+        "from dpq_core.checkpoint.native import load_quantized\n\n"
         'model = load_quantized("…")  # this folder\n```'
     ),
     "compressed-tensors": (

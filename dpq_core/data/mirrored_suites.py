@@ -1,4 +1,4 @@
-"""The suites whose data a mirror can hold, a row each (`dpq_core.mirror`)."""
+"""The suites whose data a mirror can hold, a row each (`dpq_core.data.mirror`)."""
 
 from dataclasses import dataclass
 

@@ -21,8 +21,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from dpq_core.checkpoint.importers import fill_gptq, load_compressed_tensors, unsupported
+from dpq_core.checkpoint.shards import ShardWriter, check_files, digests_of
 from dpq_core.digests import write_json
-from dpq_core.foreign import fill_gptq, load_compressed_tensors, unsupported
 from dpq_core.layer.linear import W4A8Linear, expected_shapes, layer_from_tensors, layer_tensors
 from dpq_core.layer.quantize import LayerReport, QuantizedLinear
 from dpq_core.model.anatomy import path_of
@@ -40,7 +41,6 @@ from dpq_core.model.reader import (
 from dpq_core.model.source import check_parameters, check_source, check_values
 from dpq_core.model.streaming import empty_model
 from dpq_core.recipe.scheme import Scheme
-from dpq_core.shards import ShardWriter, check_files, digests_of
 
 FORMAT_VERSION = 2
 MANIFEST = "dpq.json"
@@ -308,7 +308,7 @@ def load_model(
             activations' rounding, by the library, and quantized from its weights in 16 bits.
 
     Raises:
-        CheckpointError: see `load_quantized`, `check_source`, and `dpq_core.foreign`.
+        CheckpointError: see `load_quantized`, `check_source`, and `dpq_core.checkpoint.importers`.
     """
     with building:
         if (folder / MANIFEST).is_file():

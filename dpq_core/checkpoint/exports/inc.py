@@ -23,15 +23,15 @@ from typing import Any
 from torch import Tensor
 
 from dpq_core.arithmetic.packing import unpack_codes
-from dpq_core.checkpoint import QuantizedCheckpoint, load_quantized
-from dpq_core.exports.format import Arithmetic, ExportError, Format, Quantization, Target
-from dpq_core.exports.gptq import (
+from dpq_core.checkpoint.exports.format import Arithmetic, ExportError, Format, Quantization, Target
+from dpq_core.checkpoint.exports.gptq import (
     layout_config,
     layout_obstacle,
     layout_shapes,
     lowest_zero_point,
     packed,
 )
+from dpq_core.checkpoint.native import QuantizedCheckpoint, load_quantized
 from dpq_core.layer.grid import Grid
 from dpq_core.layer.linear import W4A8Linear
 from dpq_core.layer.quantize import QuantizedLinear, QuantizedWeight

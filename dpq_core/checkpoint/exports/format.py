@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dpq_core.checkpoint import QuantizedCheckpoint
+from dpq_core.checkpoint.native import QuantizedCheckpoint
 from dpq_core.errors import InputError
 from dpq_core.layer.quantize import QuantizedLinear
 from dpq_core.model.reader import read_config

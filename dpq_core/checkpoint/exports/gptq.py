@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from dpq_core.arithmetic.packing import pack_codes
-from dpq_core.checkpoint import QuantizedCheckpoint, load_model
-from dpq_core.exports.format import Arithmetic, Format, Quantization, Target, left_out
+from dpq_core.checkpoint.exports.format import Arithmetic, Format, Quantization, Target, left_out
+from dpq_core.checkpoint.native import QuantizedCheckpoint, load_model
 from dpq_core.layer.quantize import QuantizedLinear, QuantizedWeight
 from dpq_core.recipe.scheme import Scheme
 

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dpq_core.checkpoint import QuantizedCheckpoint, load_quantized
-from dpq_core.exports.format import Format, Target
+from dpq_core.checkpoint.exports.format import Format, Target
+from dpq_core.checkpoint.native import QuantizedCheckpoint, load_quantized
 from dpq_core.kernels import products
 from dpq_core.layer.linear import expected_shapes
 from dpq_core.model.reader import CheckpointError, CheckpointReader

@@ -30,9 +30,9 @@ from torch import Tensor, nn
 
 from dpq_core.arithmetic.formats import FORMATS, round_to
 from dpq_core.arithmetic.packing import pack_codes
-from dpq_core.checkpoint import QuantizedCheckpoint
-from dpq_core.exports.format import Arithmetic, Format, Quantization, Target, left_out
-from dpq_core.foreign import load_compressed_tensors
+from dpq_core.checkpoint.exports.format import Arithmetic, Format, Quantization, Target, left_out
+from dpq_core.checkpoint.importers import load_compressed_tensors
+from dpq_core.checkpoint.native import QuantizedCheckpoint
 from dpq_core.layer.quantize import QuantizedLinear, QuantizedWeight, RoundedWeight
 from dpq_core.recipe.scheme import Scheme
 

@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from dpq_core import corpus
-from dpq_core.data_files import check_folder, holds_nothing, literal
+from dpq_core.data import python_corpus
+from dpq_core.data.data_files import check_folder, holds_nothing, literal
 from dpq_core.errors import InputError
 from dpq_core.paths import exists
 from dpq_core.recipe import TextDataset
@@ -55,7 +55,7 @@ def load_texts(dataset: TextDataset) -> list[str]:
     """
     if dataset.path == _CORPUS:
         try:
-            return corpus.documents(dataset.split)
+            return python_corpus.documents(dataset.split)
         except ValueError as error:
             raise DataError(f"{_CORPUS}: {error}") from error
     label = label_of(dataset)

@@ -20,21 +20,21 @@ from typing import Any
 
 import torch
 
-from dpq_core.checkpoint import MANIFEST as NATIVE
-from dpq_core.checkpoint import QuantizedCheckpoint, copy_side_files
+from dpq_core.checkpoint.exports.card import CARD, model_card
+from dpq_core.checkpoint.exports.compressed_tensors import COMPRESSED_TENSORS
+from dpq_core.checkpoint.exports.format import ExportError, Format, Quantization, Target, targets_of
+from dpq_core.checkpoint.exports.gptq import GPTQ
+from dpq_core.checkpoint.exports.inc import FP8_TO_INT, INC
+from dpq_core.checkpoint.exports.verify import check_content
+from dpq_core.checkpoint.native import MANIFEST as NATIVE
+from dpq_core.checkpoint.native import QuantizedCheckpoint, copy_side_files
+from dpq_core.checkpoint.shards import ShardWriter, StoredTensor, check_files, digests_of
 from dpq_core.digests import file_digest, write_json
-from dpq_core.exports.card import CARD, model_card
-from dpq_core.exports.compressed_tensors import COMPRESSED_TENSORS
-from dpq_core.exports.format import ExportError, Format, Quantization, Target, targets_of
-from dpq_core.exports.gptq import GPTQ
-from dpq_core.exports.inc import FP8_TO_INT, INC
-from dpq_core.exports.verify import check_content
 from dpq_core.layer.linear import expected_shapes
 from dpq_core.model.plan import Plan
 from dpq_core.model.reader import CheckpointError, read_config, read_json
 from dpq_core.recipe import ExportName
 from dpq_core.recipe.scheme import Scheme
-from dpq_core.shards import ShardWriter, StoredTensor, check_files, digests_of
 
 EXPORTS: dict[ExportName, Format] = {
     "compressed-tensors": COMPRESSED_TENSORS,
