@@ -16,10 +16,10 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal
 
+from dpq_core.evaluation.scores import PERPLEXITIES, PERPLEXITY, PERPLEXITY_WORD, Scores
 from dpq_core.halves import ALL
 from dpq_core.pairing import CONFIDENCE, Difference, Evaluation, Failure, difference
 from dpq_core.recipe import GatesSection
-from dpq_core.scores import PERPLEXITIES, PERPLEXITY, PERPLEXITY_WORD, Scores
 
 MMLU = "mmlu"
 COMMONSENSE = (

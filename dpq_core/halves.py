@@ -16,8 +16,8 @@ import hashlib
 from dataclasses import fields, replace
 from typing import Any
 
+from dpq_core.evaluation.scores import Scores
 from dpq_core.pairing import Evaluation
-from dpq_core.scores import Scores
 
 ALL = "all documents and windows"
 CHOOSING = "the half of them that chooses (first bit of SHA-256 is 0)"

@@ -26,7 +26,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from dpq_core.scores import ACCURACIES, Scores
+from dpq_core.evaluation.scores import ACCURACIES, Scores
 
 CONFIDENCE = 0.95
 
@@ -55,7 +55,7 @@ Evaluation = Mapping[str, Scores | Failure]  # by suite, or perplexity_token
 class Difference:
     """One number of both models. `delta` is candidate minus baseline, accuracies in percent."""
 
-    metric: str  # of `dpq_core.scores`; several where suites are averaged
+    metric: str  # of `dpq_core.evaluation.scores`; several where suites are averaged
     baseline: float | None = None
     candidate: float | None = None
     delta: float | None = None

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dpq_core.calibration import (
+from dpq_core.calibration.statistics import (
     BlockStatistics,
     InputRounding,
     TokenWeights,

@@ -1,8 +1,8 @@
 """Speed of a causal LM on a device: variants of one model, timed side by side in one process.
 
 One generation is `batch` prompts of `prompt_tokens` random tokens and `new_tokens` greedy tokens
-after each, with a static KV cache (`dpq_core.decoding`), under CUDA graphs where the device has
-them:
+after each, with a static KV cache (`dpq_core.serving.decoding`), under CUDA graphs where the device
+has them:
 
     first token   from the prompts on the device to the first new token of every sequence, s
     prefill       batch · prompt_tokens / first token, tokens/s
@@ -30,7 +30,6 @@ import torch
 from torch import Tensor
 from transformers import StaticCache
 
-from dpq_core.decoding import Decoder, generate, static_cache
 from dpq_core.errors import InputError
 from dpq_core.kernels.attention import attend_in_groups
 from dpq_core.layer.linear import W4A8Linear
@@ -38,7 +37,8 @@ from dpq_core.machine.device import out_of_memory
 from dpq_core.machine.working_memory import Peak, free_bytes, free_unused, tensor_bytes
 from dpq_core.model.context import check_lengths
 from dpq_core.roofline import Device, Load, measured_device, synchronize
-from dpq_core.runtimes import Chosen, runtime_for
+from dpq_core.serving.decoding import Decoder, generate, static_cache
+from dpq_core.serving.runtimes import Chosen, runtime_for
 from dpq_core.variants import Source, load_of
 
 BASELINE, CANDIDATE = "bf16", "w4a8"

@@ -21,7 +21,6 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from dpq_core.checkpoint.native import QuantizedCheckpoint, load_quantized
-from dpq_core.decoding import context_bytes
 from dpq_core.errors import InputError
 from dpq_core.layer.grid import choose_grid
 from dpq_core.layer.linear import expected_shapes, layer_from_tensors, stored_bytes
@@ -35,7 +34,8 @@ from dpq_core.recipe import Recipe
 from dpq_core.recipe.layer_choices import CHOICES
 from dpq_core.recipe.scheme import Scheme
 from dpq_core.roofline import Load
-from dpq_core.runtimes import MakeLinear
+from dpq_core.serving.decoding import context_bytes
+from dpq_core.serving.runtimes import MakeLinear
 
 _NEAREST = {"method": "rtn", "order": "none", "rounding": "nearest", "scale_search": "minmax"}
 

@@ -1,5 +1,5 @@
-"""Perplexity per token of a compressed-tensors export, as `dpq_core.perplexity` defines it: needs
-transformers and compressed-tensors, no dpq.
+"""Perplexity per token of a compressed-tensors export, as `dpq_core.evaluation.perplexity` defines
+it: needs transformers and compressed-tensors, no dpq.
 
 python examples/perplexity.py EXPORT texts.jsonl.gz 512
 """

@@ -25,12 +25,12 @@ import torch
 from dpq_core.data import python_corpus
 from dpq_core.data.mirrored_suites import MIRRORED
 from dpq_core.errors import InputError
+from dpq_core.evaluation.suites import python_docs
 from dpq_core.machine.device import resolve_device
 from dpq_core.model.streaming import StreamedModel
 from dpq_core.paths import is_file
 from dpq_core.recipe import Recipe, TextDataset
 from dpq_core.roofline import synchronize
-from dpq_core.suites import python_docs
 from flows.progress import shown_time
 from tasks.worker import workers_here
 

@@ -14,13 +14,13 @@ from dpq_core.allocation import (
     predicted_increase,
     total,
 )
+from dpq_core.evaluation.scores import PERPLEXITY
 from dpq_core.gates import Metric
 from dpq_core.layer.linear import stored_bytes
 from dpq_core.model.plan import PlannedLayer
 from dpq_core.proxy import OutputMoments
 from dpq_core.recipe import Recipe
 from dpq_core.recipe.layer_choices import chosen_scheme
-from dpq_core.scores import PERPLEXITY
 from flows.attempt import Attempt
 from flows.quantize import Candidate
 from tasks.preflight import Inputs

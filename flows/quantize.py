@@ -10,8 +10,8 @@ from prefect import flow
 from prefect.futures import PrefectFuture
 from prefect.logging import get_run_logger
 
+from dpq_core.calibration.reduction_tree import shares
 from dpq_core.checkpoint.native import MANIFEST
-from dpq_core.leaves import shares
 from dpq_core.machine.device import share_machine
 from dpq_core.recipe import Recipe
 from flows.attended import attended

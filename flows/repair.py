@@ -12,8 +12,8 @@ then judged on the other half, once; a rejection there is the end.
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from dpq_core.evaluation.scores import PERPLEXITY
 from dpq_core.recipe import Recipe
-from dpq_core.scores import PERPLEXITY
 from flows.attempt import Attempt, attempt, judged
 from flows.options import Options
 from tasks.evaluate import Measured

@@ -11,7 +11,7 @@ from prefect.artifacts import (
     create_table_artifact,
 )
 
-from dpq_core.calibration_tokens import CalibrationTokens
+from dpq_core.calibration.required_tokens import CalibrationTokens
 from dpq_core.gates import Metric, Verdict
 from dpq_core.model.plan import kept_lines
 from dpq_core.pairing import Difference, Evaluation, Failure

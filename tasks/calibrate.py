@@ -1,9 +1,10 @@
 """Calibration statistics of blocks: of all samples, or of shares of them by tasks of their own.
 
-Sums are made by the tree of `dpq_core.leaves`, so that they have the same bytes however many tasks
-share the samples. Artifacts: `statistics`, one for each shared input; `partial`, the sum of a node
-of the tree, kept until the block's statistics are there; `hidden`, see `tasks/hidden.py`. What a
-killed run leaves of the last two is waste that nobody looks for: `dpq store gc`.
+Sums are made by the tree of `dpq_core.calibration.reduction_tree`, so that they have the same bytes
+however many tasks share the samples. Artifacts: `statistics`, one for each shared input; `partial`,
+the sum of a node of the tree, kept until the block's statistics are there; `hidden`, see
+`tasks/hidden.py`. What a killed run leaves of the last two is waste that nobody looks for: `dpq
+store gc`.
 
 A task passes a run of blocks (`execution.blocks_per_task`): hidden states stay in its memory from
 one to the next, a block's statistics are hashed and written while the next block computes, and
@@ -21,7 +22,8 @@ from prefect import task
 from prefect.cache_policies import NO_CACHE
 from torch import Tensor
 
-from dpq_core.calibration import (
+from dpq_core.calibration.reduction_tree import Node, summed
+from dpq_core.calibration.statistics import (
     BlockMagnitudes,
     BlockPasses,
     BlockStatistics,
@@ -34,7 +36,6 @@ from dpq_core.calibration import (
 )
 from dpq_core.digests import digest
 from dpq_core.layer.hessian import InputStatistics
-from dpq_core.leaves import Node, summed
 from dpq_core.machine.device import freed_memory_kept
 from dpq_core.recipe import Recipe
 from infra.store import ArtifactRef, Store, StoreError

@@ -21,13 +21,18 @@ from dpq_core.data import mirror
 from dpq_core.data.texts import opening_token
 from dpq_core.digests import digest
 from dpq_core.errors import InputError
-from dpq_core.harness import Progress, evaluate_suite
+from dpq_core.evaluation.harness import Progress, evaluate_suite
+from dpq_core.evaluation.perplexity import perplexity_token
+from dpq_core.evaluation.scores import AFTER_BOS, PERPLEXITY, Scores, load_scores, save_scores
+from dpq_core.evaluation.suites.definitions import (
+    SuiteError,
+    SuiteSources,
+    check_suites,
+    loaded_suites,
+)
 from dpq_core.machine.device import halving_batches, whole_machine
 from dpq_core.pairing import Evaluation, Failure
-from dpq_core.perplexity import perplexity_token
 from dpq_core.recipe import EvaluationSection, Recipe
-from dpq_core.scores import AFTER_BOS, PERPLEXITY, Scores, load_scores, save_scores
-from dpq_core.suites.definitions import SuiteError, SuiteSources, check_suites, loaded_suites
 from infra.store import ArtifactRef, Store, StoreError
 from tasks import windows
 from tasks.model import load_tokenizer

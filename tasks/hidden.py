@@ -1,5 +1,6 @@
-"""Hidden states before a block, leaf by leaf (`dpq_core.leaves`): in memory where the same task
-runs the next block on them, in the store before every block that another task begins with.
+"""Hidden states before a block, leaf by leaf (`dpq_core.calibration.reduction_tree`): in memory
+where the same task runs the next block on them, in the store before every block that another task
+begins with.
 
 Those in the store are kept until nothing needs them. Those that a run misses are computed again,
 from the nearest before them that are there or from the inputs.
@@ -12,10 +13,10 @@ from typing import Any
 
 from safetensors.torch import load_file, save_file
 
+from dpq_core.calibration.reduction_tree import leaves_of
 from dpq_core.checkpoint.native import load_layer
 from dpq_core.digests import digest
 from dpq_core.layer.quantize import QuantizedLinear
-from dpq_core.leaves import leaves_of
 from dpq_core.model.inputs import Batch, ModelInputs
 from dpq_core.model.streaming import StreamedModel
 from dpq_core.recipe import Recipe

@@ -8,12 +8,12 @@ from prefect import task
 from prefect.cache_policies import NO_CACHE
 from prefect.logging import get_run_logger
 
-from dpq_core.calibration_tokens import CalibrationTokens
+from dpq_core.calibration.reduction_tree import WINDOWS
+from dpq_core.calibration.required_tokens import CalibrationTokens
 from dpq_core.checkpoint.exports import check_exportable, planned_targets
 from dpq_core.checkpoint.exports.format import ExportError
 from dpq_core.footprint import Footprint, footprint
 from dpq_core.layer.linear import stored_bytes
-from dpq_core.leaves import WINDOWS
 from dpq_core.machine.device import DeviceError, resolve_device
 from dpq_core.model.plan import Plan, kept_lines, plan_layers
 from dpq_core.recipe import Recipe, RecipeError

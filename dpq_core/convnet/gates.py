@@ -11,11 +11,11 @@ from dataclasses import replace
 
 from dpq_core.convnet.artifact import WeightSizes
 from dpq_core.convnet.recipe import ConvGates
+from dpq_core.evaluation.scores import Scores
 from dpq_core.gates import Verdict, judge, ratio_metric
 from dpq_core.halves import ALL, those
 from dpq_core.pairing import CONFIDENCE, Difference, difference
 from dpq_core.recipe import GatesSection
-from dpq_core.scores import Scores
 
 ACCURACY = "accuracy"
 SIZE = "size_ratio"

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from dpq_core.convnet.images import Images, as_input
 from dpq_core.convnet.recipe import TrainingSection
-from dpq_core.scores import Scores
+from dpq_core.evaluation.scores import Scores
 
 Step = Callable[[], None]
 

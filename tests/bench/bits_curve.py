@@ -23,15 +23,15 @@ from matplotlib.figure import Figure
 from transformers import AutoTokenizer
 
 from dpq_core.allocation import Option, least_loss, predicted_increase, total
-from dpq_core.calibration import InputRounding, TokenWeights, calibrate_block
+from dpq_core.calibration.statistics import InputRounding, TokenWeights, calibrate_block
 from dpq_core.checkpoint.native import load_model
 from dpq_core.data.texts import calibration_windows, load_texts, token_windows
+from dpq_core.evaluation.perplexity import perplexity_token
 from dpq_core.layer.linear import W4A8Linear, stored_bytes
 from dpq_core.layer.quantize import QuantizedLinear, quantize_layer
 from dpq_core.model.inputs import batches_of
 from dpq_core.model.plan import PlannedLayer, plan_layers
 from dpq_core.model.streaming import StreamedModel
-from dpq_core.perplexity import perplexity_token
 from dpq_core.recipe import Recipe, load_recipe
 from dpq_core.recipe.layer_choices import chosen_scheme
 from dpq_core.sensitivity import Variant, block_losses

@@ -41,9 +41,11 @@ from prototypes import (
 from transformers import AutoTokenizer
 
 from dpq_core.arithmetic.formats import fake_quantize
-from dpq_core.calibration import InputRounding
+from dpq_core.calibration.statistics import InputRounding
 from dpq_core.checkpoint.native import load_model
 from dpq_core.data.texts import calibration_windows, load_texts, token_windows
+from dpq_core.evaluation.perplexity import perplexity_token
+from dpq_core.evaluation.scores import PERPLEXITY, Scores
 from dpq_core.layer.hessian import InputStatistics
 from dpq_core.layer.linear import W4A8Linear
 from dpq_core.layer.quantize import (
@@ -55,10 +57,8 @@ from dpq_core.model.inputs import batches_of
 from dpq_core.model.reader import read_config
 from dpq_core.model.streaming import StreamedModel
 from dpq_core.pairing import difference
-from dpq_core.perplexity import perplexity_token
 from dpq_core.recipe import Recipe, load_recipe
 from dpq_core.recipe.scheme import Scheme
-from dpq_core.scores import PERPLEXITY, Scores
 
 Transform = Callable[[transforms.Tensors, "Bench"], transforms.Tensors]
 

@@ -17,7 +17,7 @@ import torch
 from kernel_rows import W4A8, random_layer
 from kernels_cuda import _captured, _copies, _milliseconds
 
-from dpq_core.runtimes import hopper
+from dpq_core.serving import hopper
 
 TOKENS = (1, 16, 2048)
 SHAPES = ((4096, 14336), (8192, 8192))

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from dpq_core.kernels import products
 from dpq_core.layer.linear import W4A8Linear
 from dpq_core.layer.quantize import QuantizedLinear
-from dpq_core.runtimes import avx2, runtime_for
+from dpq_core.serving import avx2
+from dpq_core.serving.runtimes import runtime_for
 
 SHAPES = [(2048, 2048), (4096, 4096), (4096, 11008), (14336, 4096)]  # out, in
 TOKENS = [1, 2, 4, 8, 16, 32, 128, 512]

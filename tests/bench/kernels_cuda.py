@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from dpq_core.layer.quantize import QuantizedLinear, QuantizedWeight
 from dpq_core.recipe.scheme import Scheme
-from dpq_core.runtimes import hopper
+from dpq_core.serving import hopper
 
 SHAPES = [(4096, 4096), (4096, 14336), (14336, 4096), (8192, 8192), (28672, 8192)]  # out, in
 TOKENS = [1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096]

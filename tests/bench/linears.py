@@ -25,7 +25,7 @@ import kernels_cpu
 import kernels_cuda
 from kernel_rows import Row
 
-from dpq_core.runtimes import hopper
+from dpq_core.serving import hopper
 
 NAMES = {
     "cuda": [

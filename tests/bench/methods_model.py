@@ -16,7 +16,7 @@ from prototypes import output_range, refit, restored, target_weight
 from torch import Tensor, nn
 from why_tokens import weighted
 
-from dpq_core.calibration import InputRounding
+from dpq_core.calibration.statistics import InputRounding
 from dpq_core.layer.hessian import InputStatistics, count_magnitudes
 from dpq_core.layer.linear import W4A8Linear, stored_bytes
 from dpq_core.layer.quantize import QuantizedLinear, quantize_or_keep

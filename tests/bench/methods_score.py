@@ -1,8 +1,8 @@
 """Scores of a model on one device: perplexity, divergence from the 16-bit model, suites.
 
-Perplexity as `dpq_core.perplexity` has it; divergence is KL(p16 || p) a token and the share of
-tokens whose most likely successor is the same. Suites are arrays that `methods_suites.py` made of
-lm-evaluation-harness's requests, which no longer need the harness.
+Perplexity as `dpq_core.evaluation.perplexity` has it; divergence is KL(p16 || p) a token and the
+share of tokens whose most likely successor is the same. Suites are arrays that `methods_suites.py`
+made of lm-evaluation-harness's requests, which no longer need the harness.
 """
 
 from collections.abc import Iterator, Mapping
@@ -189,7 +189,7 @@ def _log_likelihoods(
 
 def _of_goals(model: Any, states: Tensor, goals: Tensor) -> tuple[Tensor, Tensor]:
     """Log-probability of each goal, and whether it is the likeliest; logits as the model rounds
-    them, softmax in FP32, as in `dpq_core.harness`."""
+    them, softmax in FP32, as in `dpq_core.evaluation.harness`."""
     size = max(1, (1 << (28 if states.is_cuda else 26)) // len(model.lm_head.weight))
     logp, top = [], []
     for part, goal in zip(states.split(size), goals.split(size), strict=True):

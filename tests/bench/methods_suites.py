@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedModel
 
-from dpq_core.suites.definitions import Suite, quiet
+from dpq_core.evaluation.suites.definitions import Suite, quiet
 
 SUITES = (
     "hellaswag", "lambada_openai", "boolq", "arc_easy", "piqa", "winogrande", "arc_challenge",
@@ -64,7 +64,7 @@ def arrays_of(
 
 def _listener(model: PreTrainedModel, tokenizer: Any) -> Any:
     """The product's harness, whose model answers with numbers of requests."""
-    from dpq_core import harness
+    from dpq_core.evaluation import harness
 
     own = harness._harness(model, tokenizer, 1)
     own.heard = []

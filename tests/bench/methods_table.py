@@ -95,7 +95,7 @@ def prepare(arguments: argparse.Namespace) -> None:
     """`tokens.npz`, streams as uint16 or int32, and `suites.npz`."""
     from methods_suites import SUITES, arrays_of
 
-    from dpq_core.suites.definitions import SuiteSources, loaded_suites
+    from dpq_core.evaluation.suites.definitions import SuiteSources, loaded_suites
 
     folder, prepared, data = arguments.model, arguments.prepared, arguments.data
     prepared.mkdir(parents=True, exist_ok=True)

@@ -30,8 +30,8 @@ from transformers import AutoTokenizer
 
 from dpq_core.checkpoint.native import load_model
 from dpq_core.data.texts import calibration_windows, load_texts, token_windows
+from dpq_core.evaluation.perplexity import perplexity_token
 from dpq_core.kernels import cpu
-from dpq_core.perplexity import perplexity_token
 from dpq_core.pipeline import quantize_checkpoint
 from dpq_core.recipe import CalibrationSection, Recipe, load_recipe
 from dpq_core.recipe.scheme import Scheme

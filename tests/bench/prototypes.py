@@ -19,7 +19,7 @@ import transforms
 from torch import Tensor
 
 from dpq_core.arithmetic.formats import NumberFormat, fake_quantize
-from dpq_core.calibration import InputRounding, _observing
+from dpq_core.calibration.statistics import InputRounding, _observing
 from dpq_core.layer.column_loop import inverse_factor
 from dpq_core.layer.gradient_rounding import refine_codes
 from dpq_core.layer.grid import Grid

@@ -32,7 +32,8 @@ from peak_memory import MODELS, make_model
 from torch import Tensor, nn
 from transformers import AutoTokenizer
 
-from dpq_core import calibration, pipeline
+from dpq_core import pipeline
+from dpq_core.calibration import statistics
 from dpq_core.data.texts import calibration_windows, load_texts
 from dpq_core.kernels import cpu
 from dpq_core.layer import hessian, quantize, shared_input
@@ -46,8 +47,8 @@ RECIPE = Path(__file__).parents[2] / "recipes" / "wiki-llama-12m.yaml"
 REST, LAYER = "rest", "layer, rest"
 STAGES: dict[str, list[tuple[Any, str]]] = {
     "forward": [(StreamedModel, "forward"), (StreamedModel, "begin")],
-    "inputs rounded": [(calibration.InputRounding, "rounded")],
-    "magnitudes": [(hessian, "count_magnitudes"), (calibration, "count_magnitudes")],
+    "inputs rounded": [(statistics.InputRounding, "rounded")],
+    "magnitudes": [(hessian, "count_magnitudes"), (statistics, "count_magnitudes")],
     "Hessians": [(InputStatistics, "add_hessian"), (InputStatistics, "add")],
     "grid": [(quantize, "choose_grid")],
     "factorisation": [(shared_input, "inverse_factor")],
@@ -174,7 +175,7 @@ def compile_kernels(scheme: Scheme, section: CalibrationSection) -> None:
     x = torch.randn(64, 16).bfloat16()
     statistics = InputStatistics.empty(16)
     statistics.add_magnitudes(x)
-    rounding = calibration.InputRounding.of(scheme, section)
+    rounding = statistics.InputRounding.of(scheme, section)
     scale = rounding.static_scale(statistics.magnitudes) if rounding else None
     statistics.add_hessian(*(rounding.rounded(x, scale) if rounding else (x, None)))
     quantize.quantize_layer(torch.randn(16, 16), statistics, scheme)

@@ -20,13 +20,13 @@ from transformers import (
     Gemma3TextConfig,
 )
 
-from dpq_core.calibration import InputRounding, TokenWeights, calibrate_block
-from dpq_core.harness import evaluate_suite
+from dpq_core.calibration.statistics import InputRounding, TokenWeights, calibrate_block
+from dpq_core.evaluation.harness import evaluate_suite
+from dpq_core.evaluation.perplexity import perplexity_token
+from dpq_core.evaluation.suites.definitions import SuiteSources, loaded_suites
 from dpq_core.model.inputs import batches_of
 from dpq_core.model.streaming import StreamedModel
-from dpq_core.perplexity import perplexity_token
 from dpq_core.recipe.scheme import Scheme
-from dpq_core.suites.definitions import SuiteSources, loaded_suites
 
 SHARED = Path(__file__).parents[2].parent / "shared"
 STORIES = SHARED / "models/stories-260k"

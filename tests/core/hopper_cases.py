@@ -25,8 +25,8 @@ from dpq_core.layer.quantize import (
     round_weight,
 )
 from dpq_core.recipe.scheme import Scheme
-from dpq_core.runtimes import hopper
-from dpq_core.runtimes.hopper_packing import pack
+from dpq_core.serving import hopper
+from dpq_core.serving.hopper_packing import pack
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 if INTERPRETED:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from dpq_core.calibration_tokens import CalibrationTokens
+from dpq_core.calibration.required_tokens import CalibrationTokens
 from dpq_core.data.texts import DataError
 from dpq_core.model.plan import PlannedLayer
 from dpq_core.recipe import CalibrationSection, load_recipe

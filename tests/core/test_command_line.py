@@ -11,8 +11,8 @@ import pytest
 from transformers import AutoTokenizer
 
 from dpq_core.checkpoint.native import load_model
-from dpq_core.harness import evaluate_suite
-from dpq_core.suites.definitions import SuiteSources, loaded_suites
+from dpq_core.evaluation.harness import evaluate_suite
+from dpq_core.evaluation.suites.definitions import SuiteSources, loaded_suites
 
 SHARED = Path(__file__).parents[2].parent / "shared"
 MODEL, DATA = SHARED / "models/wiki-llama-12m", SHARED / "data"

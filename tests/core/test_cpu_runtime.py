@@ -14,7 +14,8 @@ from dpq_core.layer.hessian import InputStatistics
 from dpq_core.layer.linear import W4A8Linear
 from dpq_core.layer.quantize import LayerReport, QuantizedLinear, QuantizedWeight, quantize_layer
 from dpq_core.recipe.scheme import Scheme
-from dpq_core.runtimes import RUNTIMES, Chosen, RuntimeUnavailableError, avx2, cpu, runtime_for
+from dpq_core.serving import avx2, cpu
+from dpq_core.serving.runtimes import RUNTIMES, Chosen, RuntimeUnavailableError, runtime_for
 
 
 def _row(name: str, module: Any) -> Any:

@@ -12,7 +12,7 @@ from model_families import tokenizer as byte_tokenizer
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from dpq_core.calibration import TokenWeights, calibrate_block
+from dpq_core.calibration.statistics import TokenWeights, calibrate_block
 from dpq_core.checkpoint.native import (
     QuantizedCheckpoint,
     check_checkpoint,
@@ -21,6 +21,7 @@ from dpq_core.checkpoint.native import (
 )
 from dpq_core.data.images import image_windows
 from dpq_core.data.texts import DataError
+from dpq_core.evaluation.perplexity import perplexity_token
 from dpq_core.kernels import products
 from dpq_core.layer.linear import W4A8Linear
 from dpq_core.model.inputs import batches_of
@@ -28,7 +29,6 @@ from dpq_core.model.plan import plan_layers
 from dpq_core.model.reader import CheckpointError, CheckpointReader
 from dpq_core.model.source import check_source
 from dpq_core.model.streaming import StreamedModel
-from dpq_core.perplexity import perplexity_token
 from dpq_core.pipeline import quantize_checkpoint
 from dpq_core.recipe import CalibrationSection, TextDataset
 from dpq_core.recipe.scheme import Scheme

@@ -1,6 +1,6 @@
 """The Gaudi runtime against a stand-in of the operators: untested on hardware.
 
-The stand-in computes what `dpq_core.runtimes.gaudi` says of each operator, on the CPU, and refuses
+The stand-in computes what `dpq_core.serving.gaudi` says of each operator, on the CPU, and refuses
 shapes and types that it does not name. It shows that the runtime packs, scales and calls as that
 contract asks; that the contract is the vendor's, only a Gaudi can show.
 """
@@ -15,7 +15,8 @@ from dpq_core.layer.grid import choose_grid
 from dpq_core.layer.linear import W4A8Linear
 from dpq_core.layer.quantize import LayerReport, QuantizedLinear, QuantizedWeight, round_weight
 from dpq_core.recipe.scheme import Scheme
-from dpq_core.runtimes import RUNTIMES, gaudi
+from dpq_core.serving import gaudi
+from dpq_core.serving.runtimes import RUNTIMES
 
 FP8 = torch.float8_e4m3fn
 

@@ -6,11 +6,11 @@ import random
 
 import pytest
 
+from dpq_core.evaluation.scores import Scores
 from dpq_core.gates import compare, judge
 from dpq_core.halves import ALL, CHOOSING, JUDGING, chooses, those
 from dpq_core.pairing import Failure
 from dpq_core.recipe import GatesSection
-from dpq_core.scores import Scores
 
 
 def scores(values, name=""):

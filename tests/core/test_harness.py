@@ -11,12 +11,17 @@ import torch
 from accelerate import init_empty_weights
 from transformers import AutoTokenizer, ByT5Tokenizer, LlamaConfig, LlamaForCausalLM
 
-from dpq_core import harness
 from dpq_core.data import python_corpus
+from dpq_core.evaluation import harness
+from dpq_core.evaluation.suites import definitions, python_docs
+from dpq_core.evaluation.suites.definitions import (
+    SuiteError,
+    SuiteSources,
+    check_suites,
+    loaded_suites,
+)
 from dpq_core.machine import device
 from dpq_core.model.empty import building
-from dpq_core.suites import definitions, python_docs
-from dpq_core.suites.definitions import SuiteError, SuiteSources, check_suites, loaded_suites
 
 SHARED = Path(__file__).parents[2].parent / "shared"
 SHIPPED = Path(lm_eval.__file__).parent / "tasks"

@@ -17,8 +17,8 @@ from dpq_core.errors import InputError
 from dpq_core.layer.grid import choose_grid
 from dpq_core.layer.quantize import LayerReport, QuantizedLinear, QuantizedWeight, round_weight
 from dpq_core.recipe.scheme import Scheme
-from dpq_core.runtimes import hopper
-from dpq_core.runtimes.hopper_packing import choose_split, fp16_scales, pack_words
+from dpq_core.serving import hopper
+from dpq_core.serving.hopper_packing import choose_split, fp16_scales, pack_words
 
 CASES = Path(__file__).with_name("hopper_cases.py")
 

@@ -7,8 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dpq_core.calibration import InputRounding, TokenWeights, calibrate_block
-from dpq_core.leaves import WINDOWS, Node, leaf_count, leaves_of, shares, summed
+from dpq_core.calibration.reduction_tree import WINDOWS, Node, leaf_count, leaves_of, shares, summed
+from dpq_core.calibration.statistics import InputRounding, TokenWeights, calibrate_block
 from dpq_core.model.inputs import batches_of
 from dpq_core.model.streaming import StreamedModel
 from dpq_core.recipe import CalibrationSection

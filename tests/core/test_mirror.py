@@ -12,8 +12,13 @@ from lm_eval.tasks import TaskManager
 from dpq_core.data import mirror, mirrored_suites
 from dpq_core.data.mirror import MirrorError, check, fetch, fingerprint, make
 from dpq_core.data.mirrored_suites import MIRRORED
-from dpq_core.suites import definitions
-from dpq_core.suites.definitions import SuiteError, SuiteSources, check_suites, loaded_suites
+from dpq_core.evaluation.suites import definitions
+from dpq_core.evaluation.suites.definitions import (
+    SuiteError,
+    SuiteSources,
+    check_suites,
+    loaded_suites,
+)
 
 SHARED = Path(__file__).parents[2].parent / "shared" / "data"
 needs_shared = pytest.mark.skipif(not SHARED.exists(), reason="needs ../shared/data")

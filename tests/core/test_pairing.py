@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
+from dpq_core.evaluation.scores import PERPLEXITY, Scores, load_scores, save_scores
 from dpq_core.pairing import breakdown, difference
-from dpq_core.scores import PERPLEXITY, Scores, load_scores, save_scores
 
 
 def scores(values, metric="acc", weights=None, parts=None, groups=None):

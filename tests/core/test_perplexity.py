@@ -5,9 +5,9 @@ import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from dpq_core.evaluation.perplexity import perplexity_token
+from dpq_core.evaluation.scores import AFTER_BOS, PERPLEXITY
 from dpq_core.pairing import difference
-from dpq_core.perplexity import perplexity_token
-from dpq_core.scores import AFTER_BOS, PERPLEXITY
 
 VOCABULARY = 259
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from dpq_core.calibration import InputRounding, TokenWeights, calibrate_block
+from dpq_core.calibration.statistics import InputRounding, TokenWeights, calibrate_block
 from dpq_core.kernels.sixteen_bit import fit
 from dpq_core.layer.linear import W4A8Linear
 from dpq_core.layer.quantize import quantize_layer

@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from dpq_core import throughput
-from dpq_core.decoding import Decoder, context_bytes, generate, static_cache
 from dpq_core.kernels.attention import NAME, attend_in_groups
 from dpq_core.layer.hessian import InputStatistics
 from dpq_core.layer.linear import W4A8Linear, expected_shapes, layer_tensors
@@ -17,7 +16,8 @@ from dpq_core.model.context import ContextError
 from dpq_core.recipe import BenchmarkSection
 from dpq_core.recipe.scheme import PRESETS, Scheme
 from dpq_core.roofline import Device, Load
-from dpq_core.runtimes import RuntimeUnavailableError, runtime_for
+from dpq_core.serving.decoding import Decoder, context_bytes, generate, static_cache
+from dpq_core.serving.runtimes import RuntimeUnavailableError, runtime_for
 from dpq_core.throughput import Cell, Times, measure, random_prompts
 from dpq_core.variants import (
     VARIANTS,

@@ -11,7 +11,7 @@ from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterKey
 
 from dpq_core.recipe import parse_recipe
-from dpq_core.runtimes import avx2
+from dpq_core.serving import avx2
 from flows.release import release
 from infra.deployments import QUEUE_OF, QUEUES
 from infra.tracking import mlflow_client, tracking_store

@@ -23,7 +23,7 @@ INPUTS = 4 * BLOCKS  # that layers share: tasks
 
 # Notes every leaf whose Hessians are begun, in a worker elsewhere.
 NOTED = """
-import dpq_core.calibration as module
+import dpq_core.calibration.statistics as module
 statistics = module.BlockPasses.statistics
 def noted(self, *arguments):
     with open({log!r}, "a") as file:

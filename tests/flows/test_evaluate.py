@@ -20,8 +20,8 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 import tasks.evaluate
-from dpq_core import harness
 from dpq_core.checkpoint.native import MANIFEST, load_model
+from dpq_core.evaluation import harness
 from dpq_core.gates import NotMeasuredError
 from dpq_core.recipe import parse_recipe
 from flows.cli import app

@@ -9,10 +9,10 @@ from pathlib import Path
 import torch
 from test_evaluate import write_suite
 
+from dpq_core.evaluation.suites import definitions
+from dpq_core.evaluation.suites.definitions import SuiteSources, loaded_suites
 from dpq_core.machine import device
 from dpq_core.machine.device import freed_memory_kept, settle_thread, whole_machine
-from dpq_core.suites import definitions
-from dpq_core.suites.definitions import SuiteSources, loaded_suites
 from flows.results import printing_to_stderr
 
 REPOSITORY = Path(__file__).parents[2]

@@ -27,7 +27,7 @@ DYING = """
 import os, signal, sys
 from pathlib import Path
 log, last = Path(sys.argv.pop(1)), int(sys.argv.pop(1))
-from dpq_core.calibration import BlockPasses
+from dpq_core.calibration.statistics import BlockPasses
 statistics = BlockPasses.statistics
 def noted(self, *arguments):
     with log.open("a") as file:

@@ -22,10 +22,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from dpq_core.checkpoint.exports import export_checkpoint
 from dpq_core.digests import digest
+from dpq_core.evaluation.perplexity import perplexity_token
 from dpq_core.machine.device_kinds import kind_of
 from dpq_core.model.inputs import batches_of
 from dpq_core.model.streaming import StreamedModel
-from dpq_core.perplexity import perplexity_token
 from dpq_core.pipeline import quantize_checkpoint
 from dpq_core.proxy import output_moments
 from dpq_core.recipe import CalibrationSection, TextDataset

@@ -6,7 +6,8 @@ from model_families import IDS, VOCABULARY, save, tokenizer
 from transformers import Gemma3TextConfig, LlamaConfig, MambaConfig, MistralConfig, Qwen2Config
 
 from dpq_core.checkpoint.native import load_model
-from dpq_core.harness import evaluate_suite
+from dpq_core.evaluation.harness import evaluate_suite
+from dpq_core.evaluation.suites.definitions import SuiteSources, loaded_suites
 from dpq_core.model.context import (
     ContextError,
     check_ids,
@@ -17,7 +18,6 @@ from dpq_core.model.context import (
 from dpq_core.pipeline import quantize_checkpoint
 from dpq_core.recipe import CalibrationSection, TextDataset
 from dpq_core.recipe.scheme import Scheme
-from dpq_core.suites.definitions import SuiteSources, loaded_suites
 
 
 def rope(kind, **settings):

@@ -9,13 +9,13 @@ from model_families import VOCABULARY, save, tokenizer
 from safetensors.torch import load_file, save_file
 
 from dpq_core.checkpoint.native import load_model, load_quantized
-from dpq_core.harness import evaluate_suite
+from dpq_core.evaluation.harness import evaluate_suite
+from dpq_core.evaluation.perplexity import perplexity_token
+from dpq_core.evaluation.suites.definitions import SuiteSources, loaded_suites
 from dpq_core.model.finite import NotFiniteError
-from dpq_core.perplexity import perplexity_token
 from dpq_core.pipeline import quantize_checkpoint
 from dpq_core.recipe import CalibrationSection, TextDataset
 from dpq_core.recipe.scheme import Scheme
-from dpq_core.suites.definitions import SuiteSources, loaded_suites
 
 WINDOWS = torch.randint(VOCABULARY, (4, 32), generator=torch.Generator().manual_seed(0))
 NAMED = (

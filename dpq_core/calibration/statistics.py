@@ -6,9 +6,9 @@ as the scheme's activations will be. A static scale must be known before anythin
 it, so that case takes a first pass for the magnitudes alone. How much each token counts is
 said by `TokenWeights`.
 
-Every sum is made by the tree of `dpq_core.leaves`. `BlockPasses` gives the sums of a leaf, where
-others wait for it: in main memory, so that a device holds one leaf's Hessians at a time, or on the
-device, where they need not travel.
+Every sum is made by the tree of `dpq_core.calibration.reduction_tree`. `BlockPasses` gives the sums
+of a leaf, where others wait for it: in main memory, so that a device holds one leaf's Hessians at a
+time, or on the device, where they need not travel.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from dpq_core.arithmetic.formats import NumberFormat, quantize
+from dpq_core.calibration.reduction_tree import Node, leaves_of, summed
 from dpq_core.kernels import cpu
 from dpq_core.layer.hessian import (
     MAGNITUDES,
@@ -30,7 +31,6 @@ from dpq_core.layer.hessian import (
 )
 from dpq_core.layer.linear import token_scale
 from dpq_core.layer.quantize import static_scale_of
-from dpq_core.leaves import Node, leaves_of, summed
 from dpq_core.model.finite import not_finite
 from dpq_core.model.inputs import Batch
 from dpq_core.model.streaming import StreamedModel

@@ -1,6 +1,6 @@
 """The CPU runtime for AVX2: four-bit codes in memory, FP32 products.
 
-`Avx2Linear` holds a weight as `dpq_core.runtimes.avx2_kernels` reads it. Tokens pass 8 at a time,
+`Avx2Linear` holds a weight as `dpq_core.serving.avx2_kernels` reads it. Tokens pass 8 at a time,
 rounded, as FP32; threads share the rows of the weight, which are decoded anew for each 8 tokens, in
 registers. Reading the codes takes a seventh of what reading the weight in FP32 does.
 
@@ -8,7 +8,7 @@ registers. Reading the codes takes a seventh of what reading the weight in FP32 
              [out, units, 128] int8    E4M3 or INT8
     groups   [out, units, tables, 2] fp32   s4, -s4 * z
 
-A unit is 128 columns, and `tables` the groups that begin in a unit. As in `dpq_core.runtimes.cpu`
+A unit is 128 columns, and `tables` the groups that begin in a unit. As in `dpq_core.serving.cpu`
 rounding to E4M3 is part of decoding, and what lies beyond the format's range is refused.
 """
 
@@ -28,9 +28,9 @@ from dpq_core.kernels.cpu import bits_of
 from dpq_core.kernels.forward_rows import add_product, scale_rows, take_threads, widen
 from dpq_core.kernels.numba_loops import real, round_rows
 from dpq_core.layer.quantize import QuantizedLinear, QuantizedWeight
-from dpq_core.runtimes import avx2_kernels
-from dpq_core.runtimes.avx2_kernels import COLUMN_OF_BYTE, LANES, WIDTHS, sizes
-from dpq_core.runtimes.weights import UNIT, choose_scales, group_pairs, numbers_of, refusal, rows_of
+from dpq_core.serving import avx2_kernels
+from dpq_core.serving.avx2_kernels import COLUMN_OF_BYTE, LANES, WIDTHS, sizes
+from dpq_core.serving.weights import UNIT, choose_scales, group_pairs, numbers_of, refusal, rows_of
 
 __all__ = ["Avx2Linear", "make", "refusal", "unavailable"]
 

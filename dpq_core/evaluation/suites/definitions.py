@@ -28,7 +28,7 @@ from jinja2 import TemplateError
 from dpq_core.data import mirror
 from dpq_core.digests import digest, file_digest
 from dpq_core.errors import InputError
-from dpq_core.suites import python_docs
+from dpq_core.evaluation.suites import python_docs
 
 _SHIPPED = Path(python_docs.__file__).parent
 SEED = 1234  # of the choice of few-shot examples: the harness's own default

@@ -25,11 +25,11 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from dpq_core.evaluation.scores import Scores
+from dpq_core.evaluation.suites.definitions import Suite, SuiteError, quiet
 from dpq_core.model.context import check_ids, context_of
 from dpq_core.model.empty import building
 from dpq_core.model.finite import check_overflow
-from dpq_core.scores import Scores
-from dpq_core.suites.definitions import Suite, SuiteError, quiet
 
 Progress = Callable[[int, int], None]
 
@@ -158,7 +158,7 @@ def _explain(harness: Any, sample: Mapping[str, Any]) -> None:
 
 
 def _value(sample: Mapping[str, Any], suite: Suite) -> tuple[float, float]:
-    """Value and weight of a document, as in `dpq_core.scores`."""
+    """Value and weight of a document, as in `dpq_core.evaluation.scores`."""
     if suite.kind == "perplexity_word":
         log_likelihood, words = sample[suite.metric]
         return -float(log_likelihood), float(words)

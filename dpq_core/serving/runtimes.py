@@ -46,10 +46,10 @@ class Runtime:
 RUNTIMES = {
     r.name: r
     for r in (
-        Runtime("cpu", "cpu", "dpq_core.runtimes.cpu"),  # AMX
-        Runtime("avx2", "cpu", "dpq_core.runtimes.avx2"),
-        Runtime("hopper", "cuda", "dpq_core.runtimes.hopper"),
-        Runtime("gaudi", "hpu", "dpq_core.runtimes.gaudi", "not tested on hardware"),
+        Runtime("cpu", "cpu", "dpq_core.serving.cpu"),  # AMX
+        Runtime("avx2", "cpu", "dpq_core.serving.avx2"),
+        Runtime("hopper", "cuda", "dpq_core.serving.hopper"),
+        Runtime("gaudi", "hpu", "dpq_core.serving.gaudi", "not tested on hardware"),
     )
 }
 

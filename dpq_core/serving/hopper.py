@@ -27,8 +27,8 @@ from torch.nn.functional import pad
 
 from dpq_core.errors import InputError
 from dpq_core.layer.quantize import QuantizedLinear, QuantizedWeight, RoundedWeight
-from dpq_core.runtimes import other_arithmetic
-from dpq_core.runtimes.hopper_packing import COLUMNS, ROWS, SMALLEST_GROUP, choose_split, pack
+from dpq_core.serving.hopper_packing import COLUMNS, ROWS, SMALLEST_GROUP, choose_split, pack
+from dpq_core.serving.runtimes import other_arithmetic
 
 FEW_TOKENS = 128  # up to which codes are decoded as they are multiplied
 PROCESSORS = 132  # of an H100 or H200, where there is no device to ask
@@ -320,7 +320,7 @@ def _early(kernels: ModuleType, after_ours: bool) -> dict[str, bool]:
 
 def _kernels() -> ModuleType:
     """Imported at the first use: Triton is not everywhere where this module is."""
-    return importlib.import_module("dpq_core.runtimes.hopper_kernels")
+    return importlib.import_module("dpq_core.serving.hopper_kernels")
 
 
 @functools.cache

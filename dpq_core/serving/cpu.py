@@ -1,6 +1,6 @@
 """The CPU runtime: four-bit codes in memory, BF16 tile registers (AMX) for the products.
 
-`CpuLinear` holds a weight as `dpq_core.runtimes.amx` reads it and takes every number of tokens by
+`CpuLinear` holds a weight as `dpq_core.serving.amx` reads it and takes every number of tokens by
 one kernel: 64 tokens at a time, whose rounded values stay in the second cache, pass all panels of
 16 rows; a panel is decoded anew for each 64. A single token costs what 16 do, and less than reading
 the weight in BF16.
@@ -29,8 +29,8 @@ from dpq_core.kernels.cpu import bits_of
 from dpq_core.kernels.forward_rows import take_threads
 from dpq_core.kernels.numba_loops import real, round_rows
 from dpq_core.layer.quantize import QuantizedLinear, QuantizedWeight, RoundedWeight
-from dpq_core.runtimes import amx
-from dpq_core.runtimes.weights import choose_scales, group_pairs, numbers_of, refusal, rows_of
+from dpq_core.serving import amx
+from dpq_core.serving.weights import choose_scales, group_pairs, numbers_of, refusal, rows_of
 
 __all__ = ["CpuLinear", "make", "refusal", "unavailable"]
 

@@ -17,8 +17,8 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import PreTrainedModel
 
+from dpq_core.evaluation.scores import PERPLEXITY, Scores
 from dpq_core.model.finite import check_overflow
-from dpq_core.scores import PERPLEXITY, Scores
 
 
 @torch.inference_mode()

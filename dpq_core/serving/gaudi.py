@@ -34,7 +34,7 @@ from dpq_core.arithmetic.packing import pack_codes
 from dpq_core.errors import InputError
 from dpq_core.layer.linear import token_scale
 from dpq_core.layer.quantize import QuantizedLinear, QuantizedWeight, RoundedWeight
-from dpq_core.runtimes import other_arithmetic
+from dpq_core.serving.runtimes import other_arithmetic
 
 _PACKED = 8  # codes an int32
 

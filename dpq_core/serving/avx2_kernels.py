@@ -24,7 +24,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from dpq_core.runtimes.llvm import (
+from dpq_core.serving.llvm import (
     F32,
     I8,
     I16,
@@ -40,7 +40,7 @@ from dpq_core.runtimes.llvm import (
     splat,
     store,
 )
-from dpq_core.runtimes.weights import UNIT
+from dpq_core.serving.weights import UNIT
 
 LANES = 8  # numbers of a register
 WIDTHS = (1, 2, 4, 8)  # tokens at a time that there are kernels for

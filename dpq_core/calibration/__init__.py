@@ -1,0 +1,1 @@
+"""Statistics of the layers' inputs, summed over samples in a fixed order."""

@@ -1,0 +1,1 @@
+"""What a model scores: perplexity, suites of lm-evaluation-harness."""
