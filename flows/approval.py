@@ -23,8 +23,8 @@ from prefect.input import RunInput
 from prefect.states import Running
 from pydantic import Field
 
-from dpq_core.gates import Verdict
 from dpq_core.recipe import GatesSection
+from dpq_core.verdict.gates import Verdict
 from flows.report import gate_rows
 from infra.client import ClientError, answer
 from tasks.progress import stepper

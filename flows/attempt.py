@@ -6,10 +6,10 @@ from dataclasses import dataclass, replace
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
-from dpq_core.gates import Verdict, compare, judge
-from dpq_core.halves import ALL, CHOOSING, JUDGING, those
-from dpq_core.pairing import CONFIDENCE, Failure
 from dpq_core.recipe import Recipe
+from dpq_core.verdict.gates import Verdict, compare, judge
+from dpq_core.verdict.halves import ALL, CHOOSING, JUDGING, those
+from dpq_core.verdict.pairing import CONFIDENCE, Failure
 from flows.measure import measure
 from flows.quantize import Candidate, make_candidate
 from infra.store import Store

@@ -9,10 +9,10 @@ from prefect import flow
 from prefect.artifacts import create_table_artifact
 from prefect.logging import get_run_logger
 
+from dpq_core.benchmark.formats_timed import Checkpoint, Shape, Source
+from dpq_core.benchmark.throughput import Times, check_context
 from dpq_core.machine.device import share_machine
 from dpq_core.recipe import DeviceKind, Recipe, RecipeError
-from dpq_core.throughput import Times, check_context
-from dpq_core.variants import Checkpoint, Shape, Source
 from flows.attempt import Attempt, gate
 from flows.attended import attended
 from infra.settings import home
@@ -63,8 +63,9 @@ def benchmark(
 
     Args:
         devices: kinds, in place of the recipe's; where neither names any, all that there are.
-        shape: a row of `dpq_core.variants.SHAPES` in place of the recipe's model: random weights.
-        checkpoint: folder of the model's native checkpoint, which stands for W4A8; else the model
+        shape: a row of `dpq_core.benchmark.formats_timed.SHAPES` in place of the recipe's model:
+        random weights. checkpoint: folder of the model's native checkpoint, which stands for W4A8;
+        else the model
             is rounded to nearest at load, which takes the same time.
 
     Raises:

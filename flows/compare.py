@@ -13,11 +13,11 @@ from prefect.artifacts import (
 from pydantic import ValidationError
 
 from dpq_core.evaluation.scores import PERPLEXITY
-from dpq_core.gates import compare as compare_scores
 from dpq_core.machine.device import share_machine
-from dpq_core.pairing import Difference, Evaluation
 from dpq_core.recipe import Recipe, RecipeError
 from dpq_core.recipe.scheme import Scheme
+from dpq_core.verdict.gates import compare as compare_scores
+from dpq_core.verdict.pairing import Difference, Evaluation
 from flows.attempt import subject_of
 from flows.attended import attended
 from flows.ladder import Row, as_records, html, markdown

@@ -11,9 +11,9 @@ from prefect.artifacts import create_markdown_artifact, create_table_artifact
 
 from dpq_core.convnet.gates import accuracy_change, judge_classifier
 from dpq_core.convnet.recipe import ActivationScheme, ConvRecipe, ConvScheme, WeightScheme
-from dpq_core.gates import Verdict
-from dpq_core.halves import ALL, CHOOSING, JUDGING
 from dpq_core.machine.device import share_machine
+from dpq_core.verdict.gates import Verdict
+from dpq_core.verdict.halves import ALL, CHOOSING, JUDGING
 from flows.attended import attended
 from infra.registry import Registry
 from infra.settings import home
@@ -147,7 +147,7 @@ class _Inputs:
         return _Measured(method, made, found, self.judge(made, found, which))
 
     def judge(self, classifier: ArtifactRef, found: ImageScores, which: str) -> Verdict:
-        """On the images that `which` says (`dpq_core.halves`)."""
+        """On the images that `which` says (`dpq_core.verdict.halves`)."""
         gates, of = self.recipe.gates, (self.scores.scores, found.scores)
         change = accuracy_change(*of, gates.confidence, which)
         checks = {"integers": found.wrong}

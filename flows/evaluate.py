@@ -6,11 +6,11 @@ from typing import Any
 from prefect import flow
 from prefect.artifacts import create_table_artifact
 
-from dpq_core.gates import Metric, compare, judge
 from dpq_core.machine.device import share_machine
 from dpq_core.model.streaming import load_config
-from dpq_core.pairing import CONFIDENCE, Evaluation, Failure
 from dpq_core.recipe import Recipe, RecipeError
+from dpq_core.verdict.gates import Metric, compare, judge
+from dpq_core.verdict.pairing import CONFIDENCE, Evaluation, Failure
 from flows.attended import attended
 from flows.measure import measure
 from flows.report import gate_rows, publish_parts, score_rows

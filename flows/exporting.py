@@ -4,7 +4,7 @@ from dataclasses import replace
 
 from prefect.artifacts import create_table_artifact
 
-from dpq_core.gates import Verdict
+from dpq_core.verdict.gates import Verdict
 from flows.attempt import Attempt, gate
 from flows.report import gate_rows
 from infra.store import ArtifactRef

@@ -22,6 +22,7 @@ from pathlib import Path
 
 import torch
 
+from dpq_core.benchmark.roofline import synchronize
 from dpq_core.data import python_corpus
 from dpq_core.data.mirrored_suites import MIRRORED
 from dpq_core.errors import InputError
@@ -30,7 +31,6 @@ from dpq_core.machine.device import resolve_device
 from dpq_core.model.streaming import StreamedModel
 from dpq_core.paths import is_file
 from dpq_core.recipe import Recipe, TextDataset
-from dpq_core.roofline import synchronize
 from flows.progress import shown_time
 from tasks.worker import workers_here
 

@@ -13,7 +13,7 @@ from typing import TypeGuard
 
 from markupsafe import Markup
 
-from dpq_core.pairing import CONFIDENCE
+from dpq_core.verdict.pairing import CONFIDENCE
 from flows.html import rendered
 
 _ABSENT = "–"

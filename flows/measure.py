@@ -7,8 +7,8 @@ from functools import partial
 from prefect.client.schemas.objects import State
 from prefect.futures import PrefectFuture
 
-from dpq_core.pairing import Failure
 from dpq_core.recipe import Recipe
+from dpq_core.verdict.pairing import Failure
 from flows.quantize import worker_lost
 from infra.store import ArtifactRef, StoreError
 from tasks.evaluate import EvaluationData, Measured, Subject, measurements

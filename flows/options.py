@@ -4,7 +4,12 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from dpq_core.allocation import (
+from dpq_core.evaluation.scores import PERPLEXITY
+from dpq_core.layer.linear import stored_bytes
+from dpq_core.model.plan import PlannedLayer
+from dpq_core.recipe import Recipe
+from dpq_core.recipe.layer_choices import chosen_scheme
+from dpq_core.repair.allocation import (
     Allocation,
     AllocationError,
     Option,
@@ -14,13 +19,8 @@ from dpq_core.allocation import (
     predicted_increase,
     total,
 )
-from dpq_core.evaluation.scores import PERPLEXITY
-from dpq_core.gates import Metric
-from dpq_core.layer.linear import stored_bytes
-from dpq_core.model.plan import PlannedLayer
-from dpq_core.proxy import OutputMoments
-from dpq_core.recipe import Recipe
-from dpq_core.recipe.layer_choices import chosen_scheme
+from dpq_core.repair.proxy import OutputMoments
+from dpq_core.verdict.gates import Metric
 from flows.attempt import Attempt
 from flows.quantize import Candidate
 from tasks.preflight import Inputs

@@ -16,14 +16,14 @@ from typing import Any
 from markupsafe import Markup
 from matplotlib.figure import Figure
 
+from dpq_core.benchmark.throughput import Times
 from dpq_core.calibration.required_tokens import CalibrationTokens
 from dpq_core.checkpoint.exports.card import shown_scheme
 from dpq_core.data.texts import label_of
 from dpq_core.evaluation.scores import PERPLEXITIES
-from dpq_core.gates import THROUGHPUT_RATIO, Verdict
 from dpq_core.recipe import Recipe
 from dpq_core.recipe.scheme import Scheme
-from dpq_core.throughput import Times
+from dpq_core.verdict.gates import THROUGHPUT_RATIO, Verdict
 from flows.html import rendered
 from flows.report import gate_rows, interval, model_notes, notes, number, turned
 from infra.history import PastVersion

@@ -7,9 +7,9 @@ from typing import Any
 from prefect import flow
 from prefect.artifacts import create_table_artifact
 
-from dpq_core.gates import Verdict
 from dpq_core.machine.device import share_machine
 from dpq_core.recipe import Recipe, RecipeError
+from dpq_core.verdict.gates import Verdict
 from flows.approval import approved
 from flows.attempt import Attempt, attempt, check_baseline
 from flows.attended import attended

@@ -1,12 +1,12 @@
 """A rejected candidate gets more bits where they pay, until the gates pass or the budget is spent.
 
 Every choice for every layer is quantized and its loss measured, once (`flows.options`); the
-knapsack picks the fewest bits whose predicted increase is below the limit (`dpq_core.allocation`);
-the next candidate is made, and what it cost corrects the prediction. Nothing is computed twice:
-layers come from the store.
+knapsack picks the fewest bits whose predicted increase is below the limit
+(`dpq_core.repair.allocation`); the next candidate is made, and what it cost corrects the
+prediction. Nothing is computed twice: layers come from the store.
 
-All this looks at the half of the documents that chooses (`dpq_core.halves`). The last candidate is
-then judged on the other half, once; a rejection there is the end.
+All this looks at the half of the documents that chooses (`dpq_core.verdict.halves`). The last
+candidate is then judged on the other half, once; a rejection there is the end.
 """
 
 from collections.abc import Iterator

@@ -12,9 +12,9 @@ from prefect.artifacts import (
 )
 
 from dpq_core.calibration.required_tokens import CalibrationTokens
-from dpq_core.gates import Metric, Verdict
 from dpq_core.model.plan import kept_lines
-from dpq_core.pairing import Difference, Evaluation, Failure
+from dpq_core.verdict.gates import Metric, Verdict
+from dpq_core.verdict.pairing import Difference, Evaluation, Failure
 from tasks.log import layer_rows
 from tasks.register import Registration
 

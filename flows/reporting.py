@@ -11,8 +11,8 @@ from prefect.artifacts import create_link_artifact
 from prefect.cache_policies import NO_CACHE
 from prefect.logging import get_run_logger
 
+from dpq_core.benchmark.throughput import Times
 from dpq_core.model.reader import CheckpointReader
-from dpq_core.throughput import Times
 from flows.attempt import Attempt
 from infra.history import newest_versions
 from infra.services import mlflow_server

@@ -7,11 +7,11 @@ from dataclasses import asdict, replace
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
+from dpq_core.benchmark.formats_timed import Source
+from dpq_core.benchmark.throughput import CANDIDATE, RATIO_BATCH, Times, measure
 from dpq_core.machine.device import DeviceError, resolve_device
-from dpq_core.pairing import Failure
 from dpq_core.recipe import BenchmarkSection, Recipe
-from dpq_core.throughput import CANDIDATE, RATIO_BATCH, Times, measure
-from dpq_core.variants import Source
+from dpq_core.verdict.pairing import Failure
 from infra.tracking import TrackedRun
 from tasks.alone import alone_in_process
 from tasks.environment import hardware

@@ -41,9 +41,9 @@ from dpq_core.convnet.recipe import ConvRecipe, ConvScheme, NetworkSection
 from dpq_core.convnet.train import fit, predict, score, seeded
 from dpq_core.digests import digest, file_digest, write_json
 from dpq_core.evaluation.scores import Scores, load_scores, save_scores
-from dpq_core.gates import Verdict
 from dpq_core.machine.device_kinds import kind_of
 from dpq_core.recipe import ModelSection
+from dpq_core.verdict.gates import Verdict
 from infra.registry import Registry
 from infra.store import ArtifactRef, Store
 from tasks.model import resolve

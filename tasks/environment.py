@@ -8,12 +8,13 @@ from pathlib import Path
 import psutil
 import torch
 
-from dpq_core import pairing, proxy
 from dpq_core.digests import code_digest
 from dpq_core.evaluation.suites import definitions
 from dpq_core.kernels import products
 from dpq_core.machine.device import resolve_device
 from dpq_core.recipe import Recipe
+from dpq_core.repair import proxy
+from dpq_core.verdict import pairing
 
 _PACKAGES = (
     "torch",

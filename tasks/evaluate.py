@@ -31,8 +31,8 @@ from dpq_core.evaluation.suites.definitions import (
     loaded_suites,
 )
 from dpq_core.machine.device import halving_batches, whole_machine
-from dpq_core.pairing import Evaluation, Failure
 from dpq_core.recipe import EvaluationSection, Recipe
+from dpq_core.verdict.pairing import Evaluation, Failure
 from infra.store import ArtifactRef, Store, StoreError
 from tasks import windows
 from tasks.model import load_tokenizer

@@ -12,9 +12,9 @@ from prefect.cache_policies import NO_CACHE
 from pyarrow import parquet
 
 from dpq_core.evaluation.scores import Scores
-from dpq_core.gates import Verdict
-from dpq_core.pairing import Difference, Evaluation, Failure, breakdown
 from dpq_core.recipe import Recipe
+from dpq_core.verdict.gates import Verdict
+from dpq_core.verdict.pairing import Difference, Evaluation, Failure, breakdown
 from infra.store import Store
 from infra.tracking import TrackedRun
 from tasks.evaluate import Measured, load_evaluation

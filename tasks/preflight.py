@@ -8,6 +8,8 @@ from prefect import task
 from prefect.cache_policies import NO_CACHE
 from prefect.logging import get_run_logger
 
+from dpq_core.benchmark.formats_timed import Checkpoint
+from dpq_core.benchmark.throughput import check_context
 from dpq_core.calibration.reduction_tree import WINDOWS
 from dpq_core.calibration.required_tokens import CalibrationTokens
 from dpq_core.checkpoint.exports import check_exportable, planned_targets
@@ -18,8 +20,6 @@ from dpq_core.machine.device import DeviceError, resolve_device
 from dpq_core.model.plan import Plan, kept_lines, plan_layers
 from dpq_core.recipe import Recipe, RecipeError
 from dpq_core.recipe.layer_choices import chosen_scheme
-from dpq_core.throughput import check_context
-from dpq_core.variants import Checkpoint
 from infra.store import ArtifactRef, Store
 from tasks import windows
 from tasks.evaluate import EvaluationData, prepare

@@ -12,8 +12,8 @@ from prefect.concurrency.sync import concurrency
 
 from dpq_core.digests import digest
 from dpq_core.errors import InputError
-from dpq_core.gates import Verdict
 from dpq_core.recipe import Recipe
+from dpq_core.verdict.gates import Verdict
 from infra.registry import BASE_MODEL, Registry
 from infra.store import ArtifactRef, Store
 from tasks.model import Model

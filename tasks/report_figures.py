@@ -11,7 +11,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from dpq_core.throughput import Cell, Times
+from dpq_core.benchmark.throughput import Cell, Times
 from tasks.figures import spread
 
 _BLUE, _RED, _GREY = "#2f7ded", "#d8412f", "#808080"

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from dpq_core.throughput import BASELINE, Cell, Times
+from dpq_core.benchmark.throughput import BASELINE, Cell, Times
 
 NOT_HERE = "not measured here"
 

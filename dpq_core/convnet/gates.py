@@ -1,7 +1,7 @@
 """The verdict on a quantized classifier: accuracy on the held-out images, and the weights' size.
 
-Accuracy is judged as everywhere (`dpq_core.gates`): strictly below the limit, paired image by
-image. The size is that of the weights' codes; scales are shown beside it, since a depthwise
+Accuracy is judged as everywhere (`dpq_core.verdict.gates`): strictly below the limit, paired image
+by image. The size is that of the weights' codes; scales are shown beside it, since a depthwise
 convolution has nine weights for each of its scales, and no small network would reach four times
 with them.
 """
@@ -12,10 +12,10 @@ from dataclasses import replace
 from dpq_core.convnet.artifact import WeightSizes
 from dpq_core.convnet.recipe import ConvGates
 from dpq_core.evaluation.scores import Scores
-from dpq_core.gates import Verdict, judge, ratio_metric
-from dpq_core.halves import ALL, those
-from dpq_core.pairing import CONFIDENCE, Difference, difference
 from dpq_core.recipe import GatesSection
+from dpq_core.verdict.gates import Verdict, judge, ratio_metric
+from dpq_core.verdict.halves import ALL, those
+from dpq_core.verdict.pairing import CONFIDENCE, Difference, difference
 
 ACCURACY = "accuracy"
 SIZE = "size_ratio"
@@ -45,7 +45,7 @@ def judge_classifier(
 
     Args:
         integrity: check name → None where it passed, else what is wrong.
-        limited, judged_on: as of `dpq_core.gates.judge`.
+        limited, judged_on: as of `dpq_core.verdict.gates.judge`.
     """
     limits = GatesSection(
         accuracy_drop=gates.accuracy_drop,

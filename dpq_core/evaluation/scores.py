@@ -4,8 +4,8 @@
     perplexity = exp( Σ value / Σ weight )             value in nats; weight in tokens, or words
 
 The values stay with the result, in the order of the documents and with the documents' names, so
-that two models can be compared document by document (`dpq_core.pairing`). A value that is NaN (a
-log-likelihood that was not finite) makes the number NaN: nothing is averaged over.
+that two models can be compared document by document (`dpq_core.verdict.pairing`). A value that is
+NaN (a log-likelihood that was not finite) makes the number NaN: nothing is averaged over.
 """
 
 import math

@@ -26,7 +26,9 @@ from dpq_core.recipe.text import parse_setting, read_yaml
 ExportName = Literal["compressed-tensors", "gptq", "inc", "fp8_to_int"]
 
 DeviceKind = Literal["cpu", "cuda", "hpu"]
-VariantName = Literal["bf16", "fp8", "w4a16", "w4a8"]  # rows of `dpq_core.variants.VARIANTS`, too
+VariantName = Literal[
+    "bf16", "fp8", "w4a16", "w4a8"
+]  # rows of `dpq_core.benchmark.formats_timed.VARIANTS`, too
 
 _Kind = TypeVar("_Kind", bound=BaseModel)
 _OURS = "Value error, "  # what pydantic puts before a message of our own

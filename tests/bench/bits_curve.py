@@ -22,7 +22,6 @@ import torch
 from matplotlib.figure import Figure
 from transformers import AutoTokenizer
 
-from dpq_core.allocation import Option, least_loss, predicted_increase, total
 from dpq_core.calibration.statistics import InputRounding, TokenWeights, calibrate_block
 from dpq_core.checkpoint.native import load_model
 from dpq_core.data.texts import calibration_windows, load_texts, token_windows
@@ -34,7 +33,8 @@ from dpq_core.model.plan import PlannedLayer, plan_layers
 from dpq_core.model.streaming import StreamedModel
 from dpq_core.recipe import Recipe, load_recipe
 from dpq_core.recipe.layer_choices import chosen_scheme
-from dpq_core.sensitivity import Variant, block_losses
+from dpq_core.repair.allocation import Option, least_loss, predicted_increase, total
+from dpq_core.repair.sensitivity import Variant, block_losses
 
 OWN = "w4a8"
 Made = dict[str, dict[str, QuantizedLinear]]  # layer → choice → quantized

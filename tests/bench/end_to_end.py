@@ -14,11 +14,11 @@ from pathlib import Path
 import torch
 import yaml
 
+from dpq_core.benchmark.formats_timed import SHAPES, Shape
+from dpq_core.benchmark.throughput import measure
 from dpq_core.machine.device import whole_machine
 from dpq_core.recipe import BenchmarkSection
 from dpq_core.recipe.scheme import PRESETS, Scheme
-from dpq_core.throughput import measure
-from dpq_core.variants import SHAPES, Shape
 from tasks.speeds import markdown
 
 

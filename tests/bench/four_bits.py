@@ -56,9 +56,9 @@ from dpq_core.layer.quantize import (
 from dpq_core.model.inputs import batches_of
 from dpq_core.model.reader import read_config
 from dpq_core.model.streaming import StreamedModel
-from dpq_core.pairing import difference
 from dpq_core.recipe import Recipe, load_recipe
 from dpq_core.recipe.scheme import Scheme
+from dpq_core.verdict.pairing import difference
 
 Transform = Callable[[transforms.Tensors, "Bench"], transforms.Tensors]
 

@@ -22,11 +22,11 @@ from statistics import median
 
 import torch
 
+from dpq_core.benchmark.formats_timed import Checkpoint
+from dpq_core.benchmark.throughput import measure
 from dpq_core.machine.device import whole_machine
 from dpq_core.recipe import BenchmarkSection
 from dpq_core.recipe.scheme import Scheme
-from dpq_core.throughput import measure
-from dpq_core.variants import Checkpoint
 
 PACKAGE = "llama-cpp-python==0.3.36"
 FORMATS = {"Q4_0": "LLAMA_FTYPE_MOSTLY_Q4_0", "Q4_K_M": "LLAMA_FTYPE_MOSTLY_Q4_K_M"}

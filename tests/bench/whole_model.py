@@ -24,12 +24,12 @@ from peak_memory import write_shards
 from transformers import LlamaConfig
 
 from dpq_core import pipeline
+from dpq_core.benchmark.formats_timed import SHAPES
 from dpq_core.checkpoint.native import load_model
 from dpq_core.evaluation.perplexity import perplexity_token
 from dpq_core.model.streaming import empty_model
 from dpq_core.recipe import CalibrationSection, TextDataset
 from dpq_core.recipe.scheme import Scheme
-from dpq_core.variants import SHAPES
 
 TINY = {
     "vocab_size": 512,

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dpq_core.allocation import (
+from dpq_core.repair.allocation import (
     AllocationError,
     Option,
     fewest_bytes,

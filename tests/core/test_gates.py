@@ -6,9 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dpq_core.evaluation.scores import PERPLEXITY, Scores
-from dpq_core.gates import COMMONSENSE, NotMeasuredError, compare, judge
-from dpq_core.pairing import Difference, Failure
 from dpq_core.recipe import GatesSection
+from dpq_core.verdict.gates import COMMONSENSE, NotMeasuredError, compare, judge
+from dpq_core.verdict.pairing import Difference, Failure
 
 ACCURACY = "commonsense_accuracy"
 BASELINE = {PERPLEXITY: 8.0, ACCURACY: 64.0}

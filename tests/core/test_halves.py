@@ -7,10 +7,10 @@ import random
 import pytest
 
 from dpq_core.evaluation.scores import Scores
-from dpq_core.gates import compare, judge
-from dpq_core.halves import ALL, CHOOSING, JUDGING, chooses, those
-from dpq_core.pairing import Failure
 from dpq_core.recipe import GatesSection
+from dpq_core.verdict.gates import compare, judge
+from dpq_core.verdict.halves import ALL, CHOOSING, JUDGING, chooses, those
+from dpq_core.verdict.pairing import Failure
 
 
 def scores(values, name=""):

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from dpq_core.evaluation.scores import PERPLEXITY, Scores, load_scores, save_scores
-from dpq_core.pairing import breakdown, difference
+from dpq_core.verdict.pairing import breakdown, difference
 
 
 def scores(values, metric="acc", weights=None, parts=None, groups=None):

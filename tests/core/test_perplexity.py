@@ -7,7 +7,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from dpq_core.evaluation.perplexity import perplexity_token
 from dpq_core.evaluation.scores import AFTER_BOS, PERPLEXITY
-from dpq_core.pairing import difference
+from dpq_core.verdict.pairing import difference
 
 VOCABULARY = 259
 

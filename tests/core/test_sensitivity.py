@@ -11,11 +11,11 @@ from dpq_core.layer.quantize import quantize_layer
 from dpq_core.model.inputs import batches_of
 from dpq_core.model.plan import plan_layers
 from dpq_core.model.streaming import StreamedModel
-from dpq_core.proxy import OutputMoments, output_moments
 from dpq_core.recipe import CalibrationSection, TextDataset
 from dpq_core.recipe.layer_choices import chosen_scheme
 from dpq_core.recipe.scheme import Scheme
-from dpq_core.sensitivity import Variant, block_losses
+from dpq_core.repair.proxy import OutputMoments, output_moments
+from dpq_core.repair.sensitivity import Variant, block_losses
 
 SCHEME = Scheme(group_size=32, rounding="nearest", order="none")
 CHOICES = ("w4a8", "w8a8", "bf16")

@@ -6,20 +6,8 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from dpq_core import throughput
-from dpq_core.kernels.attention import NAME, attend_in_groups
-from dpq_core.layer.hessian import InputStatistics
-from dpq_core.layer.linear import W4A8Linear, expected_shapes, layer_tensors
-from dpq_core.layer.quantize import quantize_layer
-from dpq_core.machine.working_memory import tensor_bytes
-from dpq_core.model.context import ContextError
-from dpq_core.recipe import BenchmarkSection
-from dpq_core.recipe.scheme import PRESETS, Scheme
-from dpq_core.roofline import Device, Load
-from dpq_core.serving.decoding import Decoder, context_bytes, generate, static_cache
-from dpq_core.serving.runtimes import RuntimeUnavailableError, runtime_for
-from dpq_core.throughput import Cell, Times, measure, random_prompts
-from dpq_core.variants import (
+from dpq_core.benchmark import throughput
+from dpq_core.benchmark.formats_timed import (
     VARIANTS,
     Checkpoint,
     Shape,
@@ -29,6 +17,18 @@ from dpq_core.variants import (
     rounded,
     variant_scheme,
 )
+from dpq_core.benchmark.roofline import Device, Load
+from dpq_core.benchmark.throughput import Cell, Times, measure, random_prompts
+from dpq_core.kernels.attention import NAME, attend_in_groups
+from dpq_core.layer.hessian import InputStatistics
+from dpq_core.layer.linear import W4A8Linear, expected_shapes, layer_tensors
+from dpq_core.layer.quantize import quantize_layer
+from dpq_core.machine.working_memory import tensor_bytes
+from dpq_core.model.context import ContextError
+from dpq_core.recipe import BenchmarkSection
+from dpq_core.recipe.scheme import PRESETS, Scheme
+from dpq_core.serving.decoding import Decoder, context_bytes, generate, static_cache
+from dpq_core.serving.runtimes import RuntimeUnavailableError, runtime_for
 
 CPU = torch.device("cpu")
 TINY = {

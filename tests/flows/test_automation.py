@@ -34,8 +34,8 @@ from prefect.states import Crashed, Running
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
-from dpq_core.gates import Verdict
 from dpq_core.recipe import GatesSection, RecipeError, load_recipe
+from dpq_core.verdict.gates import Verdict
 from flows.approval import approved
 from flows.cli import app
 from flows.deployed_recipe import COMMON, Overrides, admitted

@@ -5,7 +5,7 @@ import json
 import pytest
 from typer.testing import CliRunner
 
-from dpq_core.halves import ALL, JUDGING
+from dpq_core.verdict.halves import ALL, JUDGING
 from flows.cli import app
 from infra.registry import Registry
 from infra.tracking import mlflow_client, tracking_store

@@ -22,8 +22,8 @@ from typer.testing import CliRunner
 import tasks.evaluate
 from dpq_core.checkpoint.native import MANIFEST, load_model
 from dpq_core.evaluation import harness
-from dpq_core.gates import NotMeasuredError
 from dpq_core.recipe import parse_recipe
+from dpq_core.verdict.gates import NotMeasuredError
 from flows.cli import app
 from flows.evaluate import evaluate as evaluate_flow
 from flows.measure import _ended, _found, _outcome

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 from lxml.html import HTMLParser, document_fromstring
 
-from dpq_core.gates import Metric, Verdict, ratio_metric
+from dpq_core.benchmark.throughput import Cell, Times
 from dpq_core.recipe import parse_recipe
 from dpq_core.recipe.scheme import Scheme
-from dpq_core.throughput import Cell, Times
+from dpq_core.verdict.gates import Metric, Verdict, ratio_metric
 from flows.page import THROUGHPUT, ReportData, page
 from infra.history import PastVersion
 from tasks.report_figures import layers_figure, worst_layers

@@ -10,9 +10,9 @@ from types import SimpleNamespace
 import pytest
 from conftest import dpq_process, run_flow
 
-from dpq_core.gates import Metric, NotMeasuredError, Verdict
-from dpq_core.halves import ALL, JUDGING
 from dpq_core.recipe import parse_recipe
+from dpq_core.verdict.gates import Metric, NotMeasuredError, Verdict
+from dpq_core.verdict.halves import ALL, JUDGING
 from flows.attempt import Attempt
 from flows.release import release
 from flows.repair import repair

@@ -27,10 +27,10 @@ from dpq_core.machine.device_kinds import kind_of
 from dpq_core.model.inputs import batches_of
 from dpq_core.model.streaming import StreamedModel
 from dpq_core.pipeline import quantize_checkpoint
-from dpq_core.proxy import output_moments
 from dpq_core.recipe import CalibrationSection, TextDataset
 from dpq_core.recipe.scheme import Scheme
-from dpq_core.sensitivity import Variant, block_losses
+from dpq_core.repair.proxy import output_moments
+from dpq_core.repair.sensitivity import Variant, block_losses
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))  # for `python tests/flows/test_stages.py`

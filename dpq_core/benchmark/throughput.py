@@ -30,16 +30,16 @@ import torch
 from torch import Tensor
 from transformers import StaticCache
 
+from dpq_core.benchmark.formats_timed import Source, load_of
+from dpq_core.benchmark.roofline import Device, Load, measured_device, synchronize
 from dpq_core.errors import InputError
 from dpq_core.kernels.attention import attend_in_groups
 from dpq_core.layer.linear import W4A8Linear
 from dpq_core.machine.device import out_of_memory
 from dpq_core.machine.working_memory import Peak, free_bytes, free_unused, tensor_bytes
 from dpq_core.model.context import check_lengths
-from dpq_core.roofline import Device, Load, measured_device, synchronize
 from dpq_core.serving.decoding import Decoder, generate, static_cache
 from dpq_core.serving.runtimes import Chosen, runtime_for
-from dpq_core.variants import Source, load_of
 
 BASELINE, CANDIDATE = "bf16", "w4a8"
 RATIO_BATCH = 1

@@ -17,7 +17,7 @@ from dataclasses import fields, replace
 from typing import Any
 
 from dpq_core.evaluation.scores import Scores
-from dpq_core.pairing import Evaluation
+from dpq_core.verdict.pairing import Evaluation
 
 ALL = "all documents and windows"
 CHOOSING = "the half of them that chooses (first bit of SHA-256 is 0)"

@@ -20,6 +20,7 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+from dpq_core.benchmark.roofline import Load
 from dpq_core.checkpoint.native import QuantizedCheckpoint, load_quantized
 from dpq_core.errors import InputError
 from dpq_core.layer.grid import choose_grid
@@ -33,7 +34,6 @@ from dpq_core.model.streaming import StreamedModel, empty_model
 from dpq_core.recipe import Recipe
 from dpq_core.recipe.layer_choices import CHOICES
 from dpq_core.recipe.scheme import Scheme
-from dpq_core.roofline import Load
 from dpq_core.serving.decoding import context_bytes
 from dpq_core.serving.runtimes import MakeLinear
 

@@ -7,7 +7,7 @@ and g the gradient of a window's negative log-likelihood with respect to y, the 
 the model itself. E[g gᵀ] is then the Fisher information of y, and ½ δyᵀ E[g gᵀ] δy the divergence
 to second order (Amari, "Natural Gradient Works Efficiently in Learning", 1998). The proxy takes
 that matrix for a multiple of unity and knows nothing of rounded activations, so it is held against
-the measured loss (`dpq_core.sensitivity`), and decides nothing.
+the measured loss (`dpq_core.repair.sensitivity`), and decides nothing.
 """
 
 from collections.abc import Callable, Iterator, Sequence

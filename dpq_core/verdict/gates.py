@@ -8,7 +8,7 @@ the interval that is asked for) is judged neither way: the verdict is then `erro
 ends with it. Integrity is not a matter of degree and has no limit.
 
 The gate on speed has a limit that must be reached: W4A8 decodes one sequence at least so many times
-as fast as BF16, both measured in one process on one device (`dpq_core.throughput`).
+as fast as BF16, both measured in one process on one device (`dpq_core.benchmark.throughput`).
 """
 
 import math
@@ -17,9 +17,9 @@ from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal
 
 from dpq_core.evaluation.scores import PERPLEXITIES, PERPLEXITY, PERPLEXITY_WORD, Scores
-from dpq_core.halves import ALL
-from dpq_core.pairing import CONFIDENCE, Difference, Evaluation, Failure, difference
 from dpq_core.recipe import GatesSection
+from dpq_core.verdict.halves import ALL
+from dpq_core.verdict.pairing import CONFIDENCE, Difference, Evaluation, Failure, difference
 
 MMLU = "mmlu"
 COMMONSENSE = (

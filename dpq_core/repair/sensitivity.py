@@ -8,7 +8,8 @@ which are unchanged, serves all layers of the block; the passes after it run sid
 weights read once for all of them.
 
 To first order the loss is what the logarithm of perplexity rises by on the model's own kind of
-text, and losses of different layers add up as long as they are small (`dpq_core.allocation`).
+text, and losses of different layers add up as long as they are small
+(`dpq_core.repair.allocation`).
 """
 
 from collections.abc import Callable, Mapping, Sequence

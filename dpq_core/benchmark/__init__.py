@@ -1,0 +1,1 @@
+"""How fast a model is: its formats timed side by side, beside what the device could reach."""

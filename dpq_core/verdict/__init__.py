@@ -1,0 +1,1 @@
+"""Two models on the same documents: differences, how sure they are, gates."""
