@@ -2,7 +2,7 @@
 
 import sys
 
-from infra.client import launch, wait
+from infra.orchestration.client import launch, wait
 
 recipe, *key = sys.argv[1:]
 run = launch("release/release", {"recipe": recipe}, *key)

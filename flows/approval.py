@@ -26,7 +26,7 @@ from pydantic import Field
 from dpq_core.recipe import GatesSection
 from dpq_core.verdict.gates import Verdict
 from flows.report import gate_rows
-from infra.client import ClientError, answer
+from infra.orchestration.client import ClientError, answer
 from tasks.progress import stepper
 
 _NOBODY = "nobody"

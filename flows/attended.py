@@ -5,11 +5,11 @@ from functools import wraps
 from typing import Concatenate, ParamSpec, Protocol, TypeVar
 
 from dpq_core.recipe import ExecutionSection
-from infra.dead_runs import label_flow_run, mark_dead_runs
-from infra.owners import Attendance
+from infra.orchestration.dead_runs import label_flow_run, mark_dead_runs
+from infra.registry.tracking import tracking_store
 from infra.settings import home
 from infra.store import Store
-from infra.tracking import tracking_store
+from infra.store.owners import Attendance
 
 
 class _Recipe(Protocol):

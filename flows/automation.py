@@ -17,7 +17,7 @@ from flows.errors import errors, print_json
 from infra.settings import home
 
 if TYPE_CHECKING:
-    from infra.client import Outcome
+    from infra.orchestration.client import Outcome
 
 trigger = typer.Typer(no_args_is_help=True, help="Start what is deployed, on a worker.")
 
@@ -47,9 +47,9 @@ def deploy(
 ) -> None:
     """Create work pool, queues, limits, deployments and automations, or bring them up to date."""
     with errors(as_json):
-        from infra.deployments import PREFECT_YAML
-        from infra.deployments import deploy as create
-        from infra.services import connected
+        from infra.orchestration.deployments import PREFECT_YAML
+        from infra.orchestration.deployments import deploy as create
+        from infra.orchestration.services import connected
 
         with connected(home()) as url:
             made = create(notify, prefect_yaml or PREFECT_YAML)
@@ -111,7 +111,7 @@ def trigger_benchmark(
     """Start a benchmark on a worker that has the device. With --wait: 0 done, 4 still running at
     the time limit, 1 error. Without: 0 once it is started."""
     with errors(as_json):
-        from infra.deployments import QUEUE_OF
+        from infra.orchestration.deployments import QUEUE_OF
 
         parameters: dict[str, Any] = {"recipe": recipe, "settings": settings or []}
         parameters |= {"device": device, "shape": shape, "checkpoint": checkpoint}
@@ -129,8 +129,8 @@ def _start(
     as_json: bool,
 ) -> NoReturn:
     """Launch it, wait if asked to, show what came of it, and end the command."""
-    from infra import client
-    from infra.services import connected
+    from infra.orchestration import client
+    from infra.orchestration.services import connected
 
     with connected(home()):
         run = client.launch(deployment, parameters, key, queue)
@@ -159,8 +159,8 @@ def _answer(run: str, approve: bool, by: str, reason: str, as_json: bool) -> Non
             ) from error
         if not by.strip() or not reason.strip():
             raise RunIdError("--by and --reason must say something: they are kept with the version")
-        from infra.client import answer
-        from infra.services import connected
+        from infra.orchestration.client import answer
+        from infra.orchestration.services import connected
 
         with connected(home()):
             answer(name, approve, by, reason)
@@ -184,8 +184,8 @@ def webhook(
             raise SecretError("DPQ_WEBHOOK_SECRET is not set: it is the secret of MLflow's webhook")
         import uvicorn
 
-        from infra.services import connected
-        from infra.webhook import application
+        from infra.orchestration.services import connected
+        from infra.orchestration.webhook import application
 
         with connected(home()):
             uvicorn.run(application(secret), host=host, port=port, log_level="info")

@@ -15,9 +15,9 @@ from dpq_core.machine.device import share_machine
 from dpq_core.recipe import DeviceKind, Recipe, RecipeError
 from flows.attempt import Attempt, gate
 from flows.attended import attended
+from infra.registry.tracking import TrackedRun, tracked_run, tracking_store
 from infra.settings import home
 from infra.store import Store
-from infra.tracking import TrackedRun, tracked_run, tracking_store
 from tasks.benchmark import log_benchmark, ratios, time_on
 from tasks.evaluate import Measured
 from tasks.model import inspect

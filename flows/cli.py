@@ -217,7 +217,7 @@ def ui() -> None:
     """Leave the Prefect server and MLflow up, print their addresses, stop with Ctrl-C."""
     import threading
 
-    from infra.services import ui as run_ui
+    from infra.orchestration.services import ui as run_ui
 
     with errors(as_json=False), ending_cleanly(), run_ui(home()) as addresses:
         print(f"Prefect  {addresses.prefect}\nMLflow   {addresses.mlflow}\nCtrl-C stops both.")
@@ -276,7 +276,7 @@ def _say_what_comes(recipe: Recipe, measured: bool = True) -> None:
 
 
 def _run(recipe: Recipe, run: Callable[[], _Result]) -> _Result:
-    from infra.services import services
+    from infra.orchestration.services import services
 
     with ending_cleanly(), printing_to_stderr(), services(home()):
         from flows.progress import progress

@@ -24,9 +24,9 @@ from flows.ladder import Row, as_records, html, markdown
 from flows.measure import measure
 from flows.quantize import make_candidate
 from flows.report import shown_name
+from infra.registry.tracking import tracked_run, tracking_store
 from infra.settings import home
 from infra.store import Store
-from infra.tracking import tracked_run, tracking_store
 from tasks.evaluate import Measured, Subject, load_evaluation
 from tasks.preflight import Inputs, preflight, replanned
 

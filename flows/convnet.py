@@ -16,9 +16,9 @@ from dpq_core.verdict.gates import Verdict
 from dpq_core.verdict.halves import ALL, CHOOSING, JUDGING
 from flows.attended import attended
 from infra.registry import Registry
+from infra.registry.tracking import TrackedRun, tracked_run, tracking_store
 from infra.settings import home
 from infra.store import ArtifactRef, Store
-from infra.tracking import TrackedRun, tracked_run, tracking_store
 from tasks.convnet import (
     FLOAT,
     ImageScores,

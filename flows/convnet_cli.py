@@ -66,7 +66,7 @@ def compare(recipe: RecipePath, overrides: Overrides = None, as_json: AsJson = F
 def _run(name: str, recipe: ConvRecipe) -> Any:
     """A flow on its services; imported late, as in `flows.cli`."""
     check_extra("dpq convnet", "convnet", "torchao", "sklearn")
-    from infra.services import services
+    from infra.orchestration.services import services
 
     with ending_cleanly(), printing_to_stderr(), services(home()):
         from flows import convnet

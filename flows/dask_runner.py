@@ -23,7 +23,7 @@ from prefect_dask import DaskTaskRunner
 from dpq_core.errors import InputError
 from dpq_core.machine.device import share_machine
 from dpq_core.recipe import ExecutionSection
-from infra.tls import share_tls_context
+from infra.orchestration.tls import share_tls_context
 from tasks.support.work import Work
 from tasks.worker import (
     become_sole_worker,

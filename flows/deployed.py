@@ -2,7 +2,7 @@
 
 A run that ended with a verdict is `Completed` under the name `Promoted`, `Rejected`, `Inspected` or
 `Withheld`; the state's message has the reasons, a line each, and the run's labels what it made
-(`infra.client`). Automations go by the same names.
+(`infra.orchestration.client`). Automations go by the same names.
 """
 
 from collections.abc import Iterator
@@ -19,7 +19,7 @@ from dpq_core.recipe import DeviceKind, ExecutionSection
 from flows.deployed_recipe import Overrides, RecipeName, admitted
 from flows.deployments.doors import check_source
 from flows.runners import task_runner
-from infra.client import label
+from infra.orchestration.client import label
 
 _AS_IT_IS = Overrides()
 _NONE: list[str] = []

@@ -16,8 +16,8 @@ from pydantic import ValidationError
 from dpq_core.errors import InputError
 from flows.ends import Ended
 from flows.results import printing_to_stderr
-from infra.disk import is_full, space_left
 from infra.settings import home
+from infra.store.disk import is_full, space_left
 
 if TYPE_CHECKING:
     import httpx

@@ -14,9 +14,9 @@ from dpq_core.verdict.pairing import CONFIDENCE, Evaluation, Failure
 from flows.attended import attended
 from flows.measure import measure
 from flows.report import gate_rows, publish_parts, score_rows
+from infra.registry.tracking import tracked_run, tracking_store
 from infra.settings import home
 from infra.store import Store
-from infra.tracking import tracked_run, tracking_store
 from tasks.evaluate import EvaluationData, Subject, load_evaluation, prepare
 from tasks.log import log_evaluation, log_metrics, log_scores
 from tasks.model import inspect_any, load_tokenizer

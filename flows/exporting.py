@@ -7,8 +7,8 @@ from prefect.artifacts import create_table_artifact
 from dpq_core.verdict.gates import Verdict
 from flows.attempt import Attempt, gate
 from flows.report import gate_rows
+from infra.registry.tracking import TrackedRun
 from infra.store import ArtifactRef
-from infra.tracking import TrackedRun
 from tasks.evaluate import Measured
 from tasks.export import Export, cards, export
 from tasks.progress import stepper

@@ -18,11 +18,11 @@ from prefect.states import Completed, Failed
 from dpq_core.digests import digest
 from dpq_core.recipe import Recipe, RecipeError
 from flows.deployed_recipe import Asked, admitted
-from infra.client import launch
+from infra.orchestration.client import launch
 from infra.registry import Registry
+from infra.registry.tracking import tracking_store
 from infra.settings import home
 from infra.store import Store
-from infra.tracking import tracking_store
 
 _WATCHED = [Asked(recipe="quickstart")]
 

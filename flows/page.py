@@ -26,7 +26,7 @@ from dpq_core.recipe.scheme import Scheme
 from dpq_core.verdict.gates import THROUGHPUT_RATIO, Verdict
 from flows.html import rendered
 from flows.report import gate_rows, interval, model_notes, notes, number, turned
-from infra.history import PastVersion
+from infra.registry.history import PastVersion
 from tasks.benchmark import THROUGHPUT
 from tasks.figures import svg
 from tasks.log import layer_rows

@@ -21,8 +21,8 @@ from flows.repair import repair, round_rows
 from flows.report import publish, publish_parts
 from flows.reporting import Outcome, Report, report_or_error
 from infra.registry import Registry
+from infra.registry.tracking import PARENT, TrackedRun, tracked_run, tracking_store
 from infra.settings import home
-from infra.tracking import PARENT, TrackedRun, tracked_run, tracking_store
 from tasks.evaluate import Subject
 from tasks.export import Export
 from tasks.log import log_evaluation, log_metrics, log_release, log_verdict

@@ -14,10 +14,10 @@ from prefect.logging import get_run_logger
 from dpq_core.benchmark.throughput import Times
 from dpq_core.model.reader import CheckpointReader
 from flows.attempt import Attempt
-from infra.history import newest_versions
-from infra.services import mlflow_server
+from infra.orchestration.services import mlflow_server
+from infra.registry.history import newest_versions
+from infra.registry.tracking import TrackedRun
 from infra.settings import home
-from infra.tracking import TrackedRun
 from tasks.environment import hardware, seeds, versions
 from tasks.export import Export
 from tasks.model import Model

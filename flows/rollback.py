@@ -34,8 +34,8 @@ def rollback(
     """Make the champion before the present one champion again; repeated, the one before that."""
     with errors(as_json):
         from infra.registry import Registry
+        from infra.registry.tracking import tracking_store
         from infra.store import Store
-        from infra.tracking import tracking_store
 
         checked_name(name)
         opened, registry = Store(store), Registry(tracking_store(home())[0])
@@ -62,9 +62,9 @@ def _no_promotion() -> Iterator[None]:
     import httpx
     from prefect.concurrency.asyncio import ConcurrencySlotAcquisitionError
 
+    from infra.orchestration.services import connected
+    from infra.orchestration.shared_server import ServiceError
     from infra.registry import RegistryError
-    from infra.services import connected
-    from infra.shared_server import ServiceError
     from tasks.register import promoting
 
     with ExitStack() as stack:

@@ -9,11 +9,11 @@ import typer
 
 from dpq_core.recipe import ExecutionSection
 from flows.errors import errors, print_json
-from infra.disk import shown_bytes, space_left
 from infra.settings import home
+from infra.store.disk import shown_bytes, space_left
 
 if TYPE_CHECKING:
-    from infra.store_care import Stored
+    from infra.care import Stored
 
 app = typer.Typer(no_args_is_help=True, help="The artifact store: what is there, whole, needed.")
 
@@ -26,8 +26,8 @@ _DEFAULT = Path(ExecutionSection().store)
 def ls(store: StorePath = _DEFAULT, as_json: AsJson = False) -> None:
     """Stages: how many artifacts, how many bytes, and how long nobody has used them."""
     with errors(as_json):
+        from infra.care import stored
         from infra.store import Store
-        from infra.store_care import stored
 
         rows = _by_stage(list(stored(Store(store))))
         if as_json:
@@ -42,8 +42,8 @@ def verify(store: StorePath = _DEFAULT, as_json: AsJson = False) -> None:
     """Read every byte of every artifact: 0 all as their manifests say, 2 something is wrong."""
     with errors(as_json):
         from flows.progress import progress
+        from infra.care import problems, stored
         from infra.store import Store
-        from infra.store_care import problems, stored
         from tasks.progress import stepper
 
         opened = Store(store)
@@ -78,9 +78,9 @@ def gc(
 ) -> None:
     """Delete what no registered version, no run at work, and nobody of late refers to."""
     with errors(as_json):
+        from infra.care import DAY, StoreCareError, collect
+        from infra.registry.tracking import tracking_store
         from infra.store import Store
-        from infra.store_care import DAY, StoreCareError, collect
-        from infra.tracking import tracking_store
 
         if not store.is_dir():
             raise StoreCareError(f"{store}: no such store; name it with --store")
@@ -100,7 +100,7 @@ def gc(
 
 def _by_stage(artifacts: "list[Stored]") -> list[dict[str, str | int | float]]:
     """A row a stage. idle: days since the last use, of the newest and of the oldest artifact."""
-    from infra.store_care import DAY
+    from infra.care import DAY
 
     stages: dict[str, list[Stored]] = defaultdict(list)
     for artifact in artifacts:

@@ -12,7 +12,7 @@ from dpq_core.benchmark.throughput import CANDIDATE, RATIO_BATCH, Times, measure
 from dpq_core.machine.device import DeviceError, resolve_device
 from dpq_core.recipe import BenchmarkSection, Recipe
 from dpq_core.verdict.pairing import Failure
-from infra.tracking import TrackedRun
+from infra.registry.tracking import TrackedRun
 from tasks.alone import alone_in_process
 from tasks.environment import hardware
 from tasks.progress import progress_of

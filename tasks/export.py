@@ -11,8 +11,8 @@ from dpq_core.checkpoint.exports import failures, read_export
 from dpq_core.checkpoint.exports.card import CARD, model_card
 from dpq_core.checkpoint.native import QuantizedCheckpoint
 from dpq_core.recipe import Recipe
+from infra.registry.tracking import TrackedRun
 from infra.store import ArtifactRef, Store
-from infra.tracking import TrackedRun
 from tasks.support.exports import stored_export
 
 

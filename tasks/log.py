@@ -15,8 +15,8 @@ from dpq_core.evaluation.scores import Scores
 from dpq_core.recipe import Recipe
 from dpq_core.verdict.gates import Verdict
 from dpq_core.verdict.pairing import Difference, Evaluation, Failure, breakdown
+from infra.registry.tracking import TrackedRun
 from infra.store import Store
-from infra.tracking import TrackedRun
 from tasks.evaluate import Measured, load_evaluation
 from tasks.model import Model
 

@@ -9,10 +9,10 @@ import psutil
 from dpq_core.errors import InputError
 from dpq_core.footprint import Footprint
 from dpq_core.recipe import ExecutionSection, Recipe
-from infra.disk import shown_bytes
+from infra.care import stored
 from infra.memory import Peaks, available_memory
 from infra.store import Store
-from infra.store_care import stored
+from infra.store.disk import shown_bytes
 from tasks.worker import Worker, workers_here
 
 

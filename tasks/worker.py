@@ -1,7 +1,7 @@
 """A worker, a thread or a process that runs tasks one after the other, has a device of its own.
 
-Whoever starts workers claims devices (`infra/claims.py`: a device belongs to one run at a time; a
-CPU is everybody's) and makes each worker the owner of one before its first task. Tasks ask
+Whoever starts workers claims devices (`infra/store/claims.py`: a device belongs to one run at a
+time; a CPU is everybody's) and makes each worker the owner of one before its first task. Tasks ask
 `this_worker` where to compute, and name its class of arithmetic in their keys.
 
 A process of its own sees its device alone, so that whatever a library starts on "the GPU" is on
@@ -24,7 +24,7 @@ from prefect.task_runners import ThreadPoolTaskRunner
 from dpq_core.machine.device import DeviceError, device_named
 from dpq_core.machine.device_kinds import devices_of_kind, index_of, kind_of
 from dpq_core.recipe import ExecutionSection, Recipe
-from infra.claims import Claim, claims
+from infra.store.claims import Claim, claims
 
 _ON_CPU = 2  # workers where a recipe names no number
 

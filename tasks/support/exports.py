@@ -16,7 +16,7 @@ from dpq_core.checkpoint.native import QuantizedCheckpoint
 from dpq_core.digests import digest
 from dpq_core.machine.device_kinds import kind_of
 from infra.store import ArtifactRef, Store, artifact_at
-from infra.store_marker import is_store
+from infra.store.marker import is_store
 from tasks.support.stages import computed_by
 
 

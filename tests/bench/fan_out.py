@@ -38,7 +38,7 @@ from dpq_core.model.reader import CheckpointReader
 from dpq_core.recipe import Recipe, parse_recipe
 from flows.quantize import quantize_layers
 from flows.runners import task_runner
-from infra.services import services
+from infra.orchestration.services import services
 from infra.store import ArtifactRef, Store
 from tasks.calibrate import load_statistics
 from tasks.preflight import preflight

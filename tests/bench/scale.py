@@ -24,7 +24,7 @@ from scale_simulation import Rates, table
 from dpq_core.layer.hessian import InputStatistics
 from dpq_core.layer.quantize import quantize_layer
 from dpq_core.recipe.scheme import Scheme
-from infra.services import services
+from infra.orchestration.services import services
 from infra.store import Store
 
 TASKS = 200

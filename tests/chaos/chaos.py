@@ -36,8 +36,8 @@ from dpq_core.checkpoint.exports import verify
 from dpq_core.checkpoint.exports.card import CARD
 from infra import remote
 from infra.registry import Registry
+from infra.registry.tracking import tracking_store
 from infra.store import Store
-from infra.tracking import tracking_store
 
 PATIENCE = 900  # s, for a run to end
 _LATER = 3.0  # s at most, from a number of artifacts to a kill

@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 from dpq_core.recipe import parse_recipe
 from flows.cli import app
 from flows.runners import task_runner
-from infra.services import services
+from infra.orchestration.services import services
 
 REPOSITORY = Path(__file__).parents[2]
 PATIENCE = 900  # s, for a run on a machine as busy as it likes

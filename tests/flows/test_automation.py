@@ -40,11 +40,11 @@ from flows.approval import approved
 from flows.cli import app
 from flows.deployed_recipe import COMMON, Overrides, admitted
 from flows.release import release
-from infra import client
-from infra.automations import automations, crashed_runs, ensure
-from infra.deployments import QUEUE_OF
+from infra.orchestration import client
+from infra.orchestration.automations import automations, crashed_runs, ensure
+from infra.orchestration.deployments import QUEUE_OF
 from infra.registry import Registry
-from infra.tracking import mlflow_client, tracking_store
+from infra.registry.tracking import mlflow_client, tracking_store
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 

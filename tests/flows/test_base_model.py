@@ -3,7 +3,7 @@
 import pytest
 
 from infra.registry import BASE_MODEL, Registry
-from infra.tracking import tracked_run, tracking_store
+from infra.registry.tracking import tracked_run, tracking_store
 from tasks.register import Base, BaseModelError
 
 

@@ -10,10 +10,10 @@ from prefect.client.orchestration import get_client
 from typer.testing import CliRunner
 
 from flows.cli import app
-from infra.owners import Owner
 from infra.registry import Registry
+from infra.registry.tracking import tracked_run, tracking_store
 from infra.store import Store
-from infra.tracking import tracked_run, tracking_store
+from infra.store.owners import Owner
 
 DAY = 86400
 

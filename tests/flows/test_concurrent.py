@@ -13,8 +13,8 @@ from test_same_bytes import contents
 
 from flows.quantize import quantize
 from infra.registry import Registry
+from infra.registry.tracking import tracking_store
 from infra.store import Store
-from infra.tracking import tracking_store
 from tasks.worker import workers_here
 
 # `dpq …` that notes when it begins the costly parts of a release.

@@ -8,7 +8,7 @@ from typer.testing import CliRunner
 from dpq_core.verdict.halves import ALL, JUDGING
 from flows.cli import app
 from infra.registry import Registry
-from infra.tracking import mlflow_client, tracking_store
+from infra.registry.tracking import mlflow_client, tracking_store
 
 pytestmark = pytest.mark.usefixtures("patterns_of_present_convolutions")
 

@@ -9,9 +9,9 @@ import shutil
 import pytest
 from conftest import PATIENCE
 
+from infra.orchestration.services import ui
 from infra.registry import Registry
-from infra.services import ui
-from infra.tracking import tracking_store
+from infra.registry.tracking import tracking_store
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 CHROMIUM = shutil.which("chromium")

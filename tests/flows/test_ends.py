@@ -22,9 +22,9 @@ from test_same_bytes import in_store, layer_artifacts
 from dpq_core.recipe import ExecutionSection
 from flows.quantize import quantize
 from flows.runners import TaskInterruptedError, task_runner
-from infra.owners import PROCESS, Owner
-from infra.services import services
-from infra.tracking import mlflow_client, tracking_store
+from infra.orchestration.services import services
+from infra.registry.tracking import mlflow_client, tracking_store
+from infra.store.owners import PROCESS, Owner
 from tasks import memory
 
 PROMPT = 30.0  # s, on a machine as busy as it likes: the grace that Kubernetes gives
@@ -141,7 +141,7 @@ def test_a_prefect_server_that_is_gone_for_good_is_an_error_soon(
     process = started("quantize", recipe_file, tmp_path / "store")
     server = json.loads((own_home / "prefect" / "server.json").read_text())
     for child in psutil.Process(process.pid).children():
-        if "infra.server_watch" in child.cmdline():
+        if "infra.orchestration.server_watch" in child.cmdline():
             child.kill()  # it would start the server again
     psutil.Process(server["pid"]).kill()
     output, errors = process.communicate(timeout=6 * PROMPT)  # not ten seconds an event

@@ -30,8 +30,8 @@ from flows.measure import _ended, _found, _outcome
 from flows.nightly import why_due
 from flows.release import release
 from infra.registry import Registry
+from infra.registry.tracking import mlflow_client, tracking_store
 from infra.store import ArtifactRef, Store
-from infra.tracking import mlflow_client, tracking_store
 
 SUITE = """
 task: {name}

@@ -13,8 +13,8 @@ from dpq_core.checkpoint.exports import EXPORTS, verify
 from flows.cli import app
 from flows.release import release
 from infra.registry import Registry
+from infra.registry.tracking import mlflow_client, tracking_store
 from infra.store import Store
-from infra.tracking import mlflow_client, tracking_store
 
 FORMATS = ["compressed-tensors", "gptq"]
 

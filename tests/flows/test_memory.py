@@ -5,8 +5,8 @@ from conftest import run_flow
 from test_same_bytes import in_store
 
 from flows.quantize import quantize
+from infra.care import stored
 from infra.store import Store
-from infra.store_care import stored
 from tasks import memory
 from tasks.memory import RoomError
 

@@ -15,7 +15,7 @@ from dpq_core.recipe import parse_recipe
 from dpq_core.recipe.scheme import Scheme
 from dpq_core.verdict.gates import Metric, Verdict, ratio_metric
 from flows.page import THROUGHPUT, ReportData, page
-from infra.history import PastVersion
+from infra.registry.history import PastVersion
 from tasks.report_figures import layers_figure, worst_layers
 
 HOSTILE = ["<script>alert(1)</script>", '"><img src=x>', r"$\frac{$", "a & <b>"]

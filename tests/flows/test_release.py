@@ -23,7 +23,7 @@ from prefect.settings import PREFECT_API_URL, temporary_settings
 
 from flows.release import release
 from infra.registry import Registry
-from infra.tracking import mlflow_client, tracking_store
+from infra.registry.tracking import mlflow_client, tracking_store
 from tasks.register import promoting
 
 # worker, preflight, 2 perplexities, 5 blocks, their 4 inputs, assemble, verify, gate, log twice,

@@ -17,7 +17,7 @@ from flows.attempt import Attempt
 from flows.release import release
 from flows.repair import repair
 from infra.registry import Registry
-from infra.tracking import PARENT, mlflow_client, tracking_store
+from infra.registry.tracking import PARENT, mlflow_client, tracking_store
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ from dpq_core.recipe import parse_recipe
 from flows import page
 from flows.release import release
 from infra import remote
-from infra.tracking import mlflow_client, tracking_store
+from infra.registry.tracking import mlflow_client, tracking_store
 
 NAME = "report-tests"
 PLANTED = "planted/Secret+0123456789abcdef"

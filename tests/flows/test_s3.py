@@ -11,8 +11,8 @@ from dpq_core.recipe import parse_recipe
 from flows.release import release
 from infra import remote
 from infra.registry import Registry, RegistryError
+from infra.registry.tracking import tracking_store
 from infra.remote import RemoteError
-from infra.tracking import tracking_store
 from tasks.publish import destination_of
 
 BAD_MOMENTS = [503, "close", 500, "close"]

@@ -9,7 +9,7 @@ from model_families import FAMILIES, save
 
 from dpq_core.recipe import parse_recipe
 from flows.release import release
-from infra.tracking import mlflow_client, tracking_store
+from infra.registry.tracking import mlflow_client, tracking_store
 
 IMAGES = Path(__file__).parents[3] / "shared/data/cifar10_jpeg/test.zip"
 

@@ -21,8 +21,8 @@ from typer.testing import CliRunner
 
 from dpq_core.recipe import load_recipe
 from flows.cli import app
-from infra.deployments import PREFECT_YAML, deploy
-from infra.webhook import PATH, application, requested
+from infra.orchestration.deployments import PREFECT_YAML, deploy
+from infra.orchestration.webhook import PATH, application, requested
 
 QUICKSTART = Path(__file__).parents[2] / "recipes" / "quickstart.yaml"
 SECRET = "a secret of the tests"

@@ -5,11 +5,11 @@ import sys
 
 import pytest
 
-from infra.claims import claims
+from infra.store.claims import claims
 
 HOLDER = """
 import sys, time
-from infra.claims import claims
+from infra.store.claims import claims
 held = next(claims(sys.argv[1:]))
 print(held.name, flush=True)
 time.sleep(600)

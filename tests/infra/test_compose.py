@@ -9,7 +9,7 @@ from compose_spec import PyCompose
 
 from infra import compose
 from infra.compose import COMPOSE_FILE, ComposeError
-from infra.deployments import POOL, QUEUES
+from infra.orchestration.deployments import POOL, QUEUES
 
 REPOSITORY = COMPOSE_FILE.parent
 SECRETS = [

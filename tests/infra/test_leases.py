@@ -13,8 +13,8 @@ from types import SimpleNamespace
 import psutil
 import pytest
 
-from infra.leases import Leases, telling_of_waits
-from infra.owners import LIMIT, Attendance, Owner
+from infra.store.leases import Leases, telling_of_waits
+from infra.store.owners import LIMIT, Attendance, Owner
 
 REPOSITORY = Path(__file__).parents[2]
 PATIENCE = 300  # s, on a machine as busy as it likes
@@ -22,7 +22,7 @@ PATIENCE = 300  # s, on a machine as busy as it likes
 HOLD = """
 import sys, time
 from pathlib import Path
-from infra.leases import Leases
+from infra.store.leases import Leases
 with Leases(Path(sys.argv[1])).held("key"):
     print("held", flush=True)
     sys.stdin.read()
@@ -88,7 +88,7 @@ def test_processes_and_threads_take_turns(tmp_path):
 
 
 def test_whoever_waits_says_for_whom_and_goes_on_when_it_is_done(leases, holder, monkeypatch):
-    monkeypatch.setattr("infra.leases._SILENT", 0.1)
+    monkeypatch.setattr("infra.store.leases._SILENT", 0.1)
     told = []
 
     def tell(line):
@@ -106,7 +106,7 @@ def owner_of(holder):
 
 
 def test_a_killed_holder_is_followed_at_once(leases, holder, monkeypatch):
-    monkeypatch.setattr("infra.leases.LIMIT", math.inf)  # its silence is not what tells
+    monkeypatch.setattr("infra.store.leases.LIMIT", math.inf)  # its silence is not what tells
     holder.send_signal(signal.SIGKILL)  # a zombie until it is waited for
     with leases.held("key"):
         assert leases.holder("key").pid == os.getpid()
@@ -114,8 +114,8 @@ def test_a_killed_holder_is_followed_at_once(leases, holder, monkeypatch):
 
 
 def test_a_stopped_holder_of_this_machine_keeps_its_lease(leases, holder, monkeypatch):
-    monkeypatch.setattr("infra.leases.LIMIT", 0.1)
-    monkeypatch.setattr("infra.leases._SILENT", 0.5)
+    monkeypatch.setattr("infra.store.leases.LIMIT", 0.1)
+    monkeypatch.setattr("infra.store.leases._SILENT", 0.5)
     holder.send_signal(signal.SIGSTOP)
     held_by = []
 
@@ -142,7 +142,9 @@ def test_a_holder_of_another_machine_is_followed_when_it_gives_no_sign(leases, m
         if now < last:
             os.utime(theirs, (now, now))
 
-    monkeypatch.setattr("infra.leases.time", SimpleNamespace(monotonic=lambda: now, sleep=sleep))
+    monkeypatch.setattr(
+        "infra.store.leases.time", SimpleNamespace(monotonic=lambda: now, sleep=sleep)
+    )
     with leases.held("key"):
         assert last + LIMIT - 1 < now < last + LIMIT + 1
         assert not theirs.exists()
@@ -191,7 +193,7 @@ def test_cleaning_leaves_what_the_living_hold(leases, holder):
 
 
 def test_a_sign_of_life_comes_while_a_lease_is_held(leases, monkeypatch):
-    monkeypatch.setattr("infra.owners._BEAT", 0.05)
+    monkeypatch.setattr("infra.store.owners._BEAT", 0.05)
     with leases.held("key"):
         (path,) = (leases.folder / "key").iterdir()
         os.utime(path, (0, 0))

@@ -10,9 +10,9 @@ from web_server import MLFLOW, PREFECT, web_server
 
 from flows.cli import app
 from infra import probes
+from infra.orchestration.services import connected, services
 from infra.probes import ProbeError, check_mlflow, check_prefect
-from infra.services import connected, services
-from infra.tracking import tracking_store
+from infra.registry.tracking import tracking_store
 
 PAGE = {"*": (200, "<html>")}  # Prefect's own page answers so everywhere
 

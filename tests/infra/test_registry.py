@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from infra.registry import BASE_MODEL, Registry, RegistryError, Rollback
-from infra.tracking import mlflow_client, tracked_run, tracking_store
+from infra.registry.tracking import mlflow_client, tracked_run, tracking_store
 
 REPOSITORY = Path(__file__).parents[2]
 

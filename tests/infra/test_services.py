@@ -20,15 +20,15 @@ from prefect.context import refresh_global_settings_context
 from prefect.settings import PREFECT_API_URL, get_current_settings, temporary_settings
 from web_server import MLFLOW, PREFECT, web_server
 
-from infra.services import services, ui
-from infra.shared_server import ServerKind, ServiceError, shared_server
+from infra.orchestration.services import services, ui
+from infra.orchestration.shared_server import ServerKind, ServiceError, shared_server
 
 REPOSITORY = Path(__file__).parents[2]
 PATIENCE = 300  # s, on a machine as busy as it likes
 USER = """
 import sys
 from pathlib import Path
-from infra.services import services
+from infra.orchestration.services import services
 with services(Path(sys.argv[1])) as running:
     print(running.prefect_api_url, flush=True)
     sys.stdin.read()
@@ -286,7 +286,7 @@ def test_a_pid_that_now_belongs_to_another_program_is_left_alone(tmp_path):
 
 
 def test_a_server_that_does_not_answer_is_replaced(tmp_path, monkeypatch):
-    monkeypatch.setattr("infra.shared_server._ADOPT_TIMEOUT", 0.5)
+    monkeypatch.setattr("infra.orchestration.shared_server._ADOPT_TIMEOUT", 0.5)
     home = tmp_path / "web"
     home.mkdir()
     command = [sys.executable, "-c", "import time; time.sleep(600)"]
@@ -319,7 +319,7 @@ def test_a_server_that_dies_is_an_error_with_its_log_and_last_line(tmp_path):
 
 
 def test_a_server_that_stays_silent_is_an_error_and_is_stopped(tmp_path, monkeypatch):
-    monkeypatch.setattr("infra.shared_server._START_TIMEOUT", 1.0)
+    monkeypatch.setattr("infra.orchestration.shared_server._START_TIMEOUT", 1.0)
     pid = tmp_path / "pid"
     code = f"import os, time; open({str(pid)!r}, 'w').write(str(os.getpid())); time.sleep(600)"
     with (
@@ -332,7 +332,7 @@ def test_a_server_that_stays_silent_is_an_error_and_is_stopped(tmp_path, monkeyp
 
 FORSAKING = """
 import os, pathlib, sys
-import infra.shared_server as servers
+import infra.orchestration.shared_server as servers
 servers._FORSAKEN = 1.0
 def launch(home, port):
     return [sys.executable, "-m", "http.server", str(port), "--bind", "127.0.0.1"], dict(os.environ)

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 from test_store import MAKING, process, write
 
+from infra.care import DAY, StoreCareError, collect, stored
 from infra.registry import Registry
+from infra.registry.tracking import tracked_run, tracking_store
 from infra.store import COLLECTOR, Store
-from infra.store_care import DAY, StoreCareError, collect, stored
-from infra.tracking import tracked_run, tracking_store
 
 KEYS = {name: hashlib.sha256(name.encode()).hexdigest() for name in ("a", "b", "c", "d")}
 

@@ -12,11 +12,11 @@ from pathlib import Path
 import pytest
 from test_store import process, write
 
-from infra.owners import Owner
+from infra.care import collect, problems, stored
 from infra.store import ArtifactRef, Store, StoreError
-from infra.store_care import collect, problems, stored
-from infra.store_manifest import Manifest
-from infra.store_marker import MARKER
+from infra.store.manifest import Manifest
+from infra.store.marker import MARKER
+from infra.store.owners import Owner
 
 REPOSITORY = Path(__file__).parents[2]
 KEY = 64 * "a"

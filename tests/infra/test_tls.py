@@ -6,7 +6,7 @@ import pytest
 from prefect.client import orchestration
 from prefect.client.orchestration import SyncPrefectClient
 
-from infra.tls import share_tls_context
+from infra.orchestration.tls import share_tls_context
 
 
 @pytest.fixture
@@ -29,7 +29,9 @@ def client():
 
 def test_prefect_makes_one_a_client(contexts):
     client(), client()
-    assert len(contexts) >= 2  # else there is nothing to share any more: remove infra/tls.py
+    assert (
+        len(contexts) >= 2
+    )  # else there is nothing to share any more: remove infra/orchestration/tls.py
 
 
 def test_clients_share_one(contexts):

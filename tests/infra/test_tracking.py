@@ -9,7 +9,7 @@ from urllib.parse import unquote, urlparse
 import pytest
 from web_server import MLFLOW, web_server
 
-from infra.tracking import TrackingError, mlflow_client, tracked_run, tracking_store
+from infra.registry.tracking import TrackingError, mlflow_client, tracked_run, tracking_store
 
 
 @pytest.fixture(scope="module")
@@ -176,7 +176,7 @@ def test_a_tracking_address_with_a_password_is_refused_and_not_repeated(tmp_path
     "uri", ["postgresql://dpq@host/mlflow", "http://host:5000", "sqlite:////srv/a@b/mlflow.db"]
 )
 def test_a_tracking_address_without_a_password_is_taken(tmp_path, monkeypatch, uri):
-    monkeypatch.setattr("infra.tracking._check_answers", lambda _: None)
+    monkeypatch.setattr("infra.registry.tracking._check_answers", lambda _: None)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
     assert tracking_store(tmp_path) == (uri, None)
 

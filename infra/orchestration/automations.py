@@ -1,10 +1,10 @@
 """Automations that watch the runs: those that fall silent are crashed, and somebody is told.
 
 A killed flow run stays `Running` on its page. Runs send heartbeat events: deployed ones every
-thirty seconds (`prefect.yaml`), `dpq release` and other people's flows on the same server every
-180 s, which is Prefect's default. Where neither the next nor an end comes for long, the run is
-marked. (Runs of `dpq release` are found sooner, by their process: `infra.dead_runs`.) Prefect's
-documentation calls it "detect zombie flows".
+thirty seconds (`prefect.yaml`), `dpq release` and other people's flows on the same server every 180
+s, which is Prefect's default. Where neither the next nor an end comes for long, the run is marked.
+(Runs of `dpq release` are found sooner, by their process: `infra.orchestration.dead_runs`.)
+Prefect's documentation calls it "detect zombie flows".
 """
 
 from collections.abc import Iterator

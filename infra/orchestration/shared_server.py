@@ -5,8 +5,8 @@
 Each user holds a file lock on its file in `users/`: the kernel lets go of the lock when a process
 dies, however it dies, so nobody trusts a pid that may since have been given to somebody else. A
 server that a killed process left behind is taken over by the next user; if none comes for a while,
-it is stopped by the process that watches each server (`infra.server_watch`), which also starts one
-again that dies while it has users.
+it is stopped by the process that watches each server (`infra.orchestration.server_watch`), which
+also starts one again that dies while it has users.
 """
 
 import json
@@ -268,10 +268,10 @@ def _launched(
 
 def _watch(server: _Server, home: Path, log: Path, environment: dict[str, str]) -> None:
     arguments = [str(home), str(server.pid), str(_FORSAKEN)]
-    path = [str(Path(__file__).parents[1]), environment.get("PYTHONPATH", "")]
+    path = [str(Path(__file__).parents[2]), environment.get("PYTHONPATH", "")]
     with log.open("ab") as output:
         watch = subprocess.Popen(
-            [sys.executable, "-m", "infra.server_watch", *arguments],
+            [sys.executable, "-m", "infra.orchestration.server_watch", *arguments],
             env={**environment, "PYTHONPATH": os.pathsep.join(filter(None, path))},
             stdin=subprocess.DEVNULL,
             stdout=output,

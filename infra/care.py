@@ -12,10 +12,10 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from infra.owners import now
 from infra.registry import Registry
 from infra.store import COLLECTOR, Store
-from infra.store_marker import mark
+from infra.store.marker import mark
+from infra.store.owners import now
 
 DAY = 86400.0
 _DIGEST = re.compile(r"[0-9a-f]{64}")  # a key, or an artifact's SHA-256

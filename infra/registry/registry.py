@@ -20,9 +20,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from infra.leases import Leases
+from infra.registry.tracking import is_server, mlflow_client
 from infra.store import Store
-from infra.tracking import is_server, mlflow_client
+from infra.store.leases import Leases
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient

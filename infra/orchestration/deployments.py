@@ -11,9 +11,9 @@ from prefect.client.schemas.actions import WorkPoolCreate
 from prefect.exceptions import ObjectNotFound
 from prefect.workers.process import ProcessWorker
 
-from infra.automations import automations, ensure
+from infra.orchestration.automations import automations, ensure
 
-PREFECT_YAML = Path(__file__).parents[1] / "prefect.yaml"
+PREFECT_YAML = Path(__file__).parents[2] / "prefect.yaml"
 POOL = "dpq"
 QUEUES: dict[str, int | None] = {"cpu": None, "gpu": 1, "gaudi": 1}  # runs at a time
 QUEUE_OF = {"cpu": "cpu", "cuda": "gpu", "hpu": "gaudi"}  # by kind of device

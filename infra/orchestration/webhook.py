@@ -24,7 +24,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from infra.client import ClientError, launch
+from infra.orchestration.client import ClientError, launch
 
 PATH = "/mlflow"
 RECIPE_TAG = "dpq.recipe"

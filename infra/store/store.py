@@ -1,10 +1,10 @@
 """Artifacts by the digest of what they were computed from.
 
-    <root>/.dpq-store                      that it is a store: infra/store_marker.py
+    <root>/.dpq-store                      that it is a store: infra/store/marker.py
     <root>/<stage>/<key>/.artifact.json    SHA-256 and size of every other file in the folder
     <root>/<stage>/<key>/.used             empty; mtime: when it was last made or found
     <root>/tmp/<owner>/                    being written, or being deleted
-    <root>/leases/, <root>/runs/           who makes what, and who is at work: infra/leases.py
+    <root>/leases/, <root>/runs/           who makes what, and who is at work: infra/store/leases.py
     <root>/registries/                     addresses of the registries that name artifacts of ours
 
 An artifact is a folder. It is written under a temporary name, its manifest last, and renamed into
@@ -16,7 +16,7 @@ It is deleted in the reverse order: renamed to `tmp` in one step, then removed a
 process that dies on the way leaves waste there, and no half of an artifact under its name. Whoever
 reads meanwhile finds all of it or none. Only names of our own form are deleted, ever.
 
-Deleting (`infra/store_care.py`) and finding agree by who writes first: the collector takes the
+Deleting (`infra/care.py`) and finding agree by who writes first: the collector takes the
 lease `gc` and then looks when an artifact was last used; whoever finds one says first that it is
 used, then waits for as long as somebody has that lease, and only then looks whether it is there.
 """
@@ -31,12 +31,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import unquote, urlparse
 
-from infra.disk import is_full, space_left
-from infra.leases import Leases
-from infra.owners import Attendance, Owner
-from infra.store_manifest import MANIFEST, USED, Manifest, file_digest
-from infra.store_marker import OURS, is_store, mark
-from infra.store_marker import StoreError as StoreError
+from infra.store.disk import is_full, space_left
+from infra.store.leases import Leases
+from infra.store.manifest import MANIFEST, USED, Manifest, file_digest
+from infra.store.marker import OURS, is_store, mark
+from infra.store.marker import StoreError as StoreError
+from infra.store.owners import Attendance, Owner
 
 COLLECTOR = "gc"  # name of its lease
 _FORSAKEN = 86400.0  # s without a change, after which another machine's temporary folder is waste

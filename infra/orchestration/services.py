@@ -24,9 +24,15 @@ from prefect.events.worker import EventsWorker
 from prefect.logging.handlers import APILogWorker
 from prefect.settings import get_current_settings, temporary_settings
 
+from infra.orchestration.shared_server import (
+    HOST,
+    ServerKind,
+    ServiceError,
+    address_of,
+    shared_server,
+)
 from infra.probes import check_prefect
-from infra.shared_server import HOST, ServerKind, ServiceError, address_of, shared_server
-from infra.tracking import is_server, tracking_store
+from infra.registry.tracking import is_server, tracking_store
 
 _FLUSH_TIMEOUT = 10.0  # s, for what this process still has to send, and again for the server
 

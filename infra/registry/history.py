@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 
 from infra.registry import Registry
-from infra.tracking import mlflow_client
+from infra.registry.tracking import mlflow_client
 
 
 @dataclass(frozen=True)

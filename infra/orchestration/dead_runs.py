@@ -24,8 +24,8 @@ from prefect.client.schemas.objects import FlowRun, StateType
 from prefect.context import FlowRunContext
 from prefect.states import Crashed
 
-from infra.owners import PROCESS, Attendance, Owner
-from infra.tracking import mlflow_client
+from infra.registry.tracking import mlflow_client
+from infra.store.owners import PROCESS, Attendance, Owner
 
 if TYPE_CHECKING:
     from mlflow.entities import Run

@@ -30,7 +30,7 @@ from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from pathlib import Path
 
-from infra.owners import LIMIT, Owner, signs_of_life
+from infra.store.owners import LIMIT, Owner, signs_of_life
 
 _POLL = (0.02, 0.5)  # s, first and longest, between two looks at a lease that is held
 _SILENT = 2.0  # s of waiting that nobody is told of

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
-from infra.store_marker import StoreError
+from infra.store.marker import StoreError
 
 MANIFEST = ".artifact.json"
 USED = ".used"

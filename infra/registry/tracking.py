@@ -22,9 +22,9 @@ from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock
 
-from infra.owners import PROCESS, Owner
 from infra.probes import ProbeError, check_mlflow, not_mlflow
 from infra.settings import mlflow_page
+from infra.store.owners import PROCESS, Owner
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -199,7 +199,8 @@ def tracked_run(
     artifact_root: Path | None,
 ) -> Iterator[TrackedRun]:
     """A run that ends FINISHED, FAILED when an error passes through, KILLED when the process is
-    told to stop. Its tag `dpq.process` says whose it is: `infra.dead_runs` looks after the rest.
+    told to stop. Its tag `dpq.process` says whose it is: `infra.orchestration.dead_runs` looks
+    after the rest.
 
     `artifact_root` is where the experiment's runs keep their files; it counts only when this call
     creates the experiment, and None leaves the choice to the tracking server.

@@ -1,0 +1,2 @@
+"""Prefect: its server and MLflow's where nobody runs them, deployments, runs that died,
+webhooks."""
