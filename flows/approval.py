@@ -27,7 +27,7 @@ from dpq_core.recipe import GatesSection
 from dpq_core.verdict.gates import Verdict
 from flows.report import gate_rows
 from infra.orchestration.client import ClientError, answer
-from tasks.progress import stepper
+from tasks.support.progress import stepper
 
 _NOBODY = "nobody"
 _POLL = 2  # s between two looks for an answer

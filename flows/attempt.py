@@ -14,8 +14,8 @@ from flows.measure import measure
 from flows.quantize import Candidate, make_candidate
 from infra.store import Store
 from tasks.evaluate import Measured, Subject, load_evaluation
-from tasks.model import content_digest
 from tasks.preflight import Inputs
+from tasks.support.model import content_digest
 
 
 @dataclass(frozen=True)

@@ -20,8 +20,8 @@ from infra.settings import home
 from infra.store import Store
 from tasks.benchmark import log_benchmark, ratios, time_on
 from tasks.evaluate import Measured
-from tasks.model import inspect
-from tasks.speeds import NOT_HERE, as_records
+from tasks.support.model import inspect
+from tasks.support.speeds import NOT_HERE, as_records
 
 DEVICES: tuple[DeviceKind, ...] = get_args(DeviceKind)
 

@@ -25,7 +25,7 @@ from dpq_core.machine.device import share_machine
 from dpq_core.recipe import ExecutionSection
 from infra.orchestration.tls import share_tls_context
 from tasks.support.work import Work
-from tasks.worker import (
+from tasks.support.worker import (
     become_sole_worker,
     device_kind,
     of_a_worker,

@@ -19,9 +19,9 @@ from infra.settings import home
 from infra.store import Store
 from tasks.evaluate import EvaluationData, Subject, load_evaluation, prepare
 from tasks.log import log_evaluation, log_metrics, log_scores
-from tasks.model import inspect_any, load_tokenizer
 from tasks.support import fitting
-from tasks.worker import about_worker
+from tasks.support.model import inspect_any, load_tokenizer
+from tasks.support.worker import about_worker
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from infra.registry.tracking import TrackedRun
 from infra.store import ArtifactRef
 from tasks.evaluate import Measured
 from tasks.export import Export, cards, export
-from tasks.progress import stepper
+from tasks.support.progress import stepper
 
 
 def with_exports(baseline: Measured, attempt: Attempt) -> tuple[Attempt, list[Export]]:

@@ -32,7 +32,7 @@ from dpq_core.model.streaming import StreamedModel
 from dpq_core.paths import is_file
 from dpq_core.recipe import Recipe, TextDataset
 from flows.progress import shown_time
-from tasks.worker import workers_here
+from tasks.support.worker import workers_here
 
 _PASSES = 12  # over each output of a linear, in a forward pass
 _PER_TOKEN = 4  # characters; 1 where the vocabulary is one of bytes

@@ -98,7 +98,7 @@ def html(
 
     `limit` is the gate's, of the increase.
     """
-    from tasks.figures import ladder_figure, svg  # matplotlib: a second
+    from tasks.support.figures import ladder_figure, svg  # matplotlib: a second
 
     points = [
         (row.variant, row.bits_per_weight, row.increase)

@@ -60,7 +60,7 @@ def why_due(recipe: Recipe, registry: Registry) -> tuple[bool, str, str]:
     Raises:
         CheckpointError: no such model, or a damaged one.
     """
-    from tasks.model import inspect  # imported late: slow, and nobody who deploys needs it
+    from tasks.support.model import inspect  # imported late: slow, and nobody who deploys needs it
 
     name, store = recipe.registered_name, Store(recipe.execution.store)
     with store.in_use():

@@ -24,9 +24,9 @@ from dpq_core.verdict.gates import Metric
 from flows.attempt import Attempt
 from flows.quantize import Candidate
 from tasks.preflight import Inputs
-from tasks.progress import stepper
 from tasks.quantize import quantize as quantize_readers
 from tasks.sensitivity import Cost, Costs, moments, sensitivity
+from tasks.support.progress import stepper
 from tasks.support.work import readers_of
 
 OWN = "w4a8"  # the choice that changes nothing of the recipe's scheme

@@ -28,16 +28,16 @@ from flows.html import rendered
 from flows.report import gate_rows, interval, model_notes, notes, number, turned
 from infra.registry.history import PastVersion
 from tasks.benchmark import THROUGHPUT
-from tasks.figures import svg
 from tasks.log import layer_rows
-from tasks.report_figures import (
+from tasks.support.figures import svg
+from tasks.support.report_figures import (
     batches_figure,
     history_figure,
     layers_figure,
     throughput_figure,
     worst_layers,
 )
-from tasks.speeds import conditions, shown
+from tasks.support.speeds import conditions, shown
 
 _WIDTHS = {"wide": 720, "narrow": 336}  # pixels; the style sheet shows one of them
 _WORST = 10

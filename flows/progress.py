@@ -19,7 +19,7 @@ from rich.progress import (
 from rich.text import Text
 
 from infra.store.leases import telling_of_waits
-from tasks.progress import reporting_to
+from tasks.support.progress import reporting_to
 
 _KNOWN = 0.05  # of the steps after the first: from then on the time left is shown
 _APART = 60.0  # s between two lines of a stage

@@ -19,11 +19,11 @@ from infra.memory import watched
 from infra.store import ArtifactRef
 from tasks.assemble import assemble, verify
 from tasks.calibrate import Passes, Share, calibrate, calibrate_share, is_calibrated, parts
-from tasks.memory import MemoryUse
 from tasks.preflight import Inputs, preflight
-from tasks.progress import parts_of_step, stepper
 from tasks.quantize import quantize as quantize_readers
-from tasks.support import kept
+from tasks.support import kept_statistics
+from tasks.support.memory import MemoryUse
+from tasks.support.progress import parts_of_step, stepper
 from tasks.support.work import Made, Readers, readers_of
 
 _Result = TypeVar("_Result")
@@ -99,7 +99,7 @@ def quantize_layers(recipe: Recipe, inputs: Inputs) -> QuantizedLayers:
     try:
         return _FanOut(recipe, inputs).run()
     finally:
-        kept.forget()
+        kept_statistics.forget()
 
 
 class _FanOut:

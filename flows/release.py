@@ -26,10 +26,10 @@ from infra.settings import home
 from tasks.evaluate import Subject
 from tasks.export import Export
 from tasks.log import log_evaluation, log_metrics, log_release, log_verdict
-from tasks.memory import MemoryUse
 from tasks.preflight import preflight
 from tasks.publish import destination_of, published
 from tasks.register import Registration, base_of, register
+from tasks.support.memory import MemoryUse
 
 
 @dataclass(frozen=True)

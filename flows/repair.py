@@ -18,7 +18,7 @@ from flows.attempt import Attempt, attempt, judged
 from flows.options import Options
 from tasks.evaluate import Measured
 from tasks.preflight import Inputs, replanned
-from tasks.progress import stepper
+from tasks.support.progress import stepper
 
 
 @dataclass

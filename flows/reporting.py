@@ -18,10 +18,10 @@ from infra.orchestration.services import mlflow_server
 from infra.registry.history import newest_versions
 from infra.registry.tracking import TrackedRun
 from infra.settings import home
-from tasks.environment import hardware, seeds, versions
 from tasks.export import Export
-from tasks.model import Model
 from tasks.register import Registration
+from tasks.support.environment import hardware, seeds, versions
+from tasks.support.model import Model
 
 if TYPE_CHECKING:
     from flows.page import ReportData

@@ -20,7 +20,7 @@ from dpq_core.errors import check_extra
 from dpq_core.machine.device import settle_thread, share_machine
 from dpq_core.recipe import ExecutionSection
 from infra.orchestration.tls import share_tls_context
-from tasks.worker import OwnDevices, become_worker, of_a_worker
+from tasks.support.worker import OwnDevices, become_worker, of_a_worker
 
 _Result = TypeVar("_Result")
 

@@ -44,7 +44,7 @@ def verify(store: StorePath = _DEFAULT, as_json: AsJson = False) -> None:
         from flows.progress import progress
         from infra.care import problems, stored
         from infra.store import Store
-        from tasks.progress import stepper
+        from tasks.support.progress import stepper
 
         opened = Store(store)
         artifacts = list(stored(opened))

@@ -13,7 +13,7 @@ from flows.evaluate import EvaluationReport
 from flows.ladder import Row, cells, columns
 from flows.release import Release
 from flows.report import gate_rows, model_notes, notes, score_rows
-from tasks.speeds import conditions, shown
+from tasks.support.speeds import conditions, shown
 
 if TYPE_CHECKING:
     from flows.convnet import ConvRelease

@@ -21,11 +21,11 @@ from dpq_core.model.streaming import StreamedModel
 from dpq_core.paths import is_folder
 from dpq_core.recipe import Recipe
 from infra.store import ArtifactRef, Store
-from tasks.model import Model, stream_of
-from tasks.progress import stepper
+from tasks.support.model import Model, stream_of
+from tasks.support.progress import stepper
 from tasks.support.stages import computed_by
-from tasks.windows import count_tokens, load_inputs, opening_of
-from tasks.worker import this_worker
+from tasks.support.tokenized_data import count_tokens, load_inputs, opening_of
+from tasks.support.worker import this_worker
 
 _PROBE_WINDOWS = 2
 _PROBE_LENGTH = 64

@@ -13,10 +13,10 @@ from dpq_core.machine.device import DeviceError, resolve_device
 from dpq_core.recipe import BenchmarkSection, Recipe
 from dpq_core.verdict.pairing import Failure
 from infra.registry.tracking import TrackedRun
-from tasks.alone import alone_in_process
-from tasks.environment import hardware
-from tasks.progress import progress_of
-from tasks.speeds import NOT_HERE, as_records, markdown, metrics
+from tasks.support.environment import hardware
+from tasks.support.isolated_process import alone_in_process
+from tasks.support.progress import progress_of
+from tasks.support.speeds import NOT_HERE, as_records, markdown, metrics
 
 THROUGHPUT = "throughput_tokens_per_second"  # metric of a run: W4A8, decoding one sequence
 _WIDTH = 720  # of a plot, pixels
@@ -53,7 +53,7 @@ def log_benchmark(
     about = {"title": title, "asked": section.model_dump(mode="json")}
     run.log_dict({**about, "devices": [asdict(times) for times in devices]}, "benchmark.json")
     run.log_text(markdown(title, devices), "benchmark.md")
-    from tasks.report_figures import batches_figure  # matplotlib: a second
+    from tasks.support.report_figures import batches_figure  # matplotlib: a second
 
     for times in devices:
         if times.cells:

@@ -3,12 +3,12 @@
 Sums are made by the tree of `dpq_core.calibration.reduction_tree`, so that they have the same bytes
 however many tasks share the samples. Artifacts: `statistics`, one for each shared input; `partial`,
 the sum of a node of the tree, kept until the block's statistics are there; `hidden`, see
-`tasks/hidden.py`. What a killed run leaves of the last two is waste that nobody looks for: `dpq
-store gc`.
+`tasks/support/activation_store.py`. What a killed run leaves of the last two is waste that nobody
+looks for: `dpq store gc`.
 
 A task passes a run of blocks (`execution.blocks_per_task`): hidden states stay in its memory from
 one to the next, a block's statistics are hashed and written while the next block computes, and
-all stay in memory for layers that this process quantizes (`tasks/support/kept.py`).
+all stay in memory for layers that this process quantizes (`tasks/support/kept_statistics.py`).
 """
 
 from collections.abc import Callable, Iterator
@@ -39,14 +39,14 @@ from dpq_core.layer.hessian import InputStatistics
 from dpq_core.machine.device import freed_memory_kept
 from dpq_core.recipe import Recipe
 from infra.store import ArtifactRef, Store, StoreError
-from tasks.hidden import HiddenStates
-from tasks.model import Model
-from tasks.progress import parts_of_step
-from tasks.support import kept, tensor_files
+from tasks.support import kept_statistics, tensor_files
+from tasks.support.activation_store import HiddenStates
+from tasks.support.model import Model
+from tasks.support.progress import parts_of_step
 from tasks.support.tensor_files import saver
 from tasks.support.work import FIRST, Made
+from tasks.support.worker import this_worker
 from tasks.support.write_behind import WriteBehind
-from tasks.worker import this_worker
 
 Part = Literal["magnitudes", "statistics"]  # what is summed, in the order of the passes
 
@@ -173,7 +173,7 @@ def parts(recipe: Recipe) -> list[Part]:
 
 def load_statistics(artifact: ArtifactRef, store: Store) -> InputStatistics:
     """Inverse of how `calibrate` stores them."""
-    if there := kept.take(artifact):
+    if there := kept_statistics.take(artifact):
         return there
     return InputStatistics.from_tensors(tensor_files.load(store.open(artifact)))
 
@@ -246,7 +246,7 @@ class _Calibration:
             for name, key in self.wanted.items()
         }
         of_artifacts = {artifact: statistics[name] for name, artifact in made.items()}
-        kept.keep(of_artifacts, blocks=self._hidden.every)
+        kept_statistics.keep(of_artifacts, blocks=self._hidden.every)
         return made
 
     def finish(self, passes: Passes) -> None:

@@ -46,9 +46,9 @@ from dpq_core.recipe import ModelSection
 from dpq_core.verdict.gates import Verdict
 from infra.registry import Registry
 from infra.store import ArtifactRef, Store
-from tasks.model import resolve
-from tasks.progress import stepper
 from tasks.register import Base, Entry, Registration, enter
+from tasks.support.model import resolve
+from tasks.support.progress import stepper
 from tasks.support.stages import computed_by
 
 FLOAT = ConvScheme(weights=None, activations=None)

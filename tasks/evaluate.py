@@ -34,11 +34,11 @@ from dpq_core.machine.device import halving_batches, whole_machine
 from dpq_core.recipe import EvaluationSection, Recipe
 from dpq_core.verdict.pairing import Evaluation, Failure
 from infra.store import ArtifactRef, Store, StoreError
-from tasks import windows
-from tasks.model import load_tokenizer
-from tasks.progress import progress_of
+from tasks.support import tokenized_data
+from tasks.support.model import load_tokenizer
+from tasks.support.progress import progress_of
 from tasks.support.stages import computed_by
-from tasks.worker import this_worker
+from tasks.support.worker import this_worker
 
 _FILE = "scores.parquet"
 
@@ -74,7 +74,7 @@ def prepare(section: EvaluationSection, tokenizer: Any, store: Store) -> Evaluat
         DataError, MirrorError, SuiteError: one line that says what and where.
     """
     data = EvaluationData(
-        perplexity=windows.store_perplexity(section.perplexity, tokenizer, store)
+        perplexity=tokenized_data.store_perplexity(section.perplexity, tokenizer, store)
         if section.perplexity
         else None,
         suites={},
@@ -106,7 +106,7 @@ def measure_perplexity(recipe: Recipe, subject: Subject, data: EvaluationData) -
     metric = AFTER_BOS if data.opened else PERPLEXITY
 
     def score(model: Any) -> Scores:
-        tokens = windows.load(artifact, store)
+        tokens = tokenized_data.load(artifact, store)
         report = _until(recipe.evaluation.timeout, progress_of(f"{PERPLEXITY} of {subject.role}"))
         return halving_batches(
             lambda batch_size: perplexity_token(model, tokens, batch_size, report, metric),

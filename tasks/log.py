@@ -18,7 +18,7 @@ from dpq_core.verdict.pairing import Difference, Evaluation, Failure, breakdown
 from infra.registry.tracking import TrackedRun
 from infra.store import Store
 from tasks.evaluate import Measured, load_evaluation
-from tasks.model import Model
+from tasks.support.model import Model
 
 
 @task(name="log", cache_policy=NO_CACHE)
@@ -30,7 +30,7 @@ def log_release(
     metrics: Mapping[str, Difference],
 ) -> None:
     """Parameters, metrics, the per-layer table and plot."""
-    from tasks.figures import layer_error_figure  # matplotlib: a second
+    from tasks.support.figures import layer_error_figure  # matplotlib: a second
 
     run.log_params(recipe.model_dump(mode="json", exclude={"variants"}))
     run.set_tags({"model_digest": model.digest, "recipe_digest": recipe.digest})

@@ -21,13 +21,12 @@ from dpq_core.model.plan import Plan, kept_lines, plan_layers
 from dpq_core.recipe import Recipe, RecipeError
 from dpq_core.recipe.layer_choices import chosen_scheme
 from infra.store import ArtifactRef, Store
-from tasks import windows
 from tasks.evaluate import EvaluationData, prepare
-from tasks.hidden import load_leaves
-from tasks.memory import check_room
-from tasks.model import Model, inspect, load_tokenizer, stream_of
-from tasks.support import fitting
-from tasks.worker import Worker, about_worker, workers_here
+from tasks.support import fitting, tokenized_data
+from tasks.support.activation_store import load_leaves
+from tasks.support.memory import check_room
+from tasks.support.model import Model, inspect, load_tokenizer, stream_of
+from tasks.support.worker import Worker, about_worker, workers_here
 
 
 @dataclass(frozen=True)
@@ -71,8 +70,10 @@ def preflight(recipe: Recipe) -> Inputs:
     needed = _footprint(plan, recipe, worker, stream.reader.fp8)
     check_room(recipe, needed, store, worker)
     tokenizer = load_tokenizer(model.folder, recipe.model.trust_remote_code)
-    calibration = windows.store_calibration(recipe.calibration, tokenizer, model.folder, store)
-    _check_tokens(recipe, plan, windows.count_tokens(calibration, store))
+    calibration = tokenized_data.store_calibration(
+        recipe.calibration, tokenizer, model.folder, store
+    )
+    _check_tokens(recipe, plan, tokenized_data.count_tokens(calibration, store))
     evaluation = prepare(recipe.evaluation, tokenizer, store)
     read = {"calibration": calibration, "evaluation.perplexity": evaluation.perplexity}
     fitting.check_ids(config, tokenizer, read, store)

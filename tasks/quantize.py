@@ -18,10 +18,10 @@ from dpq_core.model.streaming import as_run, load_config, sixteen_bit_type
 from dpq_core.recipe import Recipe
 from infra.store import ArtifactRef, Store
 from tasks.calibrate import load_statistics
-from tasks.model import Model
+from tasks.support.model import Model
 from tasks.support.stages import computed_by
 from tasks.support.work import Made, Readers
-from tasks.worker import Worker, this_worker
+from tasks.support.worker import Worker, this_worker
 
 
 @lru_cache(maxsize=4)

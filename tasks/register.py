@@ -16,7 +16,7 @@ from dpq_core.recipe import Recipe
 from dpq_core.verdict.gates import Verdict
 from infra.registry import BASE_MODEL, Registry
 from infra.store import ArtifactRef, Store
-from tasks.model import Model
+from tasks.support.model import Model
 
 PROMOTION = "promotion"  # a global concurrency limit of Prefect's
 _RESTART = 120.0  # s, for a server to be up again

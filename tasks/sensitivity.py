@@ -15,11 +15,11 @@ from dpq_core.recipe import Recipe
 from dpq_core.repair.proxy import OutputMoments, output_moments
 from dpq_core.repair.sensitivity import Variant, block_losses
 from infra.store import ArtifactRef, Store
-from tasks.model import Model, stream_of
-from tasks.progress import stepper
+from tasks.support.model import Model, stream_of
+from tasks.support.progress import stepper
 from tasks.support.stages import computed_by
-from tasks.windows import load_inputs
-from tasks.worker import this_worker
+from tasks.support.tokenized_data import load_inputs
+from tasks.support.worker import this_worker
 
 _FILE = "losses.json"
 

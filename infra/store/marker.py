@@ -11,7 +11,7 @@ from pathlib import Path
 
 MARKER = ".dpq-store"
 OURS = ("tmp", "leases", "runs", "registries")  # folders of a store that are no stages
-_DOWNLOADS = "downloads"  # of `tasks.model`: begun, one a key
+_DOWNLOADS = "downloads"  # of `tasks.support.model`: begun, one a key
 _FORMAT = "format 1"
 _KEY = re.compile(r"[0-9a-f]{64}")
 

@@ -8,7 +8,7 @@ from prefect.logging import get_run_logger
 from dpq_core.model import context
 from dpq_core.recipe import Recipe
 from infra.store import ArtifactRef, Store
-from tasks import windows
+from tasks.support import tokenized_data
 
 
 def check_lengths(recipe: Recipe, config: Any, calibrated: bool = True) -> None:
@@ -41,7 +41,7 @@ def check_ids(
     for line in context.check_tokenizer(config, tokenizer):
         get_run_logger().warning(line)
     for setting, artifact in read.items():
-        for each in windows.load_inputs(artifact, store, 1 << 30) if artifact else []:
+        for each in tokenized_data.load_inputs(artifact, store, 1 << 30) if artifact else []:
             ids = each["input_ids"]
             context.check_lengths(config, {f"{setting}: a window": ids.shape[1]})
             context.check_ids(config, tokenizer, ids, setting)

@@ -19,7 +19,7 @@ from dpq_core.benchmark.throughput import measure
 from dpq_core.machine.device import whole_machine
 from dpq_core.recipe import BenchmarkSection
 from dpq_core.recipe.scheme import PRESETS, Scheme
-from tasks.speeds import markdown
+from tasks.support.speeds import markdown
 
 
 def main() -> None:

@@ -14,8 +14,8 @@ from dpq_core.pipeline import quantize_checkpoint
 from dpq_core.recipe import load_recipe
 from infra.store import Store
 from tasks.assemble import provenance
-from tasks.model import inspect
-from tasks.windows import store_calibration
+from tasks.support.model import inspect
+from tasks.support.tokenized_data import store_calibration
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from flows.quantize import quantize
 from infra.registry import Registry
 from infra.registry.tracking import tracking_store
 from infra.store import Store
-from tasks.worker import workers_here
+from tasks.support.worker import workers_here
 
 # `dpq …` that notes when it begins the costly parts of a release.
 COUNTED = """

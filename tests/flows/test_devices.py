@@ -15,8 +15,8 @@ import tasks.quantize
 from dpq_core.machine.device_kinds import FAKE_DEVICES, KINDS
 from dpq_core.recipe import parse_recipe
 from flows.quantize import quantize
-from tasks.memory import RoomError
-from tasks.worker import this_worker
+from tasks.support.memory import RoomError
+from tasks.support.worker import this_worker
 
 DEVICES, BLOCKS, LAYERS = 8, 32, 224
 INPUTS = 4 * BLOCKS  # that layers share: tasks

@@ -25,7 +25,7 @@ from flows.runners import TaskInterruptedError, task_runner
 from infra.orchestration.services import services
 from infra.registry.tracking import mlflow_client, tracking_store
 from infra.store.owners import PROCESS, Owner
-from tasks import memory
+from tasks.support import memory
 
 PROMPT = 30.0  # s, on a machine as busy as it likes: the grace that Kubernetes gives
 

@@ -13,7 +13,7 @@ from dpq_core.data.texts import load_texts, token_windows
 from dpq_core.evaluation.perplexity import perplexity_token
 from dpq_core.recipe import parse_recipe
 from flows.release import release
-from tasks.model import load_tokenizer
+from tasks.support.model import load_tokenizer
 
 
 @pytest.fixture(scope="module")

@@ -129,7 +129,7 @@ RESOLVE = """
 import json, sys
 from dpq_core.model.reader import CheckpointError
 from dpq_core.recipe import ModelSection
-from tasks.model import resolve
+from tasks.support.model import resolve
 
 for line in sys.stdin:
     try:
@@ -149,7 +149,8 @@ def environment(home, address):
 
 @contextmanager
 def resolver(home, address):
-    """`tasks.model.resolve` in a process of its own: commit, folder, file names; or the error."""
+    """`tasks.support.model.resolve` in a process of its own: commit, folder, file names; or the
+    error."""
     process = subprocess.Popen(
         [sys.executable, "-c", RESOLVE],
         env=environment(home, address),

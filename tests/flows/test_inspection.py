@@ -6,7 +6,7 @@ from architectures import REFUSED, random_model
 from dpq_core.model.anatomy import ArchitectureError
 from dpq_core.recipe import ModelSection
 from infra.store import Store
-from tasks.model import inspect, inspect_any
+from tasks.support.model import inspect, inspect_any
 
 
 def test_what_was_only_measured_is_proven_when_it_is_quantized(tmp_path):

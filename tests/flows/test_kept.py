@@ -7,14 +7,14 @@ from test_same_bytes import in_store
 from dpq_core.layer.hessian import InputStatistics
 from flows.quantize import quantize
 from infra.store import ArtifactRef
-from tasks.support import kept, tensor_files
+from tasks.support import kept_statistics, tensor_files
 
 
 @pytest.fixture(autouse=True)
 def _nothing_left():
-    kept.forget()
+    kept_statistics.forget()
     yield
-    kept.forget()
+    kept_statistics.forget()
 
 
 def artifact(name):
@@ -27,16 +27,16 @@ def block(*names):
 
 def test_taken_once():
     made = block("a", "b")
-    kept.keep(made, 1)
-    assert kept.take(artifact("a")) is made[artifact("a")]
-    assert kept.take(artifact("a")) is None
-    assert kept.take(artifact("b")) is made[artifact("b")]
+    kept_statistics.keep(made, 1)
+    assert kept_statistics.take(artifact("a")) is made[artifact("a")]
+    assert kept_statistics.take(artifact("a")) is None
+    assert kept_statistics.take(artifact("b")) is made[artifact("b")]
 
 
 def test_the_oldest_block_makes_room():
     for names in ("a", "b", "c"):
-        kept.keep(block(names), 2)
-    assert [name for name in "abc" if kept.take(artifact(name))] == ["b", "c"]
+        kept_statistics.keep(block(names), 2)
+    assert [name for name in "abc" if kept_statistics.take(artifact(name))] == ["b", "c"]
 
 
 @pytest.mark.parametrize("blocks", [1, 5])
@@ -52,4 +52,4 @@ def test_layers_read_none_from_the_store_in_the_process_that_made_them(
         assert statistics == set()
     else:  # the last block's, at least: one that is behind another has lost its own
         assert len(statistics) <= 4 * 4
-    assert kept._kept == []
+    assert kept_statistics._kept == []

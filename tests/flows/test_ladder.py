@@ -11,7 +11,7 @@ from markdown_it import MarkdownIt
 from matplotlib.text import Text
 
 from flows.ladder import Row, as_records, cells, columns, html, markdown
-from tasks.figures import ladder_figure
+from tasks.support.figures import ladder_figure
 
 BASELINE = Row("bf16", 5.0, 0.0, None, 16.0, 0.0, {"accuracy.piqa (acc)": 57.1})
 RTN = Row("rtn-w4a16", 5.44, 0.44, (0.4, 0.48), 4.67, 0.006, {"accuracy.piqa (acc)": 55.0})

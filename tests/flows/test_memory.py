@@ -7,8 +7,8 @@ from test_same_bytes import in_store
 from flows.quantize import quantize
 from infra.care import stored
 from infra.store import Store
-from tasks import memory
-from tasks.memory import RoomError
+from tasks.support import memory
+from tasks.support.memory import RoomError
 
 
 def test_too_little_memory_ends_a_run_before_it_starts(recipe, tmp_path, monkeypatch):

@@ -16,7 +16,7 @@ from dpq_core.recipe.scheme import Scheme
 from dpq_core.verdict.gates import Metric, Verdict, ratio_metric
 from flows.page import THROUGHPUT, ReportData, page
 from infra.registry.history import PastVersion
-from tasks.report_figures import layers_figure, worst_layers
+from tasks.support.report_figures import layers_figure, worst_layers
 
 HOSTILE = ["<script>alert(1)</script>", '"><img src=x>', r"$\frac{$", "a & <b>"]
 VERDICTS = ["promoted", "rejected", "inspected", "withheld"]

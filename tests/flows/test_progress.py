@@ -15,7 +15,7 @@ from flows import forecast as module
 from flows import progress
 from flows.forecast import forecast
 from flows.progress import Pace, _Bars, _Lines
-from tasks.progress import parts_of_step, reporting_to, stepper
+from tasks.support.progress import parts_of_step, reporting_to, stepper
 
 
 class Clock:

@@ -335,7 +335,7 @@ def test_a_network_is_known_by_the_weights_behind_its_id(tmp_path):
 def test_weights_copied_over_with_their_time_are_another_model(tmp_path):
     """`cp -p` of new weights of the same size: the old digest was found, and the old scores."""
     from infra.store import Store
-    from tasks.model import content_digest
+    from tasks.support.model import content_digest
 
     here, store = shutil.copytree(model(), tmp_path / "model"), Store(tmp_path / "store")
     path, new = here / "model.safetensors", tmp_path / "new.safetensors"

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from dpq_core.model.reader import CheckpointError
-from tasks.model import load_tokenizer
+from tasks.support.model import load_tokenizer
 
 SENTENCEPIECE = b"\x0a\x0e\x0a\x05<unk>\x15\x00\x00\x00\x00\x18\x02"
 
@@ -34,7 +34,7 @@ def configured(**content):
 
 @pytest.mark.parametrize("name", ["tokenizer__model", "spiece__model"])
 def test_sentencepiece_is_not_called_tiktoken(said, monkeypatch, name):
-    monkeypatch.setattr("tasks.model.find_spec", lambda _: None)
+    monkeypatch.setattr("tasks.support.model.find_spec", lambda _: None)
     message = said(
         **{name: SENTENCEPIECE}, tokenizer_config__json=configured(tokenizer_class="T5Tokenizer")
     )

@@ -7,9 +7,9 @@ from model_families import IDS, SPECIAL, tokenizer
 
 from dpq_core.recipe import CalibrationSection, EvaluationSection
 from infra.store import Store
-from tasks import windows
 from tasks.evaluate import prepare
-from tasks.model import load_tokenizer
+from tasks.support import tokenized_data
+from tasks.support.model import load_tokenizer
 
 BOS = IDS[SPECIAL[0]]
 
@@ -45,13 +45,13 @@ def test_calibration_and_perplexity_begin_alike(tmp_path, folder_of, model_type,
     store, folder = Store(str(tmp_path / "store")), folder_of(model_type)
     loaded = load_tokenizer(folder)
     asked = {"dataset": dataset, "sequence_length": 16, "bos": bos}
-    artifact = windows.store_calibration(
+    artifact = tokenized_data.store_calibration(
         CalibrationSection(**asked, samples=4), loaded, folder, store
     )
     data = prepare(EvaluationSection(perplexity=asked), loaded, store)
     assert data.opened == opened
-    assert windows.opening_of(artifact, store) == (BOS if opened else None)
+    assert tokenized_data.opening_of(artifact, store) == (BOS if opened else None)
     for each in (artifact, data.perplexity):
-        found = windows.load(each, store)
+        found = tokenized_data.load(each, store)
         assert found.shape[1] == 16
         assert bool((found[:, 0] == BOS).all()) == opened

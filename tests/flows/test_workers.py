@@ -14,8 +14,8 @@ from dpq_core.machine.device_kinds import FAKE_DEVICES, KINDS
 from dpq_core.recipe import ExecutionSection
 from flows import dask_runner
 from flows.dask_runner import LayersOnDask
-from tasks import worker
-from tasks.worker import (
+from tasks.support import worker
+from tasks.support.worker import (
     OwnDevices,
     become_sole_worker,
     become_worker,

@@ -13,7 +13,7 @@ from infra.care import stored
 from infra.memory import Peaks, available_memory
 from infra.store import Store
 from infra.store.disk import shown_bytes
-from tasks.worker import Worker, workers_here
+from tasks.support.worker import Worker, workers_here
 
 
 class RoomError(InputError):

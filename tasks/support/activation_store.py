@@ -21,11 +21,11 @@ from dpq_core.model.inputs import Batch, ModelInputs
 from dpq_core.model.streaming import StreamedModel
 from dpq_core.recipe import Recipe
 from infra.store import ArtifactRef, Store, StoreError
-from tasks.model import Model, stream_of
+from tasks.support.model import Model, stream_of
 from tasks.support.stages import computed_by
+from tasks.support.tokenized_data import load_inputs
+from tasks.support.worker import Worker
 from tasks.support.write_behind import WriteBehind
-from tasks.windows import load_inputs
-from tasks.worker import Worker
 
 _FILE = "hidden.safetensors"
 

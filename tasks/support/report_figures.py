@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from dpq_core.benchmark.throughput import Cell, Times
-from tasks.figures import spread
+from tasks.support.figures import spread
 
 _BLUE, _RED, _GREY = "#2f7ded", "#d8412f", "#808080"
 _FONT = 10
