@@ -102,7 +102,7 @@ constraints: $(DEV)  ## pin what is installed now
 # sixth of the bytes: only what a release imports is compiled. The rest is kept when it is first
 # imported, whatever the environment says. The exit status of pip goes through the pipe.
 unexport PYTHONDONTWRITEBYTECODE
-IMPORTED := flows.release, flows.forecast, flows.page, flows.terminal, datasets, mlflow, \
+IMPORTED := flows.release.release, flows.cli.forecast, flows.reporting.page, flows.cli.terminal, datasets, mlflow, \
 	lm_eval.evaluator, lm_eval.models.huggingface, prefect.cli, prefect.server.api.server
 
 define install

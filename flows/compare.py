@@ -18,12 +18,12 @@ from dpq_core.recipe import Recipe, RecipeError
 from dpq_core.recipe.scheme import Scheme
 from dpq_core.verdict.gates import compare as compare_scores
 from dpq_core.verdict.pairing import Difference, Evaluation
-from flows.attempt import subject_of
-from flows.attended import attended
-from flows.ladder import Row, as_records, html, markdown
-from flows.measure import measure
+from flows.deployments.liveness import attended
 from flows.quantize import make_candidate
-from flows.report import shown_name
+from flows.release.candidate import subject_of
+from flows.release.measurements import measure
+from flows.reporting.ladder import Row, as_records, html, markdown
+from flows.reporting.prefect_artifacts import shown_name
 from infra.registry.tracking import tracked_run, tracking_store
 from infra.settings import home
 from infra.store import Store

@@ -14,8 +14,8 @@ from packaging.utils import canonicalize_name
 
 from dpq_core.errors import MissingExtraError
 from dpq_core.recipe import ExecutionSection
-from flows.convnet_cli import _run
-from flows.runners import task_runner
+from flows.cli.convnet import _run
+from flows.deployments.runners import task_runner
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
@@ -50,7 +50,7 @@ def imported_by(code, tmp_path):
 def test_help_imports_nothing_that_computes(tmp_path):
     code = """
 import sys
-from flows.cli import main
+from flows.cli.main import main
 sys.argv = ["dpq", "--help"]
 try:
     main()
@@ -63,7 +63,9 @@ except SystemExit as end:
 
 
 def test_a_release_starts_without_what_comes_late_or_never(tmp_path):
-    found = imported_by("import flows.release, flows.runners, flows.terminal", tmp_path)
+    found = imported_by(
+        "import flows.release.release, flows.deployments.runners, flows.cli.terminal", tmp_path
+    )
     assert {"torch", "prefect", "transformers"} <= found
     assert not found & set(LATE_FOR_RELEASE.split())
 

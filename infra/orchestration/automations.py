@@ -21,7 +21,7 @@ from pydantic import SecretStr
 _HEARTBEAT = "prefect.flow-run.heartbeat"
 # Three of Prefect's own heartbeats: less would crash every living run that keeps the default.
 _SILENCE = timedelta(seconds=600)
-# Names of states; those of verdicts are given by `flows.deployed`.
+# Names of states; those of verdicts are given by `flows.deployments.deployed`.
 _VERDICTS = ("Promoted", "Rejected", "Inspected", "Withheld")
 _ENDS = ("Completed", "Failed", "Crashed", "Cancelling", "Cancelled", "TimedOut", *_VERDICTS)
 _TOLD = ("Rejected", "Withheld", "Failed", "TimedOut", "Crashed", "Paused")

@@ -1,8 +1,9 @@
 """What automation asks of Prefect: launch a deployment, wait for what comes of it, answer a run.
 
 The name of a run's state stands for the verdict: a deployed release ends `Completed` under the name
-`Promoted`, `Rejected`, … (`flows.deployed`), with the reasons as the state's message, a line each,
-and what it made as labels of the run. One GET of a flow run says everything, to whatever client.
+`Promoted`, `Rejected`, … (`flows.deployments.deployed`), with the reasons as the state's message, a
+line each, and what it made as labels of the run. One GET of a flow run says everything, to whatever
+client.
 """
 
 import time

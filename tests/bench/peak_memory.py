@@ -33,7 +33,7 @@ MODELS = {  # hidden, intermediate, heads, key-value heads, blocks
 }
 WITHIN = 0.15  # of the prediction
 _IDLE = """
-import flows.quantize, flows.release, time
+import flows.quantize, flows.release.release, time
 print('ready', flush=True)
 time.sleep(600)
 """
@@ -115,7 +115,7 @@ def idle_bytes() -> int:
 
 def memory_of(recipe: Path, home: Path) -> dict[str, int]:
     """What `dpq quantize` says of its memory."""
-    program = "from flows.cli import main; main()"
+    program = "from flows.cli.main import main; main()"
     command = [sys.executable, "-c", program, "quantize", str(recipe), "--json"]
     environment = {**os.environ, "DPQ_HOME": str(home), "OMP_NUM_THREADS": "1"}
     run = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)

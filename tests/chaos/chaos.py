@@ -42,7 +42,7 @@ from infra.store import Store
 PATIENCE = 900  # s, for a run to end
 _LATER = 3.0  # s at most, from a number of artifacts to a kill
 _SET = ("PREFECT_", "MLFLOW_", "DPQ_")
-_PROGRAM = "from flows.cli import main; main()"
+_PROGRAM = "from flows.cli.main import main; main()"
 
 Victims = dict[str, list[Callable[[], None]]]  # by kind, what kills one
 Run = subprocess.Popen[str]

@@ -15,8 +15,8 @@ import pytest
 from typer.testing import CliRunner
 
 from dpq_core.recipe import parse_recipe
-from flows.cli import app
-from flows.runners import task_runner
+from flows.cli.main import app
+from flows.deployments.runners import task_runner
 from infra.orchestration.services import services
 
 REPOSITORY = Path(__file__).parents[2]
@@ -121,7 +121,9 @@ def workplace(services_home, tmp_path_factory):
     bin_folder = folder / "bin"
     bin_folder.mkdir()
     dpq = bin_folder / "dpq"
-    dpq.write_text(f'#!/bin/sh\nexec {sys.executable} -c "from flows.cli import main; main()" "$@"')
+    dpq.write_text(
+        f'#!/bin/sh\nexec {sys.executable} -c "from flows.cli.main import main; main()" "$@"'
+    )
     dpq.chmod(0o755)
     (folder / "recipes").mkdir()
     environment = {
@@ -200,7 +202,7 @@ def run_flow(flow, recipe, *arguments):
 def dpq_process(*arguments):
     """`dpq …` as a process of its own, on the session's services."""
     return subprocess.Popen(
-        [sys.executable, "-c", "from flows.cli import main; main()", *map(str, arguments)],
+        [sys.executable, "-c", "from flows.cli.main import main; main()", *map(str, arguments)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         env={**os.environ, "OMP_NUM_THREADS": "1"},

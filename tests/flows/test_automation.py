@@ -36,10 +36,10 @@ from typer.testing import CliRunner
 
 from dpq_core.recipe import GatesSection, RecipeError, load_recipe
 from dpq_core.verdict.gates import Verdict
-from flows.approval import approved
-from flows.cli import app
-from flows.deployed_recipe import COMMON, Overrides, admitted
-from flows.release import release
+from flows.cli.main import app
+from flows.deployments.form import COMMON, Overrides, admitted
+from flows.release.approval import approved
+from flows.release.release import release
 from infra.orchestration import client
 from infra.orchestration.automations import automations, crashed_runs, ensure
 from infra.orchestration.deployments import QUEUE_OF

@@ -12,7 +12,7 @@ from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterKey
 
 from dpq_core.recipe import parse_recipe
 from dpq_core.serving import avx2
-from flows.release import release
+from flows.release.release import release
 from infra.orchestration.deployments import QUEUE_OF, QUEUES
 from infra.registry.tracking import mlflow_client, tracking_store
 from tasks.benchmark import THROUGHPUT

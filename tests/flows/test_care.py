@@ -9,7 +9,7 @@ import pytest
 from prefect.client.orchestration import get_client
 from typer.testing import CliRunner
 
-from flows.cli import app
+from flows.cli.main import app
 from infra.registry import Registry
 from infra.registry.tracking import tracked_run, tracking_store
 from infra.store import Store

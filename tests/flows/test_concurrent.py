@@ -33,7 +33,7 @@ import tasks.calibrate, tasks.evaluate, tasks.quantize
 counted(tasks.calibrate, "block_passes")
 counted(tasks.quantize, "quantize_or_keep")
 counted(tasks.evaluate, "perplexity_token")
-from flows.cli import main
+from flows.cli.main import main
 main()
 """
 PART = "quantize_or_keep"

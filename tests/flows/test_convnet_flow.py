@@ -6,7 +6,7 @@ import pytest
 from typer.testing import CliRunner
 
 from dpq_core.verdict.halves import ALL, JUDGING
-from flows.cli import app
+from flows.cli.main import app
 from infra.registry import Registry
 from infra.registry.tracking import mlflow_client, tracking_store
 

@@ -29,8 +29,8 @@ from dpq_core.recipe import (
     read_recipe,
     validated,
 )
-from flows.cli import app
-from flows.deployed_recipe import Asked
+from flows.cli.main import app
+from flows.deployments.form import Asked
 
 REPOSITORY = Path(__file__).parents[2]
 PAGES = [

@@ -6,9 +6,9 @@ import re
 import pytest
 
 from dpq_core.recipe import Recipe, RecipeError
-from flows import deployed
-from flows.deployed_recipe import COMMON, Overrides, admitted
+from flows.deployments import deployed
 from flows.deployments.doors import TEXTS, check_source, is_open
+from flows.deployments.form import COMMON, Overrides, admitted
 
 DATA = "calibration.dataset"
 CLOSED = "is closed to a deployment's settings: write it in a recipe of a folder in DPQ_RECIPE_"

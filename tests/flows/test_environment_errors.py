@@ -7,7 +7,7 @@ import sys
 import pytest
 from typer.testing import CliRunner
 
-from flows.cli import app
+from flows.cli.main import app
 
 COMMAND = ["trigger", "release", "--recipe", "quickstart"]
 
@@ -15,7 +15,7 @@ COMMAND = ["trigger", "release", "--recipe", "quickstart"]
 def said_in(environment, folder):
     """The last line of a command in a process of its own, for Prefect is imported once."""
     done = subprocess.run(
-        [sys.executable, "-c", "from flows.cli import main; main()", *COMMAND],
+        [sys.executable, "-c", "from flows.cli.main import main; main()", *COMMAND],
         env={**os.environ, "DPQ_HOME": str(folder / "home"), **environment},
         capture_output=True,
         text=True,

@@ -24,11 +24,11 @@ from dpq_core.checkpoint.native import MANIFEST, load_model
 from dpq_core.evaluation import harness
 from dpq_core.recipe import parse_recipe
 from dpq_core.verdict.gates import NotMeasuredError
-from flows.cli import app
+from flows.cli.main import app
+from flows.deployments.nightly import why_due
 from flows.evaluate import evaluate as evaluate_flow
-from flows.measure import _ended, _found, _outcome
-from flows.nightly import why_due
-from flows.release import release
+from flows.release.measurements import _ended, _found, _outcome
+from flows.release.release import release
 from infra.registry import Registry
 from infra.registry.tracking import mlflow_client, tracking_store
 from infra.store import ArtifactRef, Store

@@ -10,8 +10,8 @@ from typer.testing import CliRunner
 
 from dpq_core.checkpoint import exports
 from dpq_core.checkpoint.exports import EXPORTS, verify
-from flows.cli import app
-from flows.release import release
+from flows.cli.main import app
+from flows.release.release import release
 from infra.registry import Registry
 from infra.registry.tracking import mlflow_client, tracking_store
 from infra.store import Store

@@ -3,7 +3,7 @@
 import pytest
 
 from dpq_core.recipe import RecipeError, load_recipe
-from flows.deployed_recipe import SHIPPED, Overrides, admitted
+from flows.deployments.form import SHIPPED, Overrides, admitted
 
 
 @pytest.mark.parametrize("text", ["/data/a #b", 'say "x"', "it's", "ü 😀", "a\\nb", "3", "[x]", ""])

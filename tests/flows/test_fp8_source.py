@@ -12,7 +12,7 @@ from dpq_core.checkpoint.native import load_model
 from dpq_core.data.texts import load_texts, token_windows
 from dpq_core.evaluation.perplexity import perplexity_token
 from dpq_core.recipe import parse_recipe
-from flows.release import release
+from flows.release.release import release
 from tasks.support.model import load_tokenizer
 
 

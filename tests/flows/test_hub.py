@@ -124,7 +124,7 @@ def repositories(tmp_path_factory):
     }
 
 
-RUN = "from flows.cli import main; main()"
+RUN = "from flows.cli.main import main; main()"
 RESOLVE = """
 import json, sys
 from dpq_core.model.reader import CheckpointError

@@ -10,7 +10,7 @@ from lxml.html import HTMLParser, document_fromstring
 from markdown_it import MarkdownIt
 from matplotlib.text import Text
 
-from flows.ladder import Row, as_records, cells, columns, html, markdown
+from flows.reporting.ladder import Row, as_records, cells, columns, html, markdown
 from tasks.support.figures import ladder_figure
 
 BASELINE = Row("bf16", 5.0, 0.0, None, 16.0, 0.0, {"accuracy.piqa (acc)": 57.1})

@@ -5,8 +5,8 @@ import pwd
 import pytest
 from typer.testing import CliRunner
 
-from flows.cli import app
-from flows.rollback import _user
+from flows.cli.main import app
+from flows.cli.rollback import _user
 
 
 @pytest.fixture(autouse=True)

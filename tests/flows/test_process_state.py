@@ -13,14 +13,14 @@ from dpq_core.evaluation.suites import definitions
 from dpq_core.evaluation.suites.definitions import SuiteSources, loaded_suites
 from dpq_core.machine import device
 from dpq_core.machine.device import freed_memory_kept, settle_thread, whole_machine
-from flows.results import printing_to_stderr
+from flows.cli.results import printing_to_stderr
 
 REPOSITORY = Path(__file__).parents[2]
 LONG = 300  # s, for a thread on a machine as busy as it likes
 
 COMMAND = """
 import os, subprocess, sys, threading
-from flows.errors import errors, print_json
+from flows.cli.errors import errors, print_json
 with errors(as_json=True):
     print("a library")
     sys.__stdout__.write("a handler that was made before\\n")

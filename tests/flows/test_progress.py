@@ -11,10 +11,10 @@ import pytest
 from rich.console import Console
 
 from dpq_core.recipe import TextDataset, load_recipe, parse_recipe
-from flows import forecast as module
-from flows import progress
-from flows.forecast import forecast
-from flows.progress import Pace, _Bars, _Lines
+from flows.cli import forecast as module
+from flows.cli import progress
+from flows.cli.forecast import forecast
+from flows.cli.progress import Pace, _Bars, _Lines
 from tasks.support.progress import parts_of_step, reporting_to, stepper
 
 

@@ -21,7 +21,7 @@ from prefect.concurrency.asyncio import ConcurrencySlotAcquisitionError
 from prefect.concurrency.sync import concurrency
 from prefect.settings import PREFECT_API_URL, temporary_settings
 
-from flows.release import release
+from flows.release.release import release
 from infra.registry import Registry
 from infra.registry.tracking import mlflow_client, tracking_store
 from tasks.register import promoting

@@ -13,9 +13,9 @@ from conftest import dpq_process, run_flow
 from dpq_core.recipe import parse_recipe
 from dpq_core.verdict.gates import Metric, NotMeasuredError, Verdict
 from dpq_core.verdict.halves import ALL, JUDGING
-from flows.attempt import Attempt
-from flows.release import release
-from flows.repair import repair
+from flows.release.candidate import Attempt
+from flows.release.release import release
+from flows.release.repair import repair
 from infra.registry import Registry
 from infra.registry.tracking import PARENT, mlflow_client, tracking_store
 
@@ -103,7 +103,7 @@ def test_the_half_that_judges_has_the_last_word(content, judged, monkeypatch):
         looks.append(keywords.get("chooses", False))
         return said
 
-    monkeypatch.setattr("flows.attempt.gate", gate)
+    monkeypatch.setattr("flows.release.candidate.gate", gate)
     candidate = SimpleNamespace(integrity={})
     found = repair(recipe, None, {}, Attempt(recipe, candidate, {}, look, look))
     assert looks == [False]

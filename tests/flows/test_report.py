@@ -14,8 +14,8 @@ from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterKey
 from prefect.client.schemas.sorting import ArtifactSort, FlowRunSort, LogSort
 
 from dpq_core.recipe import parse_recipe
-from flows import page
-from flows.release import release
+from flows.release.release import release
+from flows.reporting import page
 from infra import remote
 from infra.registry.tracking import mlflow_client, tracking_store
 

@@ -8,7 +8,7 @@ from conftest import run_flow
 
 from dpq_core.checkpoint.exports import verify
 from dpq_core.recipe import parse_recipe
-from flows.release import release
+from flows.release.release import release
 from infra import remote
 from infra.registry import Registry, RegistryError
 from infra.registry.tracking import tracking_store

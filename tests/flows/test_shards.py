@@ -36,7 +36,7 @@ def noted(self, *arguments):
         os.kill(os.getpid(), signal.SIGKILL)
     return statistics(self, *arguments)
 BlockPasses.statistics = noted
-from flows.cli import main
+from flows.cli.main import main
 main()
 """
 

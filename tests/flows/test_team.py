@@ -62,7 +62,9 @@ def command(home, settings, tmp_path_factory):
     """Run `python -m infra.team …`."""
     programs = tmp_path_factory.mktemp("bin")
     dpq = programs / "dpq"
-    dpq.write_text(f'#!/bin/sh\nexec {sys.executable} -c "from flows.cli import main; main()" "$@"')
+    dpq.write_text(
+        f'#!/bin/sh\nexec {sys.executable} -c "from flows.cli.main import main; main()" "$@"'
+    )
     dpq.chmod(0o755)
     environment = {
         **os.environ,
@@ -101,7 +103,7 @@ def running(home, settings, command, content):
 
         def dpq(*arguments):
             done = subprocess.run(
-                [sys.executable, "-c", "from flows.cli import main; main()", *arguments],
+                [sys.executable, "-c", "from flows.cli.main import main; main()", *arguments],
                 env={**os.environ, **client, "PYTHONPATH": PYTHONPATH},
                 cwd=home,
                 capture_output=True,

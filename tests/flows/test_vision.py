@@ -8,7 +8,7 @@ from conftest import run_flow
 from model_families import FAMILIES, save
 
 from dpq_core.recipe import parse_recipe
-from flows.release import release
+from flows.release.release import release
 from infra.registry.tracking import mlflow_client, tracking_store
 
 IMAGES = Path(__file__).parents[3] / "shared/data/cifar10_jpeg/test.zip"

@@ -20,7 +20,7 @@ from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterIdempoten
 from typer.testing import CliRunner
 
 from dpq_core.recipe import load_recipe
-from flows.cli import app
+from flows.cli.main import app
 from infra.orchestration.deployments import PREFECT_YAML, deploy
 from infra.orchestration.webhook import PATH, application, requested
 

@@ -8,7 +8,7 @@ from prefect.settings import PREFECT_API_URL, temporary_settings
 from typer.testing import CliRunner
 from web_server import MLFLOW, PREFECT, web_server
 
-from flows.cli import app
+from flows.cli.main import app
 from infra import probes
 from infra.orchestration.services import connected, services
 from infra.probes import ProbeError, check_mlflow, check_prefect

@@ -288,7 +288,7 @@ def _documents_digest(documents: Iterable[Any]) -> str:
 def quiet() -> None:
     """The harness warns of what is meant here, and draws bars of its own: not in this process any
     more. Nothing is put back, for another thread may be at work by then. What it prints to stdout
-    now and then is for commands to keep apart (`flows.results`)."""
+    now and then is for commands to keep apart (`flows.cli.results`)."""
     from lm_eval.api import task
 
     logging.getLogger("lm_eval").setLevel(logging.ERROR)

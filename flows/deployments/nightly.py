@@ -17,7 +17,7 @@ from prefect.states import Completed, Failed
 
 from dpq_core.digests import digest
 from dpq_core.recipe import Recipe, RecipeError
-from flows.deployed_recipe import Asked, admitted
+from flows.deployments.form import Asked, admitted
 from infra.orchestration.client import launch
 from infra.registry import Registry
 from infra.registry.tracking import tracking_store

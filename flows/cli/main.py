@@ -15,14 +15,14 @@ from typing import Annotated, Any, TypeVar, cast, get_args
 import typer
 
 from dpq_core.recipe import DeviceKind, Recipe, RecipeError, load_recipe
-from flows.automation import approve, deploy, reject, trigger, webhook
-from flows.convnet_cli import app as convnet_app
-from flows.ends import ending_cleanly, exit_codes, leave_threads, undelivered
-from flows.errors import errors, print_json
-from flows.mirror import app as mirror_app
-from flows.results import printing_to_stderr
-from flows.rollback import rollback
-from flows.store import app as store_app
+from flows.cli.automation import approve, deploy, reject, trigger, webhook
+from flows.cli.convnet import app as convnet_app
+from flows.cli.errors import errors, print_json
+from flows.cli.mirror import app as mirror_app
+from flows.cli.results import printing_to_stderr
+from flows.cli.rollback import rollback
+from flows.cli.signals import ending_cleanly, exit_codes, leave_threads, undelivered
+from flows.cli.store import app as store_app
 from infra.settings import home
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
@@ -67,7 +67,7 @@ def release(recipe: RecipePath, overrides: Overrides = None, as_json: AsJson = F
         if as_json:
             print_json(result.as_dict())
         else:
-            from flows.terminal import show_release
+            from flows.cli.terminal import show_release
 
             show_release(result)
         if result.verdict.verdict != "promoted":
@@ -91,7 +91,7 @@ def evaluate(
         if as_json:
             print_json(report.as_dict())
         else:
-            from flows.terminal import show_evaluation
+            from flows.cli.terminal import show_evaluation
 
             show_evaluation(report)
         if not report.complete:
@@ -136,7 +136,7 @@ def compare(recipe: RecipePath, overrides: Overrides = None, as_json: AsJson = F
         if as_json:
             print_json({"rows": [dataclasses.asdict(row) for row in rows]})
         else:
-            from flows.terminal import show_ladder
+            from flows.cli.terminal import show_ladder
 
             show_ladder(rows)
 
@@ -166,7 +166,7 @@ def bench(
         if as_json:
             print_json(result.as_dict())
         else:
-            from flows.terminal import show_benchmark
+            from flows.cli.terminal import show_benchmark
 
             show_benchmark(result)
 
@@ -233,7 +233,7 @@ def main() -> None:
     os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("TQDM_DISABLE", "1")  # progress is shown by flows.terminal
+    os.environ.setdefault("TQDM_DISABLE", "1")  # progress is shown by flows.cli.terminal
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
         app()
@@ -259,7 +259,7 @@ def _flow(name: str) -> Callable[..., Any]:
     flow = getattr(importlib.import_module(f"flows.{name}"), name)
 
     def run(recipe: Recipe, *arguments: Any) -> Any:
-        from flows.runners import task_runner
+        from flows.deployments.runners import task_runner
 
         return flow.with_options(task_runner=task_runner(recipe.execution))(recipe, *arguments)
 
@@ -269,7 +269,7 @@ def _flow(name: str) -> Callable[..., Any]:
 def _say_what_comes(recipe: Recipe, measured: bool = True) -> None:
     """On stderr, before anything starts."""
     print(f"{recipe.registered_name}: looking at model, texts and processor …", file=sys.stderr)
-    from flows.forecast import forecast
+    from flows.cli.forecast import forecast
 
     for line in forecast(recipe, measured):
         print(line, file=sys.stderr)
@@ -279,7 +279,7 @@ def _run(recipe: Recipe, run: Callable[[], _Result]) -> _Result:
     from infra.orchestration.services import services
 
     with ending_cleanly(), printing_to_stderr(), services(home()):
-        from flows.progress import progress
+        from flows.cli.progress import progress
 
         with progress():
             return run()

@@ -21,8 +21,8 @@ from dpq_core.repair.allocation import (
 )
 from dpq_core.repair.proxy import OutputMoments
 from dpq_core.verdict.gates import Metric
-from flows.attempt import Attempt
 from flows.quantize import Candidate
+from flows.release.candidate import Attempt
 from tasks.preflight import Inputs
 from tasks.quantize import quantize as quantize_readers
 from tasks.sensitivity import Cost, Costs, moments, sensitivity

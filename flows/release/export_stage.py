@@ -5,8 +5,8 @@ from dataclasses import replace
 from prefect.artifacts import create_table_artifact
 
 from dpq_core.verdict.gates import Verdict
-from flows.attempt import Attempt, gate
-from flows.report import gate_rows
+from flows.release.candidate import Attempt, gate
+from flows.reporting.prefect_artifacts import gate_rows
 from infra.registry.tracking import TrackedRun
 from infra.store import ArtifactRef
 from tasks.evaluate import Measured

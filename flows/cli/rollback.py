@@ -14,7 +14,7 @@ import typer
 
 from dpq_core.recipe import ExecutionSection
 from dpq_core.recipe.registered_names import checked_name
-from flows.errors import errors, print_json
+from flows.cli.errors import errors, print_json
 from infra.settings import home
 
 if TYPE_CHECKING:

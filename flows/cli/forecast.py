@@ -31,7 +31,7 @@ from dpq_core.machine.device import resolve_device
 from dpq_core.model.streaming import StreamedModel
 from dpq_core.paths import is_file
 from dpq_core.recipe import Recipe, TextDataset
-from flows.progress import shown_time
+from flows.cli.progress import shown_time
 from tasks.support.worker import workers_here
 
 _PASSES = 12  # over each output of a linear, in a forward pass

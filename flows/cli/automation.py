@@ -13,7 +13,7 @@ import typer
 
 from dpq_core.errors import InputError
 from dpq_core.recipe import DeviceKind
-from flows.errors import errors, print_json
+from flows.cli.errors import errors, print_json
 from infra.settings import home
 
 if TYPE_CHECKING:

@@ -1,9 +1,9 @@
 """A rejected candidate gets more bits where they pay, until the gates pass or the budget is spent.
 
-Every choice for every layer is quantized and its loss measured, once (`flows.options`); the
-knapsack picks the fewest bits whose predicted increase is below the limit
-(`dpq_core.repair.allocation`); the next candidate is made, and what it cost corrects the
-prediction. Nothing is computed twice: layers come from the store.
+Every choice for every layer is quantized and its loss measured, once
+(`flows.release.repair_options`); the knapsack picks the fewest bits whose predicted increase is
+below the limit (`dpq_core.repair.allocation`); the next candidate is made, and what it cost
+corrects the prediction. Nothing is computed twice: layers come from the store.
 
 All this looks at the half of the documents that chooses (`dpq_core.verdict.halves`). The last
 candidate is then judged on the other half, once; a rejection there is the end.
@@ -14,8 +14,8 @@ from dataclasses import dataclass
 
 from dpq_core.evaluation.scores import PERPLEXITY
 from dpq_core.recipe import Recipe
-from flows.attempt import Attempt, attempt, judged
-from flows.options import Options
+from flows.release.candidate import Attempt, attempt, judged
+from flows.release.repair_options import Options
 from tasks.evaluate import Measured
 from tasks.preflight import Inputs, replanned
 from tasks.support.progress import stepper

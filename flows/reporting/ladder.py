@@ -14,7 +14,7 @@ from typing import TypeGuard
 from markupsafe import Markup
 
 from dpq_core.verdict.pairing import CONFIDENCE
-from flows.html import rendered
+from flows.reporting.html import rendered
 
 _ABSENT = "–"
 # What Markdown, or HTML inside it, would act on; underscores inside a word are safe.

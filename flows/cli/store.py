@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from dpq_core.recipe import ExecutionSection
-from flows.errors import errors, print_json
+from flows.cli.errors import errors, print_json
 from infra.settings import home
 from infra.store.disk import shown_bytes, space_left
 
@@ -41,7 +41,7 @@ def ls(store: StorePath = _DEFAULT, as_json: AsJson = False) -> None:
 def verify(store: StorePath = _DEFAULT, as_json: AsJson = False) -> None:
     """Read every byte of every artifact: 0 all as their manifests say, 2 something is wrong."""
     with errors(as_json):
-        from flows.progress import progress
+        from flows.cli.progress import progress
         from infra.care import problems, stored
         from infra.store import Store
         from tasks.support.progress import stepper

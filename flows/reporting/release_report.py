@@ -13,7 +13,7 @@ from prefect.logging import get_run_logger
 
 from dpq_core.benchmark.throughput import Times
 from dpq_core.model.reader import CheckpointReader
-from flows.attempt import Attempt
+from flows.release.candidate import Attempt
 from infra.orchestration.services import mlflow_server
 from infra.registry.history import newest_versions
 from infra.registry.tracking import TrackedRun
@@ -24,7 +24,7 @@ from tasks.support.environment import hardware, seeds, versions
 from tasks.support.model import Model
 
 if TYPE_CHECKING:
-    from flows.page import ReportData
+    from flows.reporting.page import ReportData
 
 FILE = "report.html"
 _MOST = 30  # versions
@@ -75,7 +75,7 @@ def report_or_error(run: TrackedRun, tracking_uri: str, outcome: Outcome) -> Rep
 @task(name="report", cache_policy=NO_CACHE)
 def make_report(run: TrackedRun, tracking_uri: str, outcome: Outcome) -> str:
     """Write `report.html` to the run; returns the address at which a browser shows it."""
-    from flows.page import page  # matplotlib: a second
+    from flows.reporting.page import page  # matplotlib: a second
 
     run.log_text(page(_gathered(run, tracking_uri, outcome)), FILE)
     address = run.link(FILE)
@@ -84,7 +84,7 @@ def make_report(run: TrackedRun, tracking_uri: str, outcome: Outcome) -> str:
 
 
 def _gathered(run: TrackedRun, tracking_uri: str, outcome: Outcome) -> "ReportData":
-    from flows.page import ReportData
+    from flows.reporting.page import ReportData
 
     attempt, registration = outcome.attempt, outcome.registration
     recipe, candidate = attempt.recipe, attempt.candidate

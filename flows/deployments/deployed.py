@@ -16,9 +16,9 @@ from prefect.context import FlowRunContext
 from prefect.states import Completed
 
 from dpq_core.recipe import DeviceKind, ExecutionSection
-from flows.deployed_recipe import Overrides, RecipeName, admitted
 from flows.deployments.doors import check_source
-from flows.runners import task_runner
+from flows.deployments.form import Overrides, RecipeName, admitted
+from flows.deployments.runners import task_runner
 from infra.orchestration.client import label
 
 _AS_IT_IS = Overrides()

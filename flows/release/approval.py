@@ -25,7 +25,7 @@ from pydantic import Field
 
 from dpq_core.recipe import GatesSection
 from dpq_core.verdict.gates import Verdict
-from flows.report import gate_rows
+from flows.reporting.prefect_artifacts import gate_rows
 from infra.orchestration.client import ClientError, answer
 from tasks.support.progress import stepper
 

@@ -1,4 +1,4 @@
-"""Pages from `flows/templates`: escaped, and an error where a name is missing."""
+"""Pages from `flows/reporting/templates`: escaped, and an error where a name is missing."""
 
 from typing import Any
 

@@ -9,9 +9,9 @@ from typer.core import TyperGroup
 
 from dpq_core.convnet.recipe import ConvRecipe, load_conv_recipe
 from dpq_core.errors import check_extra
-from flows.ends import ending_cleanly
-from flows.errors import errors, print_json
-from flows.results import printing_to_stderr
+from flows.cli.errors import errors, print_json
+from flows.cli.results import printing_to_stderr
+from flows.cli.signals import ending_cleanly
 from infra.settings import home
 
 
@@ -43,7 +43,7 @@ def release(recipe: RecipePath, overrides: Overrides = None, as_json: AsJson = F
         if as_json:
             print_json(result.as_dict())
         else:
-            from flows.terminal import show_convnet
+            from flows.cli.terminal import show_convnet
 
             show_convnet(result)
         if result.verdict.verdict != "promoted":
@@ -58,19 +58,19 @@ def compare(recipe: RecipePath, overrides: Overrides = None, as_json: AsJson = F
         if as_json:
             print_json(found)
         else:
-            from flows.terminal import show_tables
+            from flows.cli.terminal import show_tables
 
             show_tables(*found.values())
 
 
 def _run(name: str, recipe: ConvRecipe) -> Any:
-    """A flow on its services; imported late, as in `flows.cli`."""
+    """A flow on its services; imported late, as in `flows.cli.main`."""
     check_extra("dpq convnet", "convnet", "torchao", "sklearn")
     from infra.orchestration.services import services
 
     with ending_cleanly(), printing_to_stderr(), services(home()):
         from flows import convnet
-        from flows.progress import progress
+        from flows.cli.progress import progress
 
         run: Callable[[ConvRecipe], Any] = getattr(convnet, name)
         with progress():

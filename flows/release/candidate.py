@@ -10,8 +10,8 @@ from dpq_core.recipe import Recipe
 from dpq_core.verdict.gates import Verdict, compare, judge
 from dpq_core.verdict.halves import ALL, CHOOSING, JUDGING, those
 from dpq_core.verdict.pairing import CONFIDENCE, Failure
-from flows.measure import measure
 from flows.quantize import Candidate, make_candidate
+from flows.release.measurements import measure
 from infra.store import Store
 from tasks.evaluate import Measured, Subject, load_evaluation
 from tasks.preflight import Inputs

@@ -1,4 +1,4 @@
-"""What a person sees at the end of a flow: tables. Progress is in `flows.progress`."""
+"""What a person sees at the end of a flow: tables. Progress is in `flows.cli.progress`."""
 
 import sys
 from collections.abc import Mapping, Sequence
@@ -10,9 +10,9 @@ from rich.table import Table
 from dpq_core.verdict.gates import Metric
 from flows.benchmark import Benchmark
 from flows.evaluate import EvaluationReport
-from flows.ladder import Row, cells, columns
-from flows.release import Release
-from flows.report import gate_rows, model_notes, notes, score_rows
+from flows.release.release import Release
+from flows.reporting.ladder import Row, cells, columns
+from flows.reporting.prefect_artifacts import gate_rows, model_notes, notes, score_rows
 from tasks.support.speeds import conditions, shown
 
 if TYPE_CHECKING:

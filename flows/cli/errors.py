@@ -14,8 +14,8 @@ import typer
 from pydantic import ValidationError
 
 from dpq_core.errors import InputError
-from flows.ends import Ended
-from flows.results import printing_to_stderr
+from flows.cli.results import printing_to_stderr
+from flows.cli.signals import Ended
 from infra.settings import home
 from infra.store.disk import is_full, space_left
 

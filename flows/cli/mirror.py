@@ -12,7 +12,7 @@ import typer
 from dpq_core.data import mirror
 from dpq_core.data.mirror import MirroredSplit, MirrorError
 from dpq_core.data.mirrored_suites import MIRRORED
-from flows.errors import errors, print_json
+from flows.cli.errors import errors, print_json
 
 app = typer.Typer(no_args_is_help=True, help="The suites' data without a hub.")
 

@@ -24,8 +24,15 @@ from dpq_core.evaluation.scores import PERPLEXITIES
 from dpq_core.recipe import Recipe
 from dpq_core.recipe.scheme import Scheme
 from dpq_core.verdict.gates import THROUGHPUT_RATIO, Verdict
-from flows.html import rendered
-from flows.report import gate_rows, interval, model_notes, notes, number, turned
+from flows.reporting.html import rendered
+from flows.reporting.prefect_artifacts import (
+    gate_rows,
+    interval,
+    model_notes,
+    notes,
+    number,
+    turned,
+)
 from infra.registry.history import PastVersion
 from tasks.benchmark import THROUGHPUT
 from tasks.log import layer_rows

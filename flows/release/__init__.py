@@ -1,0 +1,1 @@
+"""The release, stage by stage: candidate, measurements, repair, exports, approval."""
