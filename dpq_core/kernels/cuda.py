@@ -13,7 +13,7 @@ programs, one for each of a Hopper's 132 processors.
 
 Order of operations and roundings are the definitions' of the same names; sums of products differ in
 the last digit (fused multiply-add). Runs on a GPU (`make bench-gpu`) and in Triton's interpreter,
-and compiles for SM90 without spilling registers (`tests/core/test_cuda.py`).
+and compiles for SM90 without spilling registers (`tests/core/kernels/test_cuda.py`).
 """
 
 import torch

@@ -50,7 +50,7 @@ from dpq_core.convnet.train import fit, predict, score, seeded
 
 pytestmark = pytest.mark.usefixtures("patterns_of_present_convolutions")
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 TRAINING = TrainingSection(epochs=3, batch_size=32)
 CALIBRATION = CalibrationSection(batches=4)
 NARROW = {"width": 0.5}

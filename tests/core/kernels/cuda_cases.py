@@ -1,7 +1,7 @@
 """Quantization's Triton kernels, launched: on a CUDA device, or, with TRITON_INTERPRET=1, in the
 interpreter.
 
-    python -m pytest tests/core/cuda_cases.py
+    python -m pytest tests/core/kernels/cuda_cases.py
 
 `test_cuda.py` runs this in a process of its own, for the interpreter is chosen when Triton is
 imported.

@@ -23,7 +23,7 @@ from dpq_core.evaluation.suites.definitions import (
 from dpq_core.machine import device
 from dpq_core.model.empty import building
 
-SHARED = Path(__file__).parents[2].parent / "shared"
+SHARED = Path(__file__).parents[3].parent / "shared"
 SHIPPED = Path(lm_eval.__file__).parent / "tasks"
 STORIES = SHARED / "models/stories-260k"
 BYTES = ByT5Tokenizer(extra_ids=0)

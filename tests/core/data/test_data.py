@@ -21,10 +21,10 @@ from dpq_core.data.texts import (
 from dpq_core.errors import InputError
 from dpq_core.recipe import TextDataset
 
-SHARED = Path(__file__).parents[2].parent / "shared"
+SHARED = Path(__file__).parents[3].parent / "shared"
 WIKITEXT = SHARED / "data/wikitext2_raw_test/test.jsonl.gz"
 WIKI_LLAMA = SHARED / "models/wiki-llama-12m"
-QUICKSTART = Path(__file__).parents[2] / "recipes/quickstart/model"
+QUICKSTART = Path(__file__).parents[3] / "recipes/quickstart/model"
 BYTES = ByT5Tokenizer(extra_ids=0)
 
 

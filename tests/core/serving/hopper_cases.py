@@ -1,6 +1,6 @@
 """The Hopper kernels, launched: on a Hopper GPU, or, with TRITON_INTERPRET=1, in the interpreter.
 
-    python -m pytest tests/core/hopper_cases.py
+    python -m pytest tests/core/serving/hopper_cases.py
 
 `test_hopper.py` runs this in a process of its own, for the interpreter is chosen when Triton is
 imported.

@@ -1,6 +1,6 @@
 """Products of BF16 operands against float64: how far FP32 sums in any order may be from it.
 
-    python tests/core/product_cases.py      prints the arithmetic, and "as defined" if it is
+    python tests/core/kernels/product_cases.py      prints the arithmetic, and "as defined" if it is
 
 as a process of its own, because the libraries read their environment when they are loaded.
 """

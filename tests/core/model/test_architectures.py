@@ -25,7 +25,7 @@ from dpq_core.pipeline import quantize_checkpoint
 from dpq_core.recipe import CalibrationSection, TextDataset
 from dpq_core.recipe.scheme import Scheme
 
-PAGE = Path(__file__).parents[2] / "docs/models.md"
+PAGE = Path(__file__).parents[3] / "docs/models.md"
 SCHEME = Scheme(group_size=24, rounding="nearest", order="none")
 CALIBRATION = CalibrationSection(dataset=TextDataset(path="none"), min_tokens_per_input=0)
 
@@ -173,7 +173,7 @@ def fresh(monkeypatch):
 def test_the_page_is_what_was_found():
     """`DPQ_WRITE_DOCS=1` writes it."""
     before, _, after = re.split(r"(<!-- written by \S+ -->\n|<!-- end -->)", PAGE.read_text())[::2]
-    mark = "<!-- written by tests/core/test_architectures.py -->\n"
+    mark = "<!-- written by tests/core/model/test_architectures.py -->\n"
     page = f"{before}{mark}{table()}<!-- end -->{after}"
     if os.environ.get("DPQ_WRITE_DOCS"):
         PAGE.write_text(page)

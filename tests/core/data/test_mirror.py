@@ -20,7 +20,7 @@ from dpq_core.evaluation.suites.definitions import (
     loaded_suites,
 )
 
-SHARED = Path(__file__).parents[2].parent / "shared" / "data"
+SHARED = Path(__file__).parents[3].parent / "shared" / "data"
 needs_shared = pytest.mark.skipif(not SHARED.exists(), reason="needs ../shared/data")
 
 
