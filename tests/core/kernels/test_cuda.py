@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from test_hopper import resources
+from compiled_kernels import resources
 
 from dpq_core.kernels import cuda
 

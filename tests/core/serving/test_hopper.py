@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from compiled_kernels import by_tool, resources
 
 from dpq_core.arithmetic.formats import FORMATS, round_to
 from dpq_core.errors import InputError
@@ -153,22 +154,6 @@ def compiled(kernel, types, constants, stages):
     source = ASTSource(kernel, signature, missing | constants, attributes)
     options = {"num_warps": 8, "num_stages": stages}
     return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
-
-
-def by_tool(name, cubin, folder, *options):
-    """What a tool that comes with Triton says of a compiled kernel."""
-    import triton
-
-    (file := folder / "kernel.cubin").write_bytes(cubin)
-    tool = Path(triton.__file__).parent / "backends/nvidia/bin" / name
-    return subprocess.run([tool, *options, file], capture_output=True, text=True, check=True).stdout
-
-
-def resources(cubin, folder):
-    """Registers and stack bytes of a thread."""
-    said = by_tool("cuobjdump", cubin, folder, "-res-usage")
-    registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", said).groups()
-    return int(registers), int(stack)
 
 
 def main_loop(cubin, folder):
