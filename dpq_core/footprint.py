@@ -14,8 +14,8 @@ The constants count arrays that are alive at a time. For a layer [out, in] of 4 
 from dataclasses import dataclass
 
 from dpq_core.calibration.reduction_tree import Node, leaf_count, leaf_size, shares
-from dpq_core.layer.hessian import MAGNITUDES
-from dpq_core.layer.linear import stored_bytes
+from dpq_core.kernels.definitions import MAGNITUDES
+from dpq_core.layer.storage import stored_bytes
 from dpq_core.model.fp8 import WORKSPACE
 from dpq_core.model.plan import Plan, PlannedLayer
 from dpq_core.recipe import CalibrationSection

@@ -18,7 +18,8 @@ from dpq_core.calibration.statistics import (
     calibrate_block,
 )
 from dpq_core.checkpoint.native import load_layer, save_layer, write_checkpoint
-from dpq_core.layer.quantize import QuantizedLinear, quantize_or_keep
+from dpq_core.layer.quantize import quantize_or_keep
+from dpq_core.layer.records import QuantizedLinear
 from dpq_core.layer.shared_input import SharedInput
 from dpq_core.model.context import check_ids, check_lengths
 from dpq_core.model.inputs import ModelInputs, batches_of

@@ -13,7 +13,7 @@ from torch import Tensor
 from dpq_core.checkpoint.exports.card import licence_of
 from dpq_core.checkpoint.native import QuantizedCheckpoint, load_layer, write_checkpoint
 from dpq_core.digests import digest
-from dpq_core.layer.quantize import QuantizedLinear
+from dpq_core.layer.records import QuantizedLinear
 from dpq_core.model.inputs import ModelInputs
 from dpq_core.model.plan import plan_layers
 from dpq_core.model.quantization import described, quantization_of

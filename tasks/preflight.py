@@ -15,7 +15,7 @@ from dpq_core.calibration.required_tokens import CalibrationTokens
 from dpq_core.checkpoint.exports import check_exportable, planned_targets
 from dpq_core.checkpoint.exports.format import ExportError
 from dpq_core.footprint import Footprint, footprint
-from dpq_core.layer.linear import stored_bytes
+from dpq_core.layer.storage import stored_bytes
 from dpq_core.machine.device import DeviceError, resolve_device
 from dpq_core.model.plan import Plan, kept_lines, plan_layers
 from dpq_core.recipe import Recipe, RecipeError

@@ -10,7 +10,7 @@ from prefect.cache_policies import NO_CACHE
 
 from dpq_core.checkpoint.native import load_layer, load_report
 from dpq_core.digests import digest
-from dpq_core.layer.quantize import QuantizedLinear
+from dpq_core.layer.records import QuantizedLinear
 from dpq_core.recipe import Recipe
 from dpq_core.repair.proxy import OutputMoments, output_moments
 from dpq_core.repair.sensitivity import Variant, block_losses

@@ -24,8 +24,9 @@ from dpq_core.benchmark.roofline import Load
 from dpq_core.checkpoint.native import QuantizedCheckpoint, load_quantized
 from dpq_core.errors import InputError
 from dpq_core.layer.grid import choose_grid
-from dpq_core.layer.linear import expected_shapes, layer_from_tensors, stored_bytes
-from dpq_core.layer.quantize import LayerReport, QuantizedLinear, QuantizedWeight, round_weight
+from dpq_core.layer.quantize import round_weight
+from dpq_core.layer.records import LayerReport, QuantizedLinear, QuantizedWeight
+from dpq_core.layer.storage import expected_shapes, layer_from_tensors, stored_bytes
 from dpq_core.model.anatomy import path_of
 from dpq_core.model.empty import building
 from dpq_core.model.plan import plan_layers

@@ -22,15 +22,11 @@ from torch import Tensor, nn
 from dpq_core.arithmetic.formats import NumberFormat, quantize
 from dpq_core.calibration.reduction_tree import Node, leaves_of, summed
 from dpq_core.kernels import cpu
-from dpq_core.layer.hessian import (
-    MAGNITUDES,
-    InputStatistics,
-    count_magnitudes,
-    equal_norms,
-    raise_first,
-)
-from dpq_core.layer.linear import token_scale
-from dpq_core.layer.quantize import static_scale_of
+from dpq_core.kernels.definitions import MAGNITUDES
+from dpq_core.kernels.dispatch import count_magnitudes
+from dpq_core.layer.hessian import InputStatistics
+from dpq_core.layer.input_scale import static_scale_of, token_scale
+from dpq_core.layer.token_weights import equal_norms, raise_first
 from dpq_core.model.finite import not_finite
 from dpq_core.model.inputs import Batch
 from dpq_core.model.streaming import StreamedModel

@@ -24,8 +24,9 @@ from torch import Tensor, nn
 from dpq_core.checkpoint.importers import fill_gptq, load_compressed_tensors, unsupported
 from dpq_core.checkpoint.shards import ShardWriter, check_files, digests_of
 from dpq_core.digests import write_json
-from dpq_core.layer.linear import W4A8Linear, expected_shapes, layer_from_tensors, layer_tensors
-from dpq_core.layer.quantize import LayerReport, QuantizedLinear
+from dpq_core.layer.linear import W4A8Linear
+from dpq_core.layer.records import LayerReport, QuantizedLinear
+from dpq_core.layer.storage import expected_shapes, layer_from_tensors, layer_tensors
 from dpq_core.model.anatomy import path_of
 from dpq_core.model.empty import building
 from dpq_core.model.filling import fill_parameters

@@ -35,7 +35,7 @@ def choose_block(
     grid: ColumnGrid,  # of the block's columns
     factor: Tensor,  # [n, n] fp32, U's diagonal block
 ) -> None:
-    """`column_loop.choose_block`: 32 columns at a time, a product for those that follow."""
+    """`definitions.choose_block`: 32 columns at a time, a product for those that follow."""
     (group, *scales), inner = _arrays(grid), rounding_of(grid.inner)
     transposed = factor.T.contiguous()
     for start in range(0, len(work), _COLUMNS):
@@ -80,7 +80,7 @@ def group_errors(
     zero_point: Tensor,  # [out, G] fp32
     inner: NumberFormat | None,
 ) -> Tensor:  # [out, G] fp32
-    """`grid.group_errors`."""
+    """`definitions.group_errors`."""
     errors = torch.empty_like(group_scale)
     scales = group_scale.numpy(), zero_point.numpy(), errors.numpy()
     arrays = weight.numpy(), importance.numpy(), group_size, *scales
@@ -124,7 +124,7 @@ def quantize(
 
 
 def count_magnitudes(x: Tensor, counts: Tensor) -> None:
-    """`hessian.count_magnitudes` of BF16 values of any shape, added to counts [2**15] int64."""
+    """`definitions.count_magnitudes` of BF16 values of any shape, added to counts [2**15] int64."""
     numba_loops.count_magnitudes(bits_of(x).ravel(), counts.numpy())
 
 

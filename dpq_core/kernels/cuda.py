@@ -43,7 +43,7 @@ def choose_block(
     grid: ColumnGrid,  # of the block's columns
     factor: Tensor,  # [n, n] fp32, U's diagonal block
 ) -> None:
-    """`column_loop.choose_block`."""
+    """`definitions.choose_block`."""
     columns, rows = work.shape
     choose[(triton.cdiv(rows, ROWS),)](
         work,
@@ -66,7 +66,7 @@ def step_columns(
     hessian: Tensor,  # [n, n] fp32, the diagonal block
     least_gain: float,
 ) -> Tensor:
-    """`gradient_rounding.step_columns`. [n, out]"""
+    """`definitions.step_columns`. [n, out]"""
     columns, rows = codes.shape
     steps = torch.empty_like(codes)
     step[(triton.cdiv(rows, ROWS),)](
@@ -94,7 +94,7 @@ def group_errors(
     zero_point: Tensor,  # [out, G] fp32
     inner: NumberFormat | None,
 ) -> Tensor:  # [out, G] fp32
-    """`grid.group_errors`."""
+    """`definitions.group_errors`."""
     rows, features = scaled.shape
     errors = torch.empty_like(group_scale)
     groups = group_scale.shape[1]
@@ -117,7 +117,7 @@ def group_errors(
 
 
 def count_magnitudes(x: Tensor, bins: int) -> Tensor:
-    """`hessian.count_magnitudes` of BF16 values of any shape. [bins] int64.
+    """`definitions.count_magnitudes` of BF16 values of any shape. [bins] int64.
 
     Programs add to copies of the histogram, in the L2 cache: few values are so frequent that
     processors would wait for one another at a single one.
@@ -144,7 +144,7 @@ def _limits(inner: NumberFormat | None) -> tuple[float, int, int]:
 
 @triton.jit
 def _nearest(value: tl.tensor, maximum: tl.tensor, mask: tl.tensor, lowest: tl.tensor) -> tl.tensor:
-    """`kernels.nearest`."""
+    """`numba_loops.nearest`."""
     clamped = tl.minimum(tl.maximum(value, -maximum), maximum)
     step = tl.maximum(clamped.to(tl.int32, bitcast=True) & mask, lowest) + _STEPS
     steps = step.to(tl.float32, bitcast=True)
@@ -153,7 +153,7 @@ def _nearest(value: tl.tensor, maximum: tl.tensor, mask: tl.tensor, lowest: tl.t
 
 @triton.jit
 def _encoded(quotient: tl.tensor, zero: tl.tensor) -> tl.tensor:
-    """`kernels._encoded`."""
+    """`numba_loops._encoded`."""
     steps = tl.minimum(tl.maximum(quotient, -16.0), 16.0)
     return tl.minimum(tl.maximum((steps + _UNITS) - _UNITS + zero, 0.0), 15.0)
 

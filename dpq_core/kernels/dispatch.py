@@ -1,20 +1,46 @@
-"""Which module's kernels take some tensors. Those of one name do what the definition does."""
+"""Which device's kernels take some tensors. Those of one name compute what the definition does."""
 
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from dpq_core.kernels import cpu
+from dpq_core.arithmetic.affine import ColumnGrid
+from dpq_core.kernels import cpu, definitions
+from dpq_core.kernels.definitions import MAGNITUDES
 
 
 def kernels_for(*tensors: Tensor) -> Any:
-    """`dpq_core.kernels.cpu` or `dpq_core.kernels.cuda`, for FP32 tensors on such a device; None:
-    the definitions in plain torch run."""
+    """`cpu` or `cuda` for FP32 tensors on such a device, else `definitions`: a module with
+    `choose_block`, `step_columns` (`cpu` has all passes as one, `refine_codes`), `group_errors`."""
     if cpu.fits(*tensors):
         return cpu
     if all(tensor.is_cuda and tensor.dtype == torch.float32 for tensor in tensors):
         from dpq_core.kernels import cuda  # Triton, which comes with a CUDA torch
 
         return cuda
-    return None
+    return definitions
+
+
+def residual(
+    codes: Tensor,  # [in, out] fp32
+    weight: Tensor,  # [in, out] fp32, used up
+    grid: ColumnGrid,
+) -> Tensor:
+    """ŵ - w [in, out], in the place of w."""
+    if cpu.fits(codes, weight):
+        return cpu.residual(codes, weight, grid)
+    return definitions.residual(codes, weight, grid)
+
+
+def count_magnitudes(x: Tensor) -> Tensor:
+    """Occurrences [2**15] int64 of each |x|, of any shape, rounded to BF16."""
+    if x.is_cpu and x.dtype == torch.bfloat16:
+        counts = torch.zeros(MAGNITUDES, dtype=torch.int64)
+        cpu.count_magnitudes(x, counts)
+        return counts
+    if x.is_cuda:
+        from dpq_core.kernels import cuda
+
+        return cuda.count_magnitudes(x.to(torch.bfloat16), MAGNITUDES)
+    return definitions.count_magnitudes(x)

@@ -93,7 +93,7 @@ def choose(
     mask: np.int32,
     lowest: np.int32,
 ) -> None:
-    """`column_loop.choose_block`, by tiles whose errors stay in the first cache. A column takes the
+    """`definitions.choose_block`, by tiles whose errors stay in the first cache. A column takes the
     errors of the columns before it when its turn comes, instead of passing its own on."""
     columns = len(work)
     errors = np.zeros((columns, TILE_ROWS), np.float32)
@@ -269,7 +269,7 @@ def group_errors(
     mask: np.int32,
     lowest: np.int32,
 ) -> None:
-    """`grid.group_errors`."""
+    """`definitions.group_errors`."""
     columns = weight.shape[1]
     terms = np.empty(group_size, np.float32)
     for row in range(first, last):
@@ -316,6 +316,6 @@ def round_rows(
 
 @compiled()
 def count_magnitudes(x: NDArray[np.int16], counts: NDArray[np.int64]) -> None:
-    """`hessian.count_magnitudes` of BF16 [n], added to counts [2**15]."""
+    """`definitions.count_magnitudes` of BF16 [n], added to counts [2**15]."""
     for value in x:
         counts[value & _MAGNITUDE] += 1

@@ -7,9 +7,8 @@ triangular, quantizing column j of the working weight changes the columns still 
 
 which is the change that keeps the layer objective lowest. Columns are handled in blocks: inside a
 block one by one, then all columns after it by one product. Everything is transposed here (a column
-of the weight is a contiguous row), which is what makes the inner steps cheap. `choose_block` states
-a block's steps in plain torch; `dpq_core.kernels.cpu` and `dpq_core.kernels.cuda` have them as
-kernels.
+of the weight is a contiguous row), which is what makes the inner steps cheap. A block's steps are
+`choose_block` of `dpq_core.kernels.definitions`.
 
 DPQ differs from GPTQ in one thing: ŵ contains the rounding to the 8-bit inner format, so that this
 error is compensated as well.
@@ -84,29 +83,13 @@ def quantize_columns(
 ) -> Tensor:  # codes [in, out] fp32
     """Codes of all columns. With a factor, `weight` is used up as the working weight."""
     codes = torch.empty_like(weight, memory_format=torch.contiguous_format)
-    kernels = kernels_for(weight)
-    choose = kernels.choose_block if kernels else choose_block
+    choose_block = kernels_for(weight).choose_block
     for start in range(0, len(weight), block_columns):
         block = slice(start, min(start + block_columns, len(weight)))
         if factor is None:
             codes[block] = grid[block].encode(weight[block])
             continue
-        choose(weight[block], codes[block], grid.part(block), factor[block, block])
+        choose_block(weight[block], codes[block], grid.part(block), factor[block, block])
         rest = slice(block.stop, None)
         weight[rest].addmm_(factor[block, rest].T, weight[block], alpha=-1)
     return codes
-
-
-def choose_block(
-    work: Tensor,  # [n, out] fp32, the working weight, replaced by the errors
-    codes: Tensor,  # [n, out] fp32, written
-    grid: ColumnGrid,  # of the block's columns
-    factor: Tensor,  # [n, n] fp32, U's diagonal block
-) -> None:
-    """Codes of a block's columns, and the errors that the columns after it take."""
-    columns = grid[:]
-    for j in range(len(work)):
-        column = columns[j]
-        codes[j] = column.encode(work[j])
-        work[j].sub_(column.decode(codes[j])).div_(factor[j, j])
-        work[j + 1 :].addr_(factor[j, j + 1 :], work[j], alpha=-1)

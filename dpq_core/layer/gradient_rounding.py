@@ -13,9 +13,9 @@ column loop. Codes stay in 0…15.
 import torch
 from torch import Tensor
 
-from dpq_core.arithmetic.affine import CODES, Affine, ColumnGrid
+from dpq_core.arithmetic.affine import ColumnGrid
 from dpq_core.kernels import cpu
-from dpq_core.kernels.dispatch import kernels_for
+from dpq_core.kernels.dispatch import kernels_for, residual
 
 # A step must gain this share of δ² H_jj: keeps float noise from moving codes between ties.
 _LEAST_GAIN = 1e-3
@@ -55,54 +55,12 @@ def _one_pass(
 ) -> Tensor:
     """Moves codes [in, rows] in place; how many of each row."""
     gradient = hessian @ residual(codes, weight, grid)  # (d H)ᵀ, H is symmetric
-    kernels = kernels_for(codes, weight, hessian)
-    step_block = kernels.step_columns if kernels else step_columns
+    step_columns = kernels_for(codes, weight, hessian).step_columns
     moved = torch.zeros(codes.shape[1], dtype=torch.int64, device=codes.device)
     for start in range(0, len(codes), block_columns):
         block = slice(start, min(start + block_columns, len(codes)))
         corner, part = hessian[block, block], grid.part(block)
-        steps = step_block(codes[block], gradient[block], part, corner, _LEAST_GAIN)
+        steps = step_columns(codes[block], gradient[block], part, corner, _LEAST_GAIN)
         moved += (steps != 0).sum(0)
         gradient[block.stop :].addmm_(hessian[block.stop :, block], steps)
     return moved
-
-
-def step_columns(
-    codes: Tensor,  # [n, out] fp32, changed
-    gradient: Tensor,  # [n, out] fp32: d H of the block's columns, used up
-    grid: ColumnGrid,  # of the block's columns
-    hessian: Tensor,  # [n, n] fp32, the diagonal block
-    least_gain: float,
-) -> Tensor:
-    """Steps of a block's columns, one after the other: what each adds to ŵ. [n, out]"""
-    steps, columns, diagonal = torch.zeros_like(codes), grid[:], hessian.diagonal()
-    for j in range(len(codes)):
-        moved = _best_step(codes[j], gradient[j], diagonal[j], columns[j], least_gain)
-        codes[j], steps[j] = moved
-        gradient[j:].addr_(hessian[j:, j], steps[j])
-    return steps
-
-
-def _best_step(
-    codes: Tensor, gradient: Tensor, curvature: Tensor, column: Affine, least_gain: float
-) -> tuple[Tensor, Tensor]:
-    """New codes of one column and the change of its decoded weight, all [out].
-
-    The weight grows with the code, so only a step against the gradient's sign can gain.
-    """
-    candidate = (codes - gradient.sign()).clamp_(CODES.minimum, CODES.maximum)
-    change = column.decode(candidate) - column.decode(codes)
-    gain = -(2 * gradient + change * curvature) * change
-    better = gain > least_gain * curvature * change.square()
-    return torch.where(better, candidate, codes), torch.where(better, change, 0)
-
-
-def residual(
-    codes: Tensor,  # [in, out] fp32
-    weight: Tensor,  # [in, out] fp32, used up
-    grid: ColumnGrid,
-) -> Tensor:
-    """ŵ - w [in, out], in the place of w."""
-    if cpu.fits(codes, weight):
-        return cpu.residual(codes, weight, grid)
-    return torch.sub(grid.decode(codes), weight, out=weight)

@@ -24,10 +24,10 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
-from dpq_core.arithmetic.affine import CODES, Affine, ColumnGrid
+from dpq_core.arithmetic.affine import CODES, ColumnGrid
 from dpq_core.arithmetic.formats import FORMATS, NumberFormat, round_to
+from dpq_core.kernels.definitions import split_groups
 from dpq_core.kernels.dispatch import kernels_for
 from dpq_core.recipe.scheme import Scheme
 
@@ -140,14 +140,6 @@ def power_of_two_above(scale: Tensor) -> Tensor:
     return torch.ldexp(torch.ones_like(scale), exponent)
 
 
-def _split_groups(values: Tensor, group_size: int) -> Tensor:
-    """[rows, in] → [rows, G, group_size]; a short last group is filled with zeros, which every
-    range includes and no error counts."""
-    missing = -values.shape[1] % group_size
-    groups: Tensor = pad(values, (0, missing)).unflatten(1, (-1, group_size))
-    return groups
-
-
 def _separable(scale: Tensor, power_of_two: bool) -> Tensor:
     """Row scales [out, 1] near `scale` that vLLM finds again in 56 * s8 rounded to BF16."""
     scale = scale.clamp(min=_LEAST_ROW_SCALE)
@@ -182,7 +174,7 @@ def _affine(low: Tensor, high: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
 def _ranges(scaled: Tensor, importance: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
     """Lower and upper end of each group's range [out, G], of a weight [out, in] in units of s8."""
     inner = scheme.inner_format if scheme.rounds_inside else None
-    groups = _split_groups(round_to(scaled, inner) if inner else scaled, scheme.group_size)
+    groups = split_groups(round_to(scaled, inner) if inner else scaled, scheme.group_size)
     low, high = groups.amin(2).clamp(max=0), groups.amax(2).clamp(min=0)
     del groups
     if scheme.scale_search == "minmax":
@@ -201,32 +193,14 @@ def _best_shrink(
 ) -> Tensor:
     """For each group the share of its range with the least weighted error after inner rounding."""
     shares, best = torch.ones_like(low), torch.full_like(low, torch.inf)
-    kernels = kernels_for(scaled, importance)
-    errors_of = kernels.group_errors if kernels else group_errors
+    group_errors = kernels_for(scaled, importance).group_errors
     for share in _SHRINK:
         scale, zero = _affine(low * share, high * share, scheme)
-        error = errors_of(scaled, importance, scheme.group_size, scale.float(), zero, inner)
+        error = group_errors(scaled, importance, scheme.group_size, scale.float(), zero, inner)
         better = error < best
         best = torch.where(better, error, best)
         shares[better] = share
     return shares
-
-
-def group_errors(
-    scaled: Tensor,  # [out, in] fp32, in units of s8
-    importance: Tensor,  # [in] fp32
-    group_size: int,
-    group_scale: Tensor,  # [out, G] fp32
-    zero_point: Tensor,  # [out, G] fp32
-    inner: NumberFormat | None,
-) -> Tensor:  # [out, G] fp32
-    """Σ importance · (w / s8 - ŵ8)² of each group."""
-    groups = _split_groups(scaled, group_size)
-    weights = _split_groups(importance[None], group_size)[0]
-    one, scale, zero = scaled.new_ones(()), group_scale.unsqueeze(2), zero_point.unsqueeze(2)
-    affine = Affine(one, scale, zero, inner)
-    residual = affine.decode8(affine.encode(groups)).sub_(groups)
-    return residual.square_().mul_(weights).sum(2)
 
 
 def _slices(weight: Tensor) -> Iterator[slice]:

@@ -14,10 +14,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dpq_core.arithmetic.formats import NumberFormat, round_to
 from dpq_core.kernels import cpu
-
-MAGNITUDES = 1 << 15  # bit patterns of a non-negative bf16
+from dpq_core.kernels.definitions import MAGNITUDES
+from dpq_core.kernels.dispatch import count_magnitudes
 
 
 @dataclass
@@ -111,82 +110,3 @@ def _square_on_tensor_cores(x: Tensor) -> Tensor:
         cross = torch.mm(high.T, low, out_dtype=torch.float32)
         square += cross + cross.T
     return square
-
-
-def raise_first(x: Tensor, share: float) -> Tensor:
-    """Windows' inputs [windows, length, in] of any float type, each window's first token times the
-    root that makes it count as `share` of its window in H; the others are equal. x's type.
-
-    The first token is where attention goes that has nowhere else to go (Xiao et al., "Efficient
-    Streaming Language Models with Attention Sinks", 2024): an error of its value is in all tokens'
-    outputs, and H has it as one token of hundreds. It is one direction, which costs the others
-    little.
-    """
-    weight = share / (1 - share) * (x.shape[1] - 1)
-    raised = x.clone()
-    raised[:, 0] = (x[:, 0].float() * weight**0.5).to(x.dtype)
-    return raised
-
-
-def equal_norms(x: Tensor) -> Tensor:
-    """Inputs [..., in] of any float type, each token's divided by its norm; zeros stay. x's type.
-
-    So every token has the same say in H, whose objective is then the mean over tokens of
-    ‖ΔW x‖² / ‖x‖². As they are, an attention sink's inputs are too large or too small: before
-    SmolLM2-135M's `down_proj` of layer 11 they have 500 times the median norm and 99.8 % of H, and
-    before its `v_proj` 0.3 to 0.5 times, although every token reads what becomes of them
-    (`docs/log.md`).
-    """
-    norms: Tensor = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
-    return (x.float() / norms.clamp(min=torch.finfo(torch.float32).tiny)).to(x.dtype)
-
-
-def count_magnitudes(x: Tensor) -> Tensor:
-    """Occurrences [2**15] int64 of each |x|, of any shape, rounded to BF16."""
-    if x.is_cpu and x.dtype == torch.bfloat16:
-        counts = torch.zeros(MAGNITUDES, dtype=torch.int64)
-        cpu.count_magnitudes(x, counts)
-        return counts
-    if x.is_cuda:
-        from dpq_core.kernels import cuda  # Triton, which comes with a CUDA torch
-
-        return cuda.count_magnitudes(x.to(torch.bfloat16), MAGNITUDES)
-    bits = x.to(torch.bfloat16).view(torch.int16).flatten().int() & (MAGNITUDES - 1)
-    return torch.bincount(bits, minlength=MAGNITUDES)
-
-
-def static_input_scale(magnitudes: Tensor, fmt: NumberFormat, estimator: str) -> Tensor:
-    """One scale for all of a layer's activations, from their histogram. FP32 scalar.
-
-    Args:
-        magnitudes: [2**15] int64, as counted by `InputStatistics`.
-        fmt: 8-bit format of the activations.
-        estimator: `amax`, the largest magnitude meets the format's maximum; `percentile`, 99.9 % of
-            the values lie within it; `mse`, the least squared error among shrunk ranges.
-    """
-    values = torch.arange(MAGNITUDES, dtype=torch.int16).view(torch.bfloat16).float()
-    present = magnitudes.cpu().nonzero().flatten()
-    if len(present) == 0 or not torch.isfinite(values[present[-1]]):
-        raise ValueError("no finite calibration activations to choose a static scale from")
-    values, counts = values[present], magnitudes.cpu()[present].double()
-    amax = values[-1]
-    if amax == 0:
-        return torch.ones((), dtype=torch.float32)
-    if estimator == "percentile":
-        cumulative = counts.cumsum(0) / counts.sum()
-        amax = values[int(torch.searchsorted(cumulative, _PERCENTILE))]
-        amax = amax if amax > 0 else values[-1]
-    elif estimator == "mse":
-        ranges = [values[-1] * share for share in _RANGE_SHARES]
-        errors = [_rounding_error(values, counts, top / fmt.maximum, fmt) for top in ranges]
-        amax = ranges[errors.index(min(errors))]
-    return amax / fmt.maximum
-
-
-_PERCENTILE = 0.999
-_RANGE_SHARES = tuple(2 ** (-step / 8) for step in range(48))
-
-
-def _rounding_error(values: Tensor, counts: Tensor, scale: Tensor, fmt: NumberFormat) -> float:
-    residual = round_to(values / scale, fmt) * scale - values
-    return float((residual.double().square() * counts).sum())

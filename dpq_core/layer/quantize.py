@@ -8,96 +8,25 @@ rounding, order undone. Group scales belong to the stored column order (static g
 every order is free at inference.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from dpq_core.arithmetic.affine import ColumnGrid
 from dpq_core.arithmetic.formats import round_to
+from dpq_core.kernels.dispatch import residual
 from dpq_core.layer.column_loop import quantize_columns
-from dpq_core.layer.gradient_rounding import refine_codes, residual
-from dpq_core.layer.grid import Grid, choose_channel_scale, choose_grid, power_of_two_above
-from dpq_core.layer.hessian import InputStatistics, static_input_scale
+from dpq_core.layer.column_order import column_order
+from dpq_core.layer.gradient_rounding import refine_codes
+from dpq_core.layer.grid import choose_channel_scale, choose_grid
+from dpq_core.layer.hessian import InputStatistics
+from dpq_core.layer.input_scale import static_scale_of
+from dpq_core.layer.objective import objective, relative
+from dpq_core.layer.records import LayerReport, QuantizedLinear, QuantizedWeight, RoundedWeight
 from dpq_core.layer.shared_input import SharedInput
 from dpq_core.recipe.layer_choices import chosen_scheme
-from dpq_core.recipe.scheme import METHODS, OrderName, Scheme
-
-
-@dataclass(frozen=True)
-class QuantizedWeight:
-    """A weight as 4-bit codes and the grid that gives them meaning."""
-
-    codes: Tensor  # [out, in] uint8, 0…15
-    grid: Grid
-
-
-@dataclass(frozen=True)
-class RoundedWeight:
-    """A weight in the 8-bit format of the arithmetic: Ŵ16 = channel_scale * values."""
-
-    values: Tensor  # [out, in] float8_e4m3fn or int8
-    channel_scale: Tensor  # [out, 1] fp32
-
-    def decode(self) -> Tensor:
-        """Ŵ16 [out, in] fp32."""
-        return self.channel_scale * self.values.float()
-
-
-@dataclass(frozen=True)
-class LayerReport:
-    """What quantization did to one layer.
-
-    error: tr((W - Ŵ) H (W - Ŵ)ᵀ) / tr(W H Wᵀ), the output's relative squared error.
-    damp_frac: the damping that the factorisation took; the scheme's unless it had to grow.
-    codes_moved: by gradient-aware rounding, over all passes.
-    tokens: of calibration that the layer saw.
-    kept: why it stays in 16 bits although its scheme asks for fewer; empty where it does not.
-    """
-
-    error: float
-    damp_frac: float
-    codes_moved: int
-    tokens: int = 0
-    kept: str = ""
-
-
-@dataclass(frozen=True)
-class QuantizedLinear:
-    """One linear layer: how it was quantized, its weight, and its static activation scale."""
-
-    scheme: Scheme
-    weight: QuantizedWeight | RoundedWeight | Tensor  # [out, in] of 16 bits where method is `none`
-    input_scale: Tensor | None  # fp32 scalar; None: dynamic or 16-bit activations
-    report: LayerReport
-
-    @property
-    def features(self) -> int:
-        """Columns of the weight."""
-        weight = self.weight
-        if isinstance(weight, QuantizedWeight):
-            return weight.codes.shape[1]
-        return (weight.values if isinstance(weight, RoundedWeight) else weight).shape[1]
-
-    def to(self, device: torch.device | str) -> "QuantizedLinear":
-        """The same layer on a device."""
-        scale = None if self.input_scale is None else self.input_scale.to(device)
-        weight = self.weight
-        if isinstance(weight, QuantizedWeight):
-            weight = QuantizedWeight(weight.codes.to(device), weight.grid.to(device))
-        elif isinstance(weight, RoundedWeight):
-            weight = RoundedWeight(weight.values.to(device), weight.channel_scale.to(device))
-        else:
-            weight = weight.to(device)
-        return replace(self, weight=weight, input_scale=scale)
-
-    def decoded(self) -> Tensor:
-        """Ŵ16 [out, in] fp32."""
-        if isinstance(self.weight, QuantizedWeight):
-            return self.weight.grid.decode(self.weight.codes)
-        if isinstance(self.weight, RoundedWeight):
-            return self.weight.decode()
-        return self.weight.float()
+from dpq_core.recipe.scheme import METHODS, Scheme
 
 
 def quantize_or_keep(
@@ -155,7 +84,9 @@ def _quantized(weight: Tensor, inputs: SharedInput, scheme: Scheme) -> Quantized
     weight = weight.detach().float()
     if scheme.bits == 8:
         rounded = round_weight(weight, scheme)
-        error = _relative(rounded.decode().sub_(weight).T, weight.T, inputs.hessian())
+        hessian = inputs.hessian()
+        lost = objective(rounded.decode().sub_(weight).T, hessian)
+        error = relative(lost, objective(weight.T, hessian))
         return QuantizedLinear(
             scheme, rounded, input_scale, LayerReport(error, scheme.damp_frac, 0)
         )
@@ -165,10 +96,10 @@ def _quantized(weight: Tensor, inputs: SharedInput, scheme: Scheme) -> Quantized
     weight = weight.index_select(1, order).T.contiguous()
     codes, damp_frac, moved = _choose_codes(weight, inputs, order, grid.at(order), scheme)
     hessian = inputs.hessian(order)
-    scale = objective(weight, hessian)
-    error = objective(residual(codes, weight, grid.at(order)), hessian) / max(scale, _TINY)
+    whole = objective(weight, hessian)
+    lost = objective(residual(codes, weight, grid.at(order)), hessian)  # uses the weight up
     stored = codes.to(torch.uint8).index_select(0, order.argsort()).T.contiguous()
-    report = LayerReport(error, damp_frac, moved)
+    report = LayerReport(relative(lost, whole), damp_frac, moved)
     return QuantizedLinear(scheme, QuantizedWeight(stored, grid), input_scale, report)
 
 
@@ -179,48 +110,6 @@ def round_weight(weight: Tensor, scheme: Scheme) -> RoundedWeight:
     scale = choose_channel_scale(weight, scheme, inner.maximum)
     stored = torch.float8_e4m3fn if inner.is_float else torch.int8
     return RoundedWeight(round_to(weight / scale, inner).to(stored), scale)
-
-
-_TINY = torch.finfo(torch.float32).tiny
-
-
-def _relative(residual: Tensor, weight: Tensor, hessian: Tensor) -> float:
-    """The layer's relative error, of a transposed residual and weight [in, out]."""
-    return objective(residual, hessian) / max(objective(weight, hessian), _TINY)
-
-
-def objective(residual: Tensor, hessian: Tensor) -> float:
-    """tr(Dᵀ H D) of a transposed residual D [in, out], from one half of H, which is symmetric."""
-    total = torch.zeros((), dtype=torch.float64, device=hessian.device)
-    for start in range(0, len(hessian), _OBJECTIVE_ROWS):
-        rows, rest = slice(start, start + _OBJECTIVE_ROWS), slice(start + _OBJECTIVE_ROWS, None)
-        product = hessian[rows, rows] @ residual[rows]
-        product.addmm_(hessian[rows, rest], residual[rest], alpha=2)
-        total += product.mul_(residual[rows]).sum(0).sum(dtype=torch.float64)
-    return float(total)
-
-
-_OBJECTIVE_ROWS = 128
-
-
-def column_order(diagonal: Tensor, order: OrderName, group_size: int) -> Tensor:
-    """π: the column handled at each step. `diagonal` is diag(H) [in]; int64 [in].
-
-    gar (Group-Aware Reordering): columns by diag(H) descending inside a group, groups by their
-    largest diag(H) descending, both stable; a short last group stays last.
-    """
-    features = len(diagonal)
-    if order == "none":
-        return torch.arange(features, device=diagonal.device)
-    if order == "activation":
-        return diagonal.argsort(descending=True, stable=True)
-    whole = features // group_size * group_size
-    groups = diagonal[:whole].view(-1, group_size)
-    inside = groups.argsort(dim=1, descending=True, stable=True)
-    columns = inside + torch.arange(len(groups), device=diagonal.device)[:, None] * group_size
-    leading = groups.amax(1).argsort(descending=True, stable=True)
-    tail = diagonal[whole:].argsort(descending=True, stable=True) + whole
-    return torch.cat([columns[leading].flatten(), tail])
 
 
 def _choose_codes(
@@ -248,11 +137,3 @@ def _choose_codes(
 
 def _input_scale(magnitudes: Tensor, scheme: Scheme) -> Tensor | None:
     return static_scale_of(magnitudes, scheme) if scheme.activations == "static" else None
-
-
-def static_scale_of(magnitudes: Tensor, scheme: Scheme) -> Tensor:
-    """sx, the static activation scale that a scheme takes from the inputs' magnitudes [2**15]. FP32
-    scalar."""
-    assert scheme.inner_format is not None
-    scale = static_input_scale(magnitudes, scheme.inner_format, scheme.activation_range)
-    return power_of_two_above(scale) if scheme.power_of_two else scale

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from dpq_core.layer.linear import W4A8Linear
-from dpq_core.layer.quantize import QuantizedLinear
+from dpq_core.layer.records import QuantizedLinear
 from dpq_core.model.anatomy import linears_of
 from dpq_core.model.empty import keeps_wide
 from dpq_core.model.experts import SeparateExperts

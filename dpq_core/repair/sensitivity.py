@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 import torch
 
-from dpq_core.layer.quantize import QuantizedLinear
+from dpq_core.layer.records import QuantizedLinear
 from dpq_core.model.inputs import Batch
 from dpq_core.model.streaming import StreamedModel
 

@@ -27,7 +27,7 @@ from dpq_core.kernels.blas import sgemm
 from dpq_core.kernels.cpu import bits_of
 from dpq_core.kernels.forward_rows import add_product, scale_rows, take_threads, widen
 from dpq_core.kernels.numba_loops import real, round_rows
-from dpq_core.layer.quantize import QuantizedLinear, QuantizedWeight
+from dpq_core.layer.records import QuantizedLinear, QuantizedWeight
 from dpq_core.serving import avx2_kernels
 from dpq_core.serving.avx2_kernels import COLUMN_OF_BYTE, LANES, WIDTHS, sizes
 from dpq_core.serving.weights import UNIT, choose_scales, group_pairs, numbers_of, refusal, rows_of

@@ -28,7 +28,7 @@ from dpq_core.kernels import products
 from dpq_core.kernels.cpu import bits_of
 from dpq_core.kernels.forward_rows import take_threads
 from dpq_core.kernels.numba_loops import real, round_rows
-from dpq_core.layer.quantize import QuantizedLinear, QuantizedWeight, RoundedWeight
+from dpq_core.layer.records import QuantizedLinear, QuantizedWeight, RoundedWeight
 from dpq_core.serving import amx
 from dpq_core.serving.weights import choose_scales, group_pairs, numbers_of, refusal, rows_of
 

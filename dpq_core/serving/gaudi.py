@@ -32,8 +32,8 @@ from torch import Tensor, nn
 
 from dpq_core.arithmetic.packing import pack_codes
 from dpq_core.errors import InputError
-from dpq_core.layer.linear import token_scale
-from dpq_core.layer.quantize import QuantizedLinear, QuantizedWeight, RoundedWeight
+from dpq_core.layer.input_scale import token_scale
+from dpq_core.layer.records import QuantizedLinear, QuantizedWeight, RoundedWeight
 from dpq_core.serving.runtimes import other_arithmetic
 
 _PACKED = 8  # codes an int32

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from dpq_core.errors import InputError
-from dpq_core.layer.quantize import QuantizedLinear, QuantizedWeight, RoundedWeight
+from dpq_core.layer.records import QuantizedLinear, QuantizedWeight, RoundedWeight
 from dpq_core.serving.hopper_packing import COLUMNS, ROWS, SMALLEST_GROUP, choose_split, pack
 from dpq_core.serving.runtimes import other_arithmetic
 

@@ -21,7 +21,7 @@ from torch.nn.functional import pad
 
 from dpq_core.arithmetic.formats import FORMATS, round_to
 from dpq_core.layer.grid import SYMMETRIC_ZERO_POINT, Grid
-from dpq_core.layer.quantize import QuantizedWeight
+from dpq_core.layer.records import QuantizedWeight
 
 ROWS, COLUMNS, HALF = 128, 256, 128
 SMALLEST_GROUP = 32

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from dpq_core.errors import InputError
 from dpq_core.layer.linear import W4A8Linear
-from dpq_core.layer.quantize import QuantizedLinear
+from dpq_core.layer.records import QuantizedLinear
 
 MakeLinear = Callable[[QuantizedLinear, Tensor | None], nn.Module]
 

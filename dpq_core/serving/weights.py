@@ -11,7 +11,7 @@ from dpq_core.arithmetic.formats import NumberFormat
 from dpq_core.kernels.cpu import rounding
 from dpq_core.kernels.numba_loops import EXPONENT, STEPS, real
 from dpq_core.layer.grid import Grid
-from dpq_core.layer.quantize import QuantizedLinear, QuantizedWeight
+from dpq_core.layer.records import QuantizedLinear, QuantizedWeight
 
 UNIT = 128  # columns that a kernel decodes at a time
 

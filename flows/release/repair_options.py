@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from dpq_core.evaluation.scores import PERPLEXITY
-from dpq_core.layer.linear import stored_bytes
+from dpq_core.layer.storage import stored_bytes
 from dpq_core.model.plan import PlannedLayer
 from dpq_core.recipe import Recipe
 from dpq_core.recipe.layer_choices import chosen_scheme

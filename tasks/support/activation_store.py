@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from dpq_core.calibration.reduction_tree import leaves_of
 from dpq_core.checkpoint.native import load_layer
 from dpq_core.digests import digest
-from dpq_core.layer.quantize import QuantizedLinear
+from dpq_core.layer.records import QuantizedLinear
 from dpq_core.model.inputs import Batch, ModelInputs
 from dpq_core.model.streaming import StreamedModel
 from dpq_core.recipe import Recipe

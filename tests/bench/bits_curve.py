@@ -26,8 +26,10 @@ from dpq_core.calibration.statistics import InputRounding, TokenWeights, calibra
 from dpq_core.checkpoint.native import load_model
 from dpq_core.data.texts import calibration_windows, load_texts, token_windows
 from dpq_core.evaluation.perplexity import perplexity_token
-from dpq_core.layer.linear import W4A8Linear, stored_bytes
-from dpq_core.layer.quantize import QuantizedLinear, quantize_layer
+from dpq_core.layer.linear import W4A8Linear
+from dpq_core.layer.quantize import quantize_layer
+from dpq_core.layer.records import QuantizedLinear
+from dpq_core.layer.storage import stored_bytes
 from dpq_core.model.inputs import batches_of
 from dpq_core.model.plan import PlannedLayer, plan_layers
 from dpq_core.model.streaming import StreamedModel

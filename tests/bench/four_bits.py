@@ -48,11 +48,9 @@ from dpq_core.evaluation.perplexity import perplexity_token
 from dpq_core.evaluation.scores import PERPLEXITY, Scores
 from dpq_core.layer.hessian import InputStatistics
 from dpq_core.layer.linear import W4A8Linear
-from dpq_core.layer.quantize import (
-    QuantizedLinear,
-    objective,
-    quantize_layer,
-)
+from dpq_core.layer.objective import objective
+from dpq_core.layer.quantize import quantize_layer
+from dpq_core.layer.records import QuantizedLinear
 from dpq_core.model.inputs import batches_of
 from dpq_core.model.reader import read_config
 from dpq_core.model.streaming import StreamedModel

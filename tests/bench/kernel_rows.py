@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from dpq_core.arithmetic.formats import round_to
 from dpq_core.layer.grid import SYMMETRIC_ZERO_POINT, Grid
-from dpq_core.layer.linear import W4A8Linear, stored_bytes
-from dpq_core.layer.quantize import LayerReport, QuantizedLinear, QuantizedWeight, RoundedWeight
+from dpq_core.layer.linear import W4A8Linear
+from dpq_core.layer.records import LayerReport, QuantizedLinear, QuantizedWeight, RoundedWeight
+from dpq_core.layer.storage import stored_bytes
 from dpq_core.recipe.scheme import Scheme
 
 Linear = Callable[[Tensor], Tensor]

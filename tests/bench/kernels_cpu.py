@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from dpq_core.kernels import products
 from dpq_core.layer.linear import W4A8Linear
-from dpq_core.layer.quantize import QuantizedLinear
+from dpq_core.layer.records import QuantizedLinear
 from dpq_core.serving import avx2
 from dpq_core.serving.runtimes import runtime_for
 

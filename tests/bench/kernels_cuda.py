@@ -8,7 +8,7 @@ import torch
 from kernel_rows import W4A8, W4A16, W8A8, Row, assert_as_good, random_layer, weight_bytes
 from torch import Tensor, nn
 
-from dpq_core.layer.quantize import QuantizedLinear, QuantizedWeight
+from dpq_core.layer.records import QuantizedLinear, QuantizedWeight
 from dpq_core.recipe.scheme import Scheme
 from dpq_core.serving import hopper
 

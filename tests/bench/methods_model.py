@@ -17,10 +17,13 @@ from torch import Tensor, nn
 from why_tokens import weighted
 
 from dpq_core.calibration.statistics import InputRounding
-from dpq_core.layer.hessian import InputStatistics, count_magnitudes
-from dpq_core.layer.linear import W4A8Linear, stored_bytes
-from dpq_core.layer.quantize import QuantizedLinear, quantize_or_keep
+from dpq_core.kernels.dispatch import count_magnitudes
+from dpq_core.layer.hessian import InputStatistics
+from dpq_core.layer.linear import W4A8Linear
+from dpq_core.layer.quantize import quantize_or_keep
+from dpq_core.layer.records import QuantizedLinear
 from dpq_core.layer.shared_input import SharedInput
+from dpq_core.layer.storage import stored_bytes
 
 # Linears of a block that read the same input, in the order in which they run.
 GROUPS = (

@@ -23,8 +23,11 @@ from dpq_core.calibration.statistics import InputRounding, _observing
 from dpq_core.layer.column_loop import inverse_factor
 from dpq_core.layer.gradient_rounding import refine_codes
 from dpq_core.layer.grid import Grid
-from dpq_core.layer.hessian import InputStatistics, static_input_scale
-from dpq_core.layer.quantize import QuantizedLinear, QuantizedWeight, objective, quantize_or_keep
+from dpq_core.layer.hessian import InputStatistics
+from dpq_core.layer.input_scale import static_input_scale
+from dpq_core.layer.objective import objective
+from dpq_core.layer.quantize import quantize_or_keep
+from dpq_core.layer.records import QuantizedLinear, QuantizedWeight
 from dpq_core.layer.shared_input import SharedInput
 from dpq_core.model.inputs import Batch, batches_of
 from dpq_core.model.reader import read_config

@@ -17,11 +17,15 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from dpq_core.kernels.definitions import MAGNITUDES
+from dpq_core.kernels.dispatch import count_magnitudes, residual
 from dpq_core.layer.column_loop import inverse_factor, quantize_columns
-from dpq_core.layer.gradient_rounding import refine_codes, residual
+from dpq_core.layer.column_order import column_order
+from dpq_core.layer.gradient_rounding import refine_codes
 from dpq_core.layer.grid import choose_grid
-from dpq_core.layer.hessian import MAGNITUDES, InputStatistics, count_magnitudes
-from dpq_core.layer.quantize import column_order, objective, quantize_layer
+from dpq_core.layer.hessian import InputStatistics
+from dpq_core.layer.objective import objective
+from dpq_core.layer.quantize import quantize_layer
 from dpq_core.recipe.scheme import Scheme
 
 SHAPES = (  # out × in, of Llama-3-8B and Llama-3-70B

@@ -18,7 +18,9 @@ from why_tokens import fisher_statistics, weighted
 
 from dpq_core.arithmetic.formats import fake_quantize
 from dpq_core.layer.hessian import InputStatistics
-from dpq_core.layer.quantize import QuantizedLinear, objective, quantize_layer
+from dpq_core.layer.objective import objective
+from dpq_core.layer.quantize import quantize_layer
+from dpq_core.layer.records import QuantizedLinear
 from dpq_core.recipe.scheme import Scheme
 
 # Linears of a block that read the same input, in the order in which they run.

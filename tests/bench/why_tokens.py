@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dpq_core.layer.hessian import InputStatistics, equal_norms, raise_first
+from dpq_core.layer.hessian import InputStatistics
+from dpq_core.layer.token_weights import equal_norms, raise_first
 
 
 def weighted(x: Tensor, weighting: str) -> Tensor:

@@ -30,7 +30,7 @@ from dpq_core.checkpoint.native import MANIFEST as NATIVE
 from dpq_core.checkpoint.native import QuantizedCheckpoint, copy_side_files
 from dpq_core.checkpoint.shards import ShardWriter, StoredTensor, check_files, digests_of
 from dpq_core.digests import file_digest, write_json
-from dpq_core.layer.linear import expected_shapes
+from dpq_core.layer.storage import expected_shapes
 from dpq_core.model.plan import Plan
 from dpq_core.model.reader import CheckpointError, read_config, read_json
 from dpq_core.recipe import ExportName

@@ -33,7 +33,7 @@ from dpq_core.arithmetic.packing import pack_codes
 from dpq_core.checkpoint.exports.format import Arithmetic, Format, Quantization, Target, left_out
 from dpq_core.checkpoint.importers import load_compressed_tensors
 from dpq_core.checkpoint.native import QuantizedCheckpoint
-from dpq_core.layer.quantize import QuantizedLinear, QuantizedWeight, RoundedWeight
+from dpq_core.layer.records import QuantizedLinear, QuantizedWeight, RoundedWeight
 from dpq_core.recipe.scheme import Scheme
 
 

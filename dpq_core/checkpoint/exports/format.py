@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from dpq_core.checkpoint.native import QuantizedCheckpoint
 from dpq_core.errors import InputError
-from dpq_core.layer.quantize import QuantizedLinear
+from dpq_core.layer.records import QuantizedLinear
 from dpq_core.model.reader import read_config
 from dpq_core.recipe.scheme import Scheme
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from dpq_core.arithmetic.packing import pack_codes
 from dpq_core.checkpoint.exports.format import Arithmetic, Format, Quantization, Target, left_out
 from dpq_core.checkpoint.native import QuantizedCheckpoint, load_model
-from dpq_core.layer.quantize import QuantizedLinear, QuantizedWeight
+from dpq_core.layer.records import QuantizedLinear, QuantizedWeight
 from dpq_core.recipe.scheme import Scheme
 
 

@@ -34,7 +34,7 @@ from dpq_core.checkpoint.exports.gptq import (
 from dpq_core.checkpoint.native import QuantizedCheckpoint, load_quantized
 from dpq_core.layer.grid import Grid
 from dpq_core.layer.linear import W4A8Linear
-from dpq_core.layer.quantize import QuantizedLinear, QuantizedWeight
+from dpq_core.layer.records import QuantizedLinear, QuantizedWeight
 from dpq_core.model.reader import CheckpointReader
 
 _NEEDS: dict[str, Any] = {

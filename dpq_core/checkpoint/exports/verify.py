@@ -17,7 +17,7 @@ from torch import Tensor
 from dpq_core.checkpoint.exports.format import Format, Target
 from dpq_core.checkpoint.native import QuantizedCheckpoint, load_quantized
 from dpq_core.kernels import products
-from dpq_core.layer.linear import expected_shapes
+from dpq_core.layer.storage import expected_shapes
 from dpq_core.model.reader import CheckpointError, CheckpointReader
 
 _PROBE = (2, 64)  # windows, tokens

@@ -21,8 +21,9 @@ from dpq_core.benchmark.roofline import Device, Load
 from dpq_core.benchmark.throughput import Cell, Times, measure, random_prompts
 from dpq_core.kernels.attention import NAME, attend_in_groups
 from dpq_core.layer.hessian import InputStatistics
-from dpq_core.layer.linear import W4A8Linear, expected_shapes, layer_tensors
+from dpq_core.layer.linear import W4A8Linear
 from dpq_core.layer.quantize import quantize_layer
+from dpq_core.layer.storage import expected_shapes, layer_tensors
 from dpq_core.machine.working_memory import tensor_bytes
 from dpq_core.model.context import ContextError
 from dpq_core.recipe import BenchmarkSection

@@ -29,8 +29,10 @@ from dpq_core.digests import file_digest
 from dpq_core.errors import InputError
 from dpq_core.kernels.sixteen_bit import fit
 from dpq_core.layer.hessian import InputStatistics
-from dpq_core.layer.linear import W4A8Linear, layer_from_tensors
-from dpq_core.layer.quantize import LayerReport, QuantizedWeight, quantize_layer
+from dpq_core.layer.linear import W4A8Linear
+from dpq_core.layer.quantize import quantize_layer
+from dpq_core.layer.records import LayerReport, QuantizedWeight
+from dpq_core.layer.storage import layer_from_tensors
 from dpq_core.model.inputs import batches_of
 from dpq_core.model.reader import CheckpointError, CheckpointReader
 from dpq_core.model.streaming import StreamedModel

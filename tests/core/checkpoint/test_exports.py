@@ -28,7 +28,7 @@ from dpq_core.checkpoint.exports.gptq import moved_up, packed
 from dpq_core.checkpoint.native import QuantizedCheckpoint, load_model, load_quantized
 from dpq_core.kernels.sixteen_bit import fit
 from dpq_core.layer.grid import Grid
-from dpq_core.layer.quantize import QuantizedWeight
+from dpq_core.layer.records import QuantizedWeight
 from dpq_core.model.reader import CheckpointError, CheckpointReader
 from dpq_core.pipeline import quantize_checkpoint
 from dpq_core.recipe import CalibrationSection, ExportName, TextDataset

@@ -17,10 +17,10 @@ from kernel_layers import SCHEMES, layer_of
 from dpq_core.arithmetic.affine import ColumnGrid
 from dpq_core.arithmetic.formats import FORMATS
 from dpq_core.kernels import cuda
-from dpq_core.layer.column_loop import choose_block, inverse_factor
-from dpq_core.layer.gradient_rounding import residual, step_columns
-from dpq_core.layer.grid import group_errors
-from dpq_core.layer.hessian import MAGNITUDES, InputStatistics, count_magnitudes
+from dpq_core.kernels.definitions import MAGNITUDES, choose_block, group_errors, step_columns
+from dpq_core.kernels.dispatch import count_magnitudes, residual
+from dpq_core.layer.column_loop import inverse_factor
+from dpq_core.layer.hessian import InputStatistics
 from dpq_core.recipe.scheme import Scheme
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"

@@ -3,8 +3,8 @@
 import torch
 
 from dpq_core.arithmetic.affine import ColumnGrid
+from dpq_core.layer.column_order import column_order
 from dpq_core.layer.grid import choose_grid
-from dpq_core.layer.quantize import column_order
 
 SCHEMES = [
     {},

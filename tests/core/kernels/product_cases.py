@@ -14,7 +14,7 @@ from dpq_core.kernels.attention import attend_in_fp32
 from dpq_core.kernels.sixteen_bit import linear
 from dpq_core.layer.hessian import InputStatistics
 from dpq_core.layer.linear import W4A8Linear
-from dpq_core.layer.quantize import LayerReport, QuantizedLinear, RoundedWeight
+from dpq_core.layer.records import LayerReport, QuantizedLinear, RoundedWeight
 from dpq_core.recipe.scheme import Scheme
 
 _ROUNDING = 2.0**-24  # of FP32, relative

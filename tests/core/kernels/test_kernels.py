@@ -13,12 +13,13 @@ from kernel_layers import SCHEMES, layer_of
 
 from dpq_core.arithmetic.affine import ColumnGrid
 from dpq_core.arithmetic.formats import FORMATS
-from dpq_core.kernels import cpu, numba_loops
-from dpq_core.layer import grid
-from dpq_core.layer.column_loop import choose_block, inverse_factor, quantize_columns
-from dpq_core.layer.gradient_rounding import refine_codes, residual
+from dpq_core.kernels import cpu, definitions, numba_loops
+from dpq_core.kernels.definitions import choose_block
+from dpq_core.kernels.dispatch import residual
+from dpq_core.layer.column_loop import inverse_factor, quantize_columns
+from dpq_core.layer.gradient_rounding import refine_codes
 from dpq_core.layer.grid import choose_grid
-from dpq_core.layer.quantize import objective
+from dpq_core.layer.objective import objective
 from dpq_core.recipe.scheme import Scheme
 
 SHAPES = [(600, 256), (150, 200), (1, 33), (201, 7)]  # rows, features: short tiles, groups, blocks
@@ -150,7 +151,7 @@ def test_group_errors(inner):
     scale = torch.rand(70, 4, generator=generator).mul(9).add(0.5)
     zero = torch.randint(16, (70, 4), generator=generator).float()
     arguments = scaled, importance, 32, scale, zero, FORMATS[inner] if inner else None
-    torch.testing.assert_close(cpu.group_errors(*arguments), grid.group_errors(*arguments))
+    torch.testing.assert_close(cpu.group_errors(*arguments), definitions.group_errors(*arguments))
 
 
 @pytest.mark.parametrize("threads", [2, 3])

@@ -9,15 +9,12 @@ from hypothesis import strategies as st
 
 from dpq_core.arithmetic.formats import FORMATS, fake_quantize
 from dpq_core.kernels import blas, cpu
-from dpq_core.layer.hessian import (
-    MAGNITUDES,
-    InputStatistics,
-    count_magnitudes,
-    equal_norms,
-    raise_first,
-    static_input_scale,
-)
-from dpq_core.layer.quantize import quantize_layer, static_scale_of
+from dpq_core.kernels.definitions import MAGNITUDES
+from dpq_core.kernels.dispatch import count_magnitudes
+from dpq_core.layer.hessian import InputStatistics
+from dpq_core.layer.input_scale import static_input_scale, static_scale_of
+from dpq_core.layer.quantize import quantize_layer
+from dpq_core.layer.token_weights import equal_norms, raise_first
 from dpq_core.recipe.scheme import Scheme
 
 FEATURES = 24

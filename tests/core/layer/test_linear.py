@@ -11,21 +11,11 @@ import torch
 from dpq_core.arithmetic.formats import FORMATS, round_to
 from dpq_core.kernels import blas, cpu, forward_rows
 from dpq_core.layer.hessian import InputStatistics
-from dpq_core.layer.linear import (
-    W4A8Linear,
-    expected_shapes,
-    layer_from_tensors,
-    layer_tensors,
-    stored_bytes,
-    token_scale,
-)
-from dpq_core.layer.quantize import (
-    LayerReport,
-    QuantizedLinear,
-    QuantizedWeight,
-    RoundedWeight,
-    quantize_layer,
-)
+from dpq_core.layer.input_scale import token_scale
+from dpq_core.layer.linear import W4A8Linear
+from dpq_core.layer.quantize import quantize_layer
+from dpq_core.layer.records import LayerReport, QuantizedLinear, QuantizedWeight, RoundedWeight
+from dpq_core.layer.storage import expected_shapes, layer_from_tensors, layer_tensors, stored_bytes
 from dpq_core.recipe.scheme import Scheme
 
 ROWS, FEATURES = 24, 40  # with groups of 16, a short last one

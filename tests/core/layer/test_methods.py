@@ -10,10 +10,11 @@ import torch
 
 from dpq_core.arithmetic.affine import ColumnGrid
 from dpq_core.layer.column_loop import FactorizationError, quantize_columns
+from dpq_core.layer.column_order import column_order
 from dpq_core.layer.gradient_rounding import refine_codes
 from dpq_core.layer.grid import choose_grid
 from dpq_core.layer.hessian import InputStatistics
-from dpq_core.layer.quantize import column_order, quantize_layer
+from dpq_core.layer.quantize import quantize_layer
 from dpq_core.recipe.scheme import Scheme
 
 ROWS, FEATURES = 48, 136  # with groups of 32, a last group of 8

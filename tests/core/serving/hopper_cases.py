@@ -16,14 +16,10 @@ import torch
 
 from dpq_core.arithmetic.formats import round_to
 from dpq_core.layer.grid import Grid, choose_grid
-from dpq_core.layer.linear import W4A8Linear, token_scale
-from dpq_core.layer.quantize import (
-    LayerReport,
-    QuantizedLinear,
-    QuantizedWeight,
-    RoundedWeight,
-    round_weight,
-)
+from dpq_core.layer.input_scale import token_scale
+from dpq_core.layer.linear import W4A8Linear
+from dpq_core.layer.quantize import round_weight
+from dpq_core.layer.records import LayerReport, QuantizedLinear, QuantizedWeight, RoundedWeight
 from dpq_core.recipe.scheme import Scheme
 from dpq_core.serving import hopper
 from dpq_core.serving.hopper_packing import pack

@@ -12,7 +12,8 @@ from dpq_core.kernels import products
 from dpq_core.layer.grid import Grid
 from dpq_core.layer.hessian import InputStatistics
 from dpq_core.layer.linear import W4A8Linear
-from dpq_core.layer.quantize import LayerReport, QuantizedLinear, QuantizedWeight, quantize_layer
+from dpq_core.layer.quantize import quantize_layer
+from dpq_core.layer.records import LayerReport, QuantizedLinear, QuantizedWeight
 from dpq_core.recipe.scheme import Scheme
 from dpq_core.serving import avx2, cpu
 from dpq_core.serving.runtimes import RUNTIMES, Chosen, RuntimeUnavailableError, runtime_for

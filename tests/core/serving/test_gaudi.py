@@ -13,7 +13,8 @@ from dpq_core.arithmetic.packing import unpack_codes
 from dpq_core.errors import InputError
 from dpq_core.layer.grid import choose_grid
 from dpq_core.layer.linear import W4A8Linear
-from dpq_core.layer.quantize import LayerReport, QuantizedLinear, QuantizedWeight, round_weight
+from dpq_core.layer.quantize import round_weight
+from dpq_core.layer.records import LayerReport, QuantizedLinear, QuantizedWeight
 from dpq_core.recipe.scheme import Scheme
 from dpq_core.serving import gaudi
 from dpq_core.serving.runtimes import RUNTIMES

@@ -16,7 +16,8 @@ from compiled_kernels import by_tool, resources
 from dpq_core.arithmetic.formats import FORMATS, round_to
 from dpq_core.errors import InputError
 from dpq_core.layer.grid import choose_grid
-from dpq_core.layer.quantize import LayerReport, QuantizedLinear, QuantizedWeight, round_weight
+from dpq_core.layer.quantize import round_weight
+from dpq_core.layer.records import LayerReport, QuantizedLinear, QuantizedWeight
 from dpq_core.recipe.scheme import Scheme
 from dpq_core.serving import hopper
 from dpq_core.serving.hopper_packing import choose_split, fp16_scales, pack_words
