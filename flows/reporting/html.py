@@ -8,7 +8,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 def rendered(template: str, **values: Any) -> str:
     """A template's page with these values."""
     environment = Environment(
-        loader=PackageLoader("flows"),
+        loader=PackageLoader("flows.reporting"),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
