@@ -24,7 +24,7 @@ from tasks.support.environment import hardware, seeds, versions
 from tasks.support.model import Model
 
 if TYPE_CHECKING:
-    from flows.reporting.page import ReportData
+    from flows.reporting.report_data import ReportData
 
 FILE = "report.html"
 _MOST = 30  # versions
@@ -84,7 +84,7 @@ def make_report(run: TrackedRun, tracking_uri: str, outcome: Outcome) -> str:
 
 
 def _gathered(run: TrackedRun, tracking_uri: str, outcome: Outcome) -> "ReportData":
-    from flows.reporting.page import ReportData
+    from flows.reporting.report_data import ReportData
 
     attempt, registration = outcome.attempt, outcome.registration
     recipe, candidate = attempt.recipe, attempt.candidate

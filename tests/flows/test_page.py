@@ -14,7 +14,8 @@ from dpq_core.benchmark.throughput import Cell, Times
 from dpq_core.recipe import parse_recipe
 from dpq_core.recipe.scheme import Scheme
 from dpq_core.verdict.gates import Metric, Verdict, ratio_metric
-from flows.reporting.page import THROUGHPUT, ReportData, page
+from flows.reporting.page import THROUGHPUT, page
+from flows.reporting.report_data import ReportData
 from infra.registry.history import PastVersion
 from tasks.support.report_figures import layers_figure, worst_layers
 

@@ -1,0 +1,187 @@
+"""The report's tables: gates, suites, layers, sizes, exports, versions, rounds."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from dpq_core.checkpoint.exports.card import shown_scheme
+from dpq_core.evaluation.scores import PERPLEXITIES
+from dpq_core.recipe.scheme import Scheme
+from flows.reporting.charts import WORST
+from flows.reporting.prefect_artifacts import (
+    gate_rows,
+    interval,
+    number,
+    turned,
+)
+from flows.reporting.report_data import ReportData
+from flows.reporting.tables import Table, bits, measured, or_dash, table
+from infra.store.disk import shown_bytes
+from tasks.benchmark import THROUGHPUT
+from tasks.log import layer_rows
+from tasks.support.report_figures import (
+    worst_layers,
+)
+
+
+def gates_table(data: ReportData) -> Table:
+    """What was judged, and what is missing although it was to be shown."""
+    judged = {n: m for n, m in data.verdict.metrics.items() if m.limit is not None or m.wrong}
+    keys = ("metric", "baseline", "candidate", "delta", "interval", "limit", "result")
+    titles = ("metric", "baseline", "candidate", "delta", "interval of delta", "limit", "pass")
+    return table(
+        "Candidate against 16-bit baseline",
+        gate_rows(judged),
+        dict(zip(keys, titles, strict=True)),
+        cards=True,
+    )
+
+
+def suites_table(data: ReportData) -> Table:
+    """Every suite and data set by itself."""
+    rows = []
+    for name, metric in data.verdict.metrics.items():
+        if not _is_one_suite(name):
+            continue
+        suite, spec = (
+            name.removeprefix("accuracy."),
+            ".4f" if metric.metric in PERPLEXITIES else ".2f",
+        )
+        few_shot = data.recipe.evaluation.num_fewshot.get(suite, 0)
+        row = {
+            "suite": suite,
+            "baseline": number(metric.baseline, spec),
+            "candidate": number(metric.candidate, spec),
+            "delta": number(metric.delta, f"+{spec}"),
+            "interval of delta": interval(metric, spec),
+            "answers turned": turned(metric),
+            "metric": metric.metric,
+            "documents": f"{metric.documents:,}",
+            "few-shot": str(few_shot),
+        }
+        rows.append(row)
+    return table("Each suite by itself, accuracies in percent", rows)
+
+
+def _is_one_suite(name: str) -> bool:
+    return name.startswith(("accuracy.", "perplexity_word"))
+
+
+def parts_table(suite: str, rows: Sequence[Mapping[str, Any]]) -> Table:
+    shown = [
+        {
+            key: number(value, ".2f") if isinstance(value, float) else str(value)
+            for key, value in (
+                ("name", row["name"]),
+                *((k, v) for k, v in row.items() if k != "name"),
+            )
+        }
+        for row in rows
+    ]
+    return table(f"Categories and subjects of {suite}, percent", shown)
+
+
+def worst_table(data: ReportData) -> Table:
+    layers = {row["layer"]: row for row in layer_rows(data.manifest)}
+    rows = [
+        {
+            "rank": str(rank),
+            "layer": name,
+            "relative output error": number(layers[name]["error"], ".5f"),
+            "bits a weight": number(layers[name]["bits per weight"], ".2f"),
+            "shape": layers[name]["shape"],
+            "damping": number(layers[name]["damping"], "g"),
+            "calibration tokens": f"{layers[name]['tokens']:,}",
+        }
+        for rank, name in enumerate(worst_layers(data.errors, WORST), 1)
+    ]
+    return table("The layers with the largest errors", rows)
+
+
+def size_table(data: ReportData) -> Table:
+    before, after = data.sizes
+    rows = [
+        {"what": "16-bit model", "layers": "–", "bits a weight": "–", "size": shown_bytes(before)},
+        *_scheme_rows(data.manifest),
+        {
+            "what": f"whole checkpoint, {before / after:.2f} times smaller",
+            "layers": "–",
+            "bits a weight": "–",
+            "size": shown_bytes(after),
+        },
+    ]
+    return table("Files of weights, and the layers in them by scheme", rows)
+
+
+def _scheme_rows(manifest: Mapping[str, Any]) -> list[dict[str, str]]:
+    """The quantized layers, grouped by scheme."""
+    groups: dict[str, list[Mapping[str, Any]]] = {}
+    for row in manifest["layers"]:
+        scheme = Scheme.model_validate({**manifest["scheme"], **row["scheme"]})
+        groups.setdefault(shown_scheme(scheme), []).append(row)
+    shown = []
+    for name, rows in groups.items():
+        taken = sum(row["bytes"] for row in rows)
+        weights = sum(row["shape"][0] * row["shape"][1] for row in rows)
+        shown.append(
+            {
+                "what": name,
+                "layers": str(len(rows)),
+                "bits a weight": number(8 * taken / weights, ".2f"),
+                "size": shown_bytes(taken),
+            }
+        )
+    return shown
+
+
+def exports_table(data: ReportData) -> Table:
+    rows = [
+        {
+            "format": row["format"],
+            "bits a weight": number(row["bits per weight"], ".2f"),
+            "size": shown_bytes(row["bytes"]),
+            "verification": row["verification"],
+            "SHA-256 of its manifest": row["sha256"][:16],
+        }
+        for row in data.exports
+    ]
+    return table("Exports", rows)
+
+
+def versions_table(data: ReportData) -> Table:
+    speeds = any(THROUGHPUT in past.metrics for past in data.past)
+    judged = data.judged
+    champion = data.version if data.verdict.verdict == "promoted" else data.previous_champion
+    rows = []
+    for past in reversed(data.past):
+        also = [
+            word
+            for word, holds in (
+                ("this one", past.number == data.version),
+                ("champion", past.number == champion),
+                ("rolled back", past.rolled_back),
+            )
+            if holds
+        ]
+        row = {
+            "version": f"{past.number} ({', '.join(also)})" if also else str(past.number),
+            "registered": f"{past.created:%Y-%m-%d}",
+            "verdict": past.verdict,
+            "bits a weight": bits(past.metrics.get("bytes_per_weight")),
+        }
+        if speeds:
+            row["tokens per second"] = measured(past, THROUGHPUT, ",.0f")
+        for side, spec in (("delta", "+.4f"), ("baseline", ".4f")):
+            row |= {f"{n}, {side}": measured(past, f"{n}.{side}", spec) for n in judged}
+        rows.append(row)
+    return table("Versions, the newest first", rows)
+
+
+def rounds_table(data: ReportData) -> Table:
+    rows = [
+        {
+            key: number(value, ".4f") if isinstance(value, float) else str(or_dash(value))
+            for key, value in row.items()
+        }
+        for row in data.rounds
+    ]
+    return table("What each round of repair bought", rows)
