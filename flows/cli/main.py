@@ -15,6 +15,7 @@ from typing import Annotated, Any, TypeVar, cast, get_args
 import typer
 
 from dpq_core.recipe import DeviceKind, Recipe, RecipeError, load_recipe
+from flows.by_name import flow_named
 from flows.cli.automation import approve, deploy, reject, trigger, webhook
 from flows.cli.convnet import app as convnet_app
 from flows.cli.errors import errors, print_json
@@ -252,11 +253,8 @@ def _kind(name: str) -> DeviceKind:
 
 
 def _flow(name: str) -> Callable[..., Any]:
-    """A flow with the runner of its recipe. Imported late: Prefect takes seconds to import, and a
-    bad recipe should not have to wait for it."""
-    import importlib
-
-    flow = getattr(importlib.import_module(f"flows.{name}"), name)
+    """A flow with the runner of its recipe."""
+    flow = flow_named(name)
 
     def run(recipe: Recipe, *arguments: Any) -> Any:
         from flows.deployments.runners import task_runner

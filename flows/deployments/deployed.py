@@ -7,8 +7,6 @@ A run that ended with a verdict is `Completed` under the name `Promoted`, `Rejec
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib import import_module
-from typing import Any
 
 from prefect import flow
 from prefect.client.schemas.objects import State
@@ -16,6 +14,7 @@ from prefect.context import FlowRunContext
 from prefect.states import Completed
 
 from dpq_core.recipe import DeviceKind, ExecutionSection
+from flows.by_name import flow_named
 from flows.deployments.doors import check_source
 from flows.deployments.form import Overrides, RecipeName, admitted
 from flows.deployments.runners import task_runner
@@ -38,7 +37,7 @@ def release(
     """
     asked = admitted(recipe, [*overrides.settings(), *settings])
     with _running_on(asked.execution):
-        done = _function("release")(asked)
+        done = flow_named("release").fn(asked)
     registration, verdict = done.registration, done.verdict
     label(
         {
@@ -72,7 +71,7 @@ def evaluate(
     check_source("checkpoint", checkpoint)
     check_source("against", against)
     with _running_on(asked.execution):
-        report = _function("evaluate")(asked, checkpoint, against)
+        report = flow_named("evaluate").fn(asked, checkpoint, against)
     label({"run_id": report.run_id, "checkpoint": checkpoint})
     return Completed(message="\n".join(report.reasons))
 
@@ -90,7 +89,7 @@ def compare(
     """
     asked = admitted(recipe, [*overrides.settings(), *settings])
     with _running_on(asked.execution):
-        rows = _function("compare")(asked)
+        rows = flow_named("compare").fn(asked)
     return Completed(message="\n".join(f"{row.variant}: {row.error}" for row in rows if row.error))
 
 
@@ -116,15 +115,9 @@ def benchmark(
     asked = admitted(recipe, [*overrides.settings(), *settings])
     check_source("checkpoint", checkpoint)
     with _running_on(asked.execution):
-        done = _function("benchmark")(asked, [device], shape, checkpoint)
+        done = flow_named("benchmark").fn(asked, [device], shape, checkpoint)
     label({"run_id": done.run_id, "log": done.log})
     return Completed(message="\n".join(each.wrong for each in done.devices if each.wrong))
-
-
-def _function(name: str) -> Any:
-    """What a flow does, without a flow run of its own. Imported late: it takes seconds, and nobody
-    who deploys or schedules needs it."""
-    return getattr(import_module(f"flows.{name}"), name).fn
 
 
 @contextmanager
