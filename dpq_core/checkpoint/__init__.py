@@ -1,1 +1,17 @@
-"""Checkpoints on disk: ours, and other people's formats in both directions."""
+"""Checkpoints on disk: ours (`native`), those of others read (`importers`) and written (`exports`)."""
+
+from dpq_core.checkpoint.native import (
+    QuantizedCheckpoint,
+    check_checkpoint,
+    load_quantized,
+    read_manifest,
+    write_checkpoint,
+)
+
+__all__ = [
+    "QuantizedCheckpoint",
+    "check_checkpoint",
+    "load_quantized",
+    "read_manifest",
+    "write_checkpoint",
+]

@@ -1,1 +1,5 @@
-"""What a model scores: perplexity, suites of lm-evaluation-harness."""
+"""What a model scores, document by document.
+
+Import from its modules: `scores` (which needs no torch), `perplexity`, `harness` and `suites`
+(lm-evaluation-harness).
+"""
