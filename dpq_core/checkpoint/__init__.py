@@ -1,4 +1,4 @@
-"""Checkpoints on disk: ours (`native`), those of others read (`importers`) and written (`exports`)."""
+"""Checkpoints on disk: ours (`native`), others' read (`importers`) and written (`exports`)."""
 
 from dpq_core.checkpoint.native import (
     QuantizedCheckpoint,
