@@ -3,9 +3,10 @@
 import os
 import subprocess
 import sys
-from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
+from house import ROOT, TOP, picture
+
+PAGE = ROOT / "docs/architecture.md"
 MODULES = [
     ".".join(path.relative_to(ROOT).with_suffix("").parts)
     for path in sorted((ROOT / "dpq_core").rglob("[!_]*.py"))
@@ -85,3 +86,23 @@ def test_importing_has_no_side_effects(tmp_path):
     assert result.returncode == 0, result.stderr[-2000:]
     assert result.stdout.strip().endswith("unchanged")
     assert not list(tmp_path.iterdir())
+
+
+def test_the_picture_is_drawn_from_the_imports():
+    """`DPQ_WRITE_DOCS=1` draws it."""
+    before, _, rest = PAGE.read_text("utf-8").partition("<!-- drawn by tests/house.py -->\n")
+    _, _, after = rest.partition("<!-- end -->")
+    drawn = f"{before}<!-- drawn by tests/house.py -->\n{picture()}\n<!-- end -->{after}"
+    if os.environ.get("DPQ_WRITE_DOCS"):
+        PAGE.write_text(drawn, "utf-8")
+    assert PAGE.read_text("utf-8") == drawn, "stale: DPQ_WRITE_DOCS=1 draws it"
+
+
+def test_modules_are_short():
+    lines = {
+        path.relative_to(ROOT).as_posix(): len(path.read_text("utf-8").splitlines())
+        for top in TOP
+        for path in (ROOT / top).rglob("*.py")
+    }
+    assert len(lines) > 200
+    assert {path: count for path, count in lines.items() if count > 400} == {}
