@@ -13,8 +13,8 @@ from dpq_core.benchmark.formats_timed import Checkpoint, Shape, Source
 from dpq_core.benchmark.throughput import Times, check_context
 from dpq_core.machine.device import share_machine
 from dpq_core.recipe import DeviceKind, Recipe, RecipeError
-from flows.deployments.liveness import attended
 from flows.release.candidate import Attempt, gate
+from flows.running.liveness import attended
 from infra.registry.tracking import TrackedRun, tracked_run, tracking_store
 from infra.settings import home
 from infra.store import Store

@@ -18,12 +18,12 @@ from dpq_core.recipe import Recipe, RecipeError
 from dpq_core.recipe.scheme import Scheme
 from dpq_core.verdict.gates import compare as compare_scores
 from dpq_core.verdict.pairing import Difference, Evaluation
-from flows.deployments.liveness import attended
 from flows.quantize import make_candidate
 from flows.release.candidate import subject_of
 from flows.release.measurements import measure
 from flows.reporting.ladder import Row, as_records, html, markdown
 from flows.reporting.prefect_artifacts import shown_name
+from flows.running.liveness import attended
 from infra.registry.tracking import tracked_run, tracking_store
 from infra.settings import home
 from infra.store import Store

@@ -14,7 +14,7 @@ from dpq_core.convnet.recipe import ActivationScheme, ConvRecipe, ConvScheme, We
 from dpq_core.machine.device import share_machine
 from dpq_core.verdict.gates import Verdict
 from dpq_core.verdict.halves import ALL, CHOOSING, JUDGING
-from flows.deployments.liveness import attended
+from flows.running.liveness import attended
 from infra.registry import Registry
 from infra.registry.tracking import TrackedRun, tracked_run, tracking_store
 from infra.settings import home

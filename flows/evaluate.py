@@ -11,9 +11,9 @@ from dpq_core.model.streaming import load_config
 from dpq_core.recipe import Recipe, RecipeError
 from dpq_core.verdict.gates import Metric, compare, judge
 from dpq_core.verdict.pairing import CONFIDENCE, Evaluation, Failure
-from flows.deployments.liveness import attended
 from flows.release.measurements import measure
 from flows.reporting.prefect_artifacts import gate_rows, publish_parts, score_rows
+from flows.running.liveness import attended
 from infra.registry.tracking import tracked_run, tracking_store
 from infra.settings import home
 from infra.store import Store

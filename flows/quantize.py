@@ -14,7 +14,7 @@ from dpq_core.calibration.reduction_tree import shares
 from dpq_core.checkpoint.native import MANIFEST
 from dpq_core.machine.device import share_machine
 from dpq_core.recipe import Recipe
-from flows.deployments.liveness import attended
+from flows.running.liveness import attended
 from infra.memory import watched
 from infra.store import ArtifactRef
 from tasks.assemble import assemble, verify

@@ -15,7 +15,7 @@ from packaging.utils import canonicalize_name
 from dpq_core.errors import MissingExtraError
 from dpq_core.recipe import ExecutionSection
 from flows.cli.convnet import _run
-from flows.deployments.runners import task_runner
+from flows.running.runners import task_runner
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
@@ -64,7 +64,7 @@ except SystemExit as end:
 
 def test_a_release_starts_without_what_comes_late_or_never(tmp_path):
     found = imported_by(
-        "import flows.release.release, flows.deployments.runners, flows.cli.terminal", tmp_path
+        "import flows.release.release, flows.running.runners, flows.cli.terminal", tmp_path
     )
     assert {"torch", "prefect", "transformers"} <= found
     assert not found & set(LATE_FOR_RELEASE.split())

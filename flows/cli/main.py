@@ -257,7 +257,7 @@ def _flow(name: str) -> Callable[..., Any]:
     flow = flow_named(name)
 
     def run(recipe: Recipe, *arguments: Any) -> Any:
-        from flows.deployments.runners import task_runner
+        from flows.running.runners import task_runner
 
         return flow.with_options(task_runner=task_runner(recipe.execution))(recipe, *arguments)
 

@@ -1,7 +1,7 @@
 """How a command that is told to stop ends: in seconds, with its runs marked and nothing lost.
 
 SIGTERM and Ctrl-C become an exception in the main thread. On its way out the flow's workers are
-left (`flows.deployments.runners`), MLflow's run is marked KILLED and Prefect's crashed, the shared
+left (`flows.running.runners`), MLflow's run is marked KILLED and Prefect's crashed, the shared
 server goes with its last user, and `flows.cli.main` ends the process with 143 or 130 although
 threads still compute.
 """

@@ -17,7 +17,7 @@ from dpq_core.recipe import DeviceKind, ExecutionSection
 from flows.by_name import flow_named
 from flows.deployments.doors import check_source
 from flows.deployments.form import Overrides, RecipeName, admitted
-from flows.deployments.runners import task_runner
+from flows.running.runners import task_runner
 from infra.orchestration.client import label
 
 _AS_IT_IS = Overrides()

@@ -11,15 +11,15 @@ from dpq_core.machine.device import share_machine
 from dpq_core.recipe import Recipe, RecipeError
 from dpq_core.verdict.gates import Verdict
 from flows.benchmark import publish_times, with_benchmark
-from flows.deployments.liveness import attended
 from flows.release.approval import approved
 from flows.release.candidate import Attempt, attempt, check_baseline
 from flows.release.export_stage import with_exports, write_cards
 from flows.release.measurements import measure
 from flows.release.repair import repair, round_rows
 from flows.release.repair_options import Options
+from flows.release.report_stage import Outcome, Report, report_or_error
 from flows.reporting.prefect_artifacts import publish, publish_parts
-from flows.reporting.release_report import Outcome, Report, report_or_error
+from flows.running.liveness import attended
 from infra.registry import Registry
 from infra.registry.tracking import PARENT, TrackedRun, tracked_run, tracking_store
 from infra.settings import home

@@ -36,8 +36,8 @@ from dpq_core.machine.device import share_machine
 from dpq_core.model.plan import Plan, readers_of_one_input
 from dpq_core.model.reader import CheckpointReader
 from dpq_core.recipe import Recipe, parse_recipe
-from flows.deployments.runners import task_runner
 from flows.quantize import quantize_layers
+from flows.running.runners import task_runner
 from infra.orchestration.services import services
 from infra.store import ArtifactRef, Store
 from tasks.calibrate import load_statistics

@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 from dpq_core.recipe import parse_recipe
 from flows.cli.main import app
-from flows.deployments.runners import task_runner
+from flows.running.runners import task_runner
 from infra.orchestration.services import services
 
 REPOSITORY = Path(__file__).parents[2]

@@ -9,9 +9,9 @@ from conftest import PATIENCE, dpq_process, run_flow
 from test_same_bytes import contents, in_store, layer_artifacts
 
 from dpq_core.recipe import RecipeError, parse_recipe
-from flows.deployments import dask_runner
-from flows.deployments.dask_runner import ClusterError
 from flows.quantize import quantize
+from flows.running import dask_runner
+from flows.running.dask_runner import ClusterError
 
 
 @pytest.fixture

@@ -20,8 +20,8 @@ from prefect.client.orchestration import get_client
 from test_same_bytes import in_store, layer_artifacts
 
 from dpq_core.recipe import ExecutionSection
-from flows.deployments.runners import TaskInterruptedError, task_runner
 from flows.quantize import quantize
+from flows.running.runners import TaskInterruptedError, task_runner
 from infra.orchestration.services import services
 from infra.registry.tracking import mlflow_client, tracking_store
 from infra.store.owners import PROCESS, Owner
@@ -226,7 +226,7 @@ def test_a_task_that_is_cancelled_from_within_ends_the_wait_for_it(services_home
 
 _LOCK_NEVER_LET_GO = """
 from dpq_core.recipe import ExecutionSection
-from flows.deployments.runners import task_runner
+from flows.running.runners import task_runner
 
 if __name__ == "__main__":
     with task_runner(ExecutionSection(runner="processes", workers=1)) as runner:

@@ -12,8 +12,8 @@ from dpq_core.machine import device_kinds
 from dpq_core.machine.device import DeviceError, resolve_device
 from dpq_core.machine.device_kinds import FAKE_DEVICES, KINDS
 from dpq_core.recipe import ExecutionSection
-from flows.deployments import dask_runner
-from flows.deployments.dask_runner import LayersOnDask
+from flows.running import dask_runner
+from flows.running.dask_runner import LayersOnDask
 from tasks.support import worker
 from tasks.support.worker import (
     OwnDevices,

@@ -34,7 +34,7 @@ def task_runner(execution: ExecutionSection) -> TaskRunner[Any]:
     share_tls_context()
     if execution.runner == "dask":
         check_extra("execution.runner: dask", "dask", "prefect_dask")
-        from flows.deployments.dask_runner import LayersOnDask  # a second
+        from flows.running.dask_runner import LayersOnDask  # a second
 
         return LayersOnDask.of(execution)
     return _Processes(execution) if execution.runner == "processes" else _Threads(execution)
