@@ -1,1 +1,1 @@
-"""What deployments take from their callers."""
+"""Flows as they are deployed: a form, what its callers may set, the schedule."""
