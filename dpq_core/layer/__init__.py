@@ -1,2 +1,1 @@
-"""Quantize one linear layer: statistics of its inputs, grid, column loop, gradient rounding,
-storage."""
+"""One linear layer: what is quantized of it, and how."""

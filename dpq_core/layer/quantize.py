@@ -3,12 +3,14 @@
 `quantize_layer` takes a weight, the statistics of its inputs and a scheme. It walks no model and
 touches no file. Layers that read one input share what comes of it (`dpq_core.layer.shared_input`).
 
-Steps as in DESIGN: grid from the original weight, column loop in the order π, gradient-aware
+Steps as in DESIGN: grid from the weight (corrected for what was quantized before it, where the
+recipe says so: `dpq_core.layer.correction`), column loop in the order π, gradient-aware
 rounding, order undone. Group scales belong to the stored column order (static groups), so that
 every order is free at inference.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -48,11 +50,14 @@ class RoundedWeight:
 class LayerReport:
     """What quantization did to one layer.
 
-    error: tr((W - Ŵ) H (W - Ŵ)ᵀ) / tr(W H Wᵀ), the output's relative squared error.
+    error: tr((W - Ŵ) H (W - Ŵ)ᵀ) / tr(W H Wᵀ), the output's relative squared error; W is the
+    corrected weight where there is a correction.
     damp_frac: the damping that the factorisation took; the scheme's unless it had to grow.
     codes_moved: by gradient-aware rounding, over all passes.
     tokens: of calibration that the layer saw.
     kept: why it stays in 16 bits although its scheme asks for fewer; empty where it does not.
+    corrected: by how much the correction moved the output before anything was rounded, measured as
+    the error is.
     """
 
     error: float
@@ -60,6 +65,12 @@ class LayerReport:
     codes_moved: int
     tokens: int = 0
     kept: str = ""
+    corrected: float = 0.0
+
+    def as_row(self) -> dict[str, Any]:
+        """For storage; `corrected` where there is a correction."""
+        row = asdict(self)
+        return row if self.corrected else {k: v for k, v in row.items() if k != "corrected"}
 
 
 @dataclass(frozen=True)
@@ -105,6 +116,7 @@ def quantize_or_keep(
     inputs: SharedInput,
     scheme: Scheme,
     min_tokens_per_input: float,
+    correction: float = 0.0,
 ) -> QuantizedLinear:
     """Quantize a layer, or keep it in 16 bits where its scheme says so: FP16 as it is, all else in
     BF16. One (a rarely chosen expert) that saw no calibration token, or fewer than
@@ -112,6 +124,9 @@ def quantize_or_keep(
 
     A Hessian of fewer tokens than inputs is singular: compensation fits these tokens, and on others
     does worse than no compensation (`docs/log.md`).
+
+    Args:
+        correction: the share of it that is taken, see `dpq_core.layer.correction`.
 
     Raises:
         ValueError, FactorizationError: as `quantize_layer`.
@@ -123,7 +138,7 @@ def quantize_or_keep(
             f"calibration.min_tokens_per_input is {min_tokens_per_input:g}"
         )
         scheme = chosen_scheme(scheme, "bf16")
-    layer = _quantized(weight, inputs, scheme)
+    layer = _quantized(weight, inputs, scheme, correction)
     return replace(layer, report=replace(layer.report, tokens=tokens, kept=kept))
 
 
@@ -131,17 +146,20 @@ def quantize_layer(
     weight: Tensor,  # [out, in], any float type
     statistics: InputStatistics,
     scheme: Scheme,
+    correction: float = 0.0,
 ) -> QuantizedLinear:
-    """Quantize a layer's weight and choose its activation scale.
+    """Quantize a layer's weight and choose its activation scale. A correction as above.
 
     Raises:
         ValueError: weight or statistics are not finite, or their shapes do not fit.
         FactorizationError: the Hessian cannot be factorised; nothing falls back to rounding.
     """
-    return _quantized(weight, SharedInput(statistics), scheme)
+    return _quantized(weight, SharedInput(statistics), scheme, correction)
 
 
-def _quantized(weight: Tensor, inputs: SharedInput, scheme: Scheme) -> QuantizedLinear:
+def _quantized(
+    weight: Tensor, inputs: SharedInput, scheme: Scheme, correction: float
+) -> QuantizedLinear:
     if weight.ndim != 2 or weight.shape[1] != inputs.features:
         raise ValueError(
             f"weight {list(weight.shape)} does not fit inputs of {inputs.features} features"
@@ -153,23 +171,42 @@ def _quantized(weight: Tensor, inputs: SharedInput, scheme: Scheme) -> Quantized
         kept = weight if weight.dtype == torch.float16 else weight.to(torch.bfloat16)
         return QuantizedLinear(scheme, kept, input_scale, LayerReport(0.0, scheme.damp_frac, 0))
     weight = weight.detach().float()
+    change, damped = _correction(weight, inputs, scheme, correction)
+    if change is not None:
+        weight = weight + change
     if scheme.bits == 8:
-        rounded = round_weight(weight, scheme)
-        error = _relative(rounded.decode().sub_(weight).T, weight.T, inputs.hessian())
-        return QuantizedLinear(
-            scheme, rounded, input_scale, LayerReport(error, scheme.damp_frac, 0)
-        )
+        rounded, hessian = round_weight(weight, scheme), inputs.hessian()
+        error = _relative(rounded.decode().sub_(weight).T, weight.T, hessian)
+        corrected = 0.0 if change is None else _relative(change.T, weight.T, hessian)
+        report = LayerReport(error, damped, 0, corrected=corrected)
+        return QuantizedLinear(scheme, rounded, input_scale, report)
     diagonal = inputs.diagonal()
     grid = choose_grid(weight, scheme, diagonal)
     order = column_order(diagonal, scheme.order, scheme.group_size)
     weight = weight.index_select(1, order).T.contiguous()
-    codes, damp_frac, moved = _choose_codes(weight, inputs, order, grid.at(order), scheme)
     hessian = inputs.hessian(order)
-    scale = objective(weight, hessian)
-    error = objective(residual(codes, weight, grid.at(order)), hessian) / max(scale, _TINY)
+    scale, corrected = max(objective(weight, hessian), _TINY), 0.0
+    if change is not None:
+        corrected = objective(change.index_select(1, order).T, hessian) / scale
+        del change
+    codes, damp_frac, moved = _choose_codes(weight, inputs, order, grid.at(order), scheme)
+    error = objective(residual(codes, weight, grid.at(order)), hessian) / scale
     stored = codes.to(torch.uint8).index_select(0, order.argsort()).T.contiguous()
-    report = LayerReport(error, damp_frac, moved)
+    report = LayerReport(error, max(damp_frac, damped), moved, corrected=corrected)
     return QuantizedLinear(scheme, QuantizedWeight(stored, grid), input_scale, report)
+
+
+def _correction(
+    weight: Tensor,  # [out, in] fp32
+    inputs: SharedInput,
+    scheme: Scheme,
+    share: float,
+) -> tuple[Tensor | None, float]:
+    """c W M [out, in] fp32, None without a correction, and the damping that it took."""
+    if not share:
+        return None, scheme.damp_frac
+    recovered, damping = inputs.recovery(scheme.damp_frac)
+    return (weight @ recovered).mul_(share), damping
 
 
 def round_weight(weight: Tensor, scheme: Scheme) -> RoundedWeight:

@@ -75,8 +75,18 @@ class CalibrationSection(_Section):
     samples: int = Field(128, ge=1, description="windows of sequence_length tokens")
     sequence_length: int = Field(2048, ge=2, description="tokens a window")
     bos: Bos = Field("auto", description=_BOS)
-    propagation: Literal["original", "quantized"] = Field(
-        "original", description="what feeds a block: the 16-bit blocks, or the quantized ones"
+    propagation: Literal["original", "quantized", "groups"] = Field(
+        "original",
+        description="what feeds a linear: the 16-bit model, the quantized blocks before its own,"
+        " or all linears that are quantized before it",
+    )
+    correction: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        exclude_if=lambda share: not share,  # a recipe is what it was before the field
+        description="of each weight towards the 16-bit model's outputs on what the quantized model"
+        " feeds it: the share that is taken of it, 0.5 say; with propagation: groups",
     )
     hessian_inputs: Literal["bf16", "fp8"] = Field(
         "fp8", description="inputs as they are, or rounded as the scheme's activations will be"
@@ -103,6 +113,16 @@ class CalibrationSection(_Section):
         description="of all windows, for each input of the widest layer whose codes a Hessian"
         " chooses: with fewer nothing is begun",
     )
+
+    @model_validator(mode="after")
+    def _correction_has_two_models(self) -> Self:
+        if self.correction and self.propagation != "groups":
+            raise ValueError(
+                f"correction is {self.correction:g}, and propagation: {self.propagation} does not"
+                " feed a linear what the quantized model will: set propagation: groups, or leave"
+                " correction out"
+            )
+        return self
 
 
 class PerplexitySection(_Section):
@@ -341,10 +361,11 @@ class Recipe(_Section):
     @model_validator(mode="after")
     def _blocks_do_not_wait(self) -> Self:
         together = self.execution.blocks_per_task or 1
-        if together > 1 and self.calibration.propagation == "quantized":
+        fed = self.calibration.propagation
+        if together > 1 and fed != "original":
             raise ValueError(
                 f"execution.blocks_per_task is {together}, and with calibration.propagation:"
-                " quantized a block waits for the layers of the one before: leave one of them out"
+                f" {fed} a block waits for the layers of the one before: leave one of them out"
             )
         return self
 
