@@ -6,7 +6,9 @@ The constants count arrays that are alive at a time. For a layer [out, in] of 4 
   as it was read and as it is ordered;
 - everything after: the Hessian and the factor; weight, codes, residual and gradient, and what was
   read, five of the weight's shape. Where the kernels for CPUs do not run, the gradient passes take
-  as many again.
+  as many again;
+- where layers are corrected, two more of the Hessian's shape all the time: what the 16-bit model's
+  inputs differ by, and what is made of it.
 
 `tests/bench/peak_memory.py` holds the prediction against what was used.
 """
@@ -86,18 +88,20 @@ def footprint(
     sums = max(node.sums_alive() for each in nodes for node in each)
     blocks = range(plan.blocks)
     passes = max(_passes(plan, block, calibration, batch_size, sums) for block in blocks)
-    statistics = [_statistics(plan, block) for block in blocks]
-    alone = passes + blocks_per_task * max(statistics)  # kept for the layers, and being written
+    by_turn = [_statistics(plan, block, calibration) for block in blocks]
+    at_once, statistics = max(map(max, by_turn)), sum(map(sum, by_turn))
+    alone = passes + blocks_per_task * at_once  # kept for the layers, and being written
     if blocks_per_task > 1:
         alone += _hidden(plan, calibration)
-    added = root.sums_alive([node for each in nodes for node in each]) * max(statistics)
+    added = root.sums_alive([node for each in nodes for node in each]) * at_once
     stored = sum(stored_bytes(each.rows, each.features, each.scheme) for each in plan.layers)
+    corrected, of_layer = calibration.correction > 0, _on_host if on_device else layer_bytes
     return Footprint(
-        layer=max(map(_on_host if on_device else layer_bytes, plan.layers)) + reading,
+        layer=max(of_layer(each, corrected) for each in plan.layers) + reading,
         share=passes + reading if shards > 1 else 0,
         block=added if shards > 1 else alone + reading,
-        disk=sum(statistics) + 2 * stored,  # layers lie in the store and in the checkpoint
-        statistics=sum(statistics),
+        disk=statistics + 2 * stored,  # layers lie in the store and in the checkpoint
+        statistics=statistics,
         device=_device(plan, calibration, batch_size) if on_device else 0,
         shards=shards,
         blocks_per_task=blocks_per_task,
@@ -109,8 +113,11 @@ def _shards_by_work(plan: Plan, calibration: CalibrationSection, workers: int) -
     one where that takes a core little longer than five more tasks."""
     tokens = calibration.samples * calibration.sequence_length
     products = max(
-        2 * sum(each.weights for each in plan.of_block(block))
-        + sum({each.statistics: each.features**2 for each in plan.of_block(block)}.values())
+        (
+            2 * sum(each.weights for each in plan.of_block(block))
+            + sum({each.statistics: each.features**2 for each in plan.of_block(block)}.values())
+        )
+        // len(_turns(plan, block, calibration))
         for block in range(plan.blocks)
     )
     return min(workers, _leaves(calibration)) if tokens * products >= _MUCH_WORK else 1
@@ -129,7 +136,7 @@ def _batch_size(calibration: CalibrationSection) -> int:
 
 def _blocks_by_size(plan: Plan, calibration: CalibrationSection, shards: int) -> int:
     """Few bytes go to the store at every block: then little is to be repeated after a crash."""
-    if shards > 1 or calibration.propagation == "quantized":
+    if shards > 1 or calibration.propagation != "original":
         return 1
     return _MANY_BLOCKS if _hidden(plan, calibration) >= _MUCH else 1
 
@@ -146,58 +153,77 @@ def _hidden(plan: Plan, calibration: CalibrationSection) -> int:
 def _device(plan: Plan, calibration: CalibrationSection, batch_size: int) -> int:
     """Of a GPU, at its largest layer, or running a batch through a block: its weights, a leaf's
     sums, activations."""
-    length, most = calibration.sequence_length, max(map(layer_bytes, plan.layers))
+    corrected, length = calibration.correction > 0, calibration.sequence_length
+    most = max(layer_bytes(each, corrected) for each in plan.layers)
     for block in range(plan.blocks):
         layers = plan.of_block(block)
-        weights = sum(each.weights for each in layers) * _BFLOAT16
-        activations = batch_size * length * max(map(_widest, layers)) * _PER_INPUT
-        most = max(most, weights + _statistics(plan, block) + activations)
+        weights = sum(each.weights for each in layers) * _BFLOAT16 * (2 if corrected else 1)
+        activations = batch_size * length * max(map(_widest, layers)) * _per_input(corrected)
+        most = max(most, weights + max(_statistics(plan, block, calibration)) + activations)
     return most + _WORKSPACE
 
 
 _WORKSPACE = 64 << 20  # of cuBLAS and cuSOLVER beside tensors: 32 MiB each on Hopper
 
 
-def _on_host(layer: PlannedLayer) -> int:
+def _on_host(layer: PlannedLayer, corrected: bool) -> int:
     """Of a layer that a device quantizes: its statistics, its weight, what is stored of it."""
-    return _FLOAT32 * layer.features**2 + 2 * _BFLOAT16 * layer.weights
+    return _FLOAT32 * layer.features**2 * (1 + corrected) + 2 * _BFLOAT16 * layer.weights
 
 
 def _passes(
     plan: Plan, block: int, calibration: CalibrationSection, batch_size: int, sums: int
 ) -> int:
-    """Of running leaves through a block: its weights, so many statistics, a leaf's hidden states
-    before and after, those of the one before it that are being written, and what a batch's
-    activations take."""
+    """Of running leaves through a block: its weights (with the codes of layers that are quantized
+    already, and the 16-bit block beside it, where there are such), so many statistics, a leaf's
+    hidden states before and after, those of the one before it that are being written, and what a
+    batch's activations take."""
     layers, length = plan.of_block(block), calibration.sequence_length
     leaf = min(calibration.samples, batch_size * leaf_size(batch_size)) * length
+    corrected = calibration.correction > 0
+    a_weight = _BFLOAT16 + (calibration.propagation == "groups") + _BFLOAT16 * corrected
+    states = 3 * leaf * plan.layers[0].features * _BFLOAT16  # of the first layer of a block
     return (
-        sum(each.weights for each in layers) * _BFLOAT16
-        + sums * _statistics(plan, block)
-        + 3 * leaf * plan.layers[0].features * _BFLOAT16  # of the first layer of a block
-        + batch_size * length * max(map(_widest, layers)) * _PER_INPUT
+        sum(each.weights for each in layers) * a_weight
+        + sums * max(_statistics(plan, block, calibration))
+        + states * (1 + corrected)
+        + batch_size * length * max(map(_widest, layers)) * _per_input(corrected)
     )
 
 
-# Bytes an element of a batch's widest activation: the block's own in BF16, the input that is
-# counted in float32, before, while and after it is rounded.
-_PER_INPUT = 4 * _BFLOAT16 + 4 * _FLOAT32
+def _per_input(corrected: bool) -> int:
+    """Bytes an element of a batch's widest activation: the block's own in BF16, the input that is
+    counted in float32, before, while and after it is rounded; the 16-bit model's, and how far it
+    is away."""
+    return 4 * _BFLOAT16 + 4 * _FLOAT32 + (_BFLOAT16 + 2 * _FLOAT32) * corrected
 
 
-def layer_bytes(layer: PlannedLayer) -> int:
+def layer_bytes(layer: PlannedLayer, corrected: bool = False) -> int:
     """Most memory that quantizing a layer takes, its weight and statistics included."""
     weight, hessian = layer.weights, layer.features**2
+    more = _FLOAT32 * 2 * hessian * corrected
     if layer.scheme.method == "none":
-        return _FLOAT32 * (hessian + weight)
+        return _FLOAT32 * (hessian + weight) + more
     if layer.scheme.bits == 8:
-        return _FLOAT32 * (hessian + 6 * weight)
-    return _FLOAT32 * max(4 * hessian + 2 * weight, 2 * hessian + 5 * weight)
+        return _FLOAT32 * (hessian + 6 * weight) + more
+    return _FLOAT32 * max(4 * hessian + 2 * weight, 2 * hessian + 5 * weight) + more
 
 
-def _statistics(plan: Plan, block: int) -> int:
-    """Of a block's inputs: Hessians and histograms."""
-    features = {layer.statistics: layer.features for layer in plan.of_block(block)}
-    return sum(_FLOAT32 * width**2 + _INT64 * MAGNITUDES for width in features.values())
+def _statistics(plan: Plan, block: int, calibration: CalibrationSection) -> list[int]:
+    """Of a block's inputs, those together that are counted at a time: Hessians and histograms."""
+    squares = 2 if calibration.correction else 1
+    return [
+        sum(squares * _FLOAT32 * width**2 + _INT64 * MAGNITUDES for width in widths)
+        for widths in _turns(plan, block, calibration)
+    ]
+
+
+def _turns(plan: Plan, block: int, calibration: CalibrationSection) -> list[list[int]]:
+    """Widths of a block's inputs, those together that are counted at a time."""
+    widths = {layer.statistics: layer.features for layer in plan.of_block(block)}
+    if calibration.propagation != "groups":
+        return [list(widths.values())]
+    return [[widths[name] for name in names] for names in plan.inputs_by_step(block)]
 
 
 def _widest(layer: PlannedLayer) -> int:

@@ -14,6 +14,7 @@ from torch import Tensor
 from dpq_core.calibration.statistics import (
     BlockStatistics,
     InputRounding,
+    Step,
     TokenWeights,
     calibrate_block,
 )
@@ -22,8 +23,8 @@ from dpq_core.layer.quantize import quantize_or_keep
 from dpq_core.layer.records import QuantizedLinear
 from dpq_core.layer.shared_input import SharedInput
 from dpq_core.model.context import check_ids, check_lengths
-from dpq_core.model.inputs import ModelInputs, batches_of
-from dpq_core.model.plan import PlannedLayer, plan_layers, readers_of_one_input
+from dpq_core.model.inputs import Batch, ModelInputs, batches_of
+from dpq_core.model.plan import Plan, PlannedLayer, plan_layers, readers_of_one_input
 from dpq_core.model.proof import prove
 from dpq_core.model.source import check_source
 from dpq_core.model.streaming import StreamedModel, as_run, empty_model
@@ -55,8 +56,6 @@ def quantize_checkpoint(
     prove(empty_model(source))
     stream = StreamedModel(source, device, images=calibration.image_column is not None)
     plan = plan_layers(stream, scheme, choices)
-    rounding, weights = InputRounding.of(scheme, calibration), TokenWeights.of(calibration)
-    original = calibration.propagation == "original"
     inputs = batches_of(windows, calibration.batch_size)
     for each in inputs:
         config, ids = stream.model.config.get_text_config(), each["input_ids"]
@@ -66,16 +65,11 @@ def quantize_checkpoint(
     for batch in batches:
         batch.hidden = batch.hidden.to(stream.device)
     with tempfile.TemporaryDirectory() as finished:
-        for block in range(plan.blocks):
-            statistics = calibrate_block(stream, block, batches, rounding, weights, original)
-            quantized = dict(_quantized(stream, plan.of_block(block), statistics, calibration))
-            for name, layer in quantized.items():
+        for layers in _by_block(stream, plan, batches, scheme, calibration):
+            for name, layer in layers.items():
                 folder = Path(finished, name)
                 folder.mkdir()
                 save_layer(folder, layer.to("cpu"))
-            if not original:
-                with stream.block(block, quantized):
-                    stream.advance(batches)
 
         def finished_layer(name: str) -> QuantizedLinear:
             return load_layer(Path(finished, name))
@@ -93,6 +87,35 @@ def quantize_checkpoint(
         )
 
 
+def _by_block(
+    stream: StreamedModel,
+    plan: Plan,
+    batches: Sequence[Batch],
+    scheme: Scheme,
+    calibration: CalibrationSection,
+) -> Iterator[dict[str, QuantizedLinear]]:
+    """The quantized layers of one block after the other, by name. Where they are corrected, the
+    16-bit model's hidden states go along with those of the quantized one."""
+    seen_as = InputRounding.of(scheme, calibration), TokenWeights.of(calibration)
+    fed, corrected = calibration.propagation, calibration.correction > 0
+    originals = [batch.clone() for batch in batches] if corrected else []
+    for block in range(plan.blocks):
+        layers, done = plan.of_block(block), dict[str, QuantizedLinear]()
+        for inputs in plan.inputs_by_step(block) if fed == "groups" else [None]:
+            step = None if inputs is None else Step(inputs, done, corrected)
+            advance = fed == "original"
+            found = calibrate_block(stream, block, batches, *seen_as, advance, step, originals)
+            readers = [each for each in layers if inputs is None or each.statistics in inputs]
+            done |= _quantized(stream, readers, found, calibration)
+        yield done
+        if fed != "original":
+            with stream.block(block, done):
+                stream.advance(batches)
+        if originals:
+            with stream.block(block):
+                stream.advance(originals)
+
+
 def _quantized(
     stream: StreamedModel,
     layers: Sequence[PlannedLayer],
@@ -107,5 +130,11 @@ def _quantized(
             weight = as_run(read, stream.dtype).to(stream.device)
             yield (
                 layer.name,
-                quantize_or_keep(weight, inputs, layer.scheme, calibration.min_tokens_per_input),
+                quantize_or_keep(
+                    weight,
+                    inputs,
+                    layer.scheme,
+                    calibration.min_tokens_per_input,
+                    calibration.correction,
+                ),
             )

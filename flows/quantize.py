@@ -18,13 +18,13 @@ from flows.running.liveness import attended
 from infra.memory import watched
 from infra.store import ArtifactRef
 from tasks.assemble import assemble, verify
-from tasks.calibrate import Passes, Share, calibrate, calibrate_share, is_calibrated, parts
+from tasks.calibrate import calibrate, calibrate_share, is_calibrated, parts
 from tasks.preflight import Inputs, preflight
 from tasks.quantize import quantize as quantize_readers
 from tasks.support import kept_statistics
 from tasks.support.memory import MemoryUse
 from tasks.support.progress import parts_of_step, stepper
-from tasks.support.work import Made, Readers, readers_of
+from tasks.support.work import Made, Passes, Readers, Share, readers_of
 
 _Result = TypeVar("_Result")
 
@@ -95,7 +95,8 @@ class QuantizedLayers:
 
 def quantize_layers(recipe: Recipe, inputs: Inputs) -> QuantizedLayers:
     """Calibrate blocks and quantize their layers: a block's as soon as it is calibrated, the larger
-    first; with `propagation: quantized` the next block waits for them."""
+    first; with `propagation: quantized` the next block waits for them, with `groups` the next
+    layers of the same block do."""
     try:
         return _FanOut(recipe, inputs).run()
     finally:
@@ -107,13 +108,14 @@ class _FanOut:
         self._recipe, self._inputs, self._plan = recipe, inputs, inputs.plan
         self._made = QuantizedLayers()
         self._waiting: dict[Readers, PrefectFuture[Made[dict[str, ArtifactRef]]]] = {}
-        self._step_block = stepper("calibrate", self._plan.blocks)
+        self._runs = turns(recipe, inputs)
+        self._step_block = stepper("calibrate", sum(each.last - each.first for each in self._runs))
         self._step_layer = stepper("quantize", len(self._plan.layers))
 
     def run(self) -> QuantizedLayers:
-        waits = self._recipe.calibration.propagation == "quantized"
+        waits = self._recipe.calibration.propagation != "original"
         ahead = not waits and self._inputs.footprint.shards == 1
-        runs = blocks_by_task(self._inputs)
+        runs = self._runs
         calibrated = self._calibrate(runs[0])
         for passes, following in zip_longest(runs, runs[1:]):
             got = _result(passes.title, calibrated)
@@ -132,24 +134,26 @@ class _FanOut:
 
     def _calibrate(self, passes: Passes) -> PrefectFuture[Made[dict[str, ArtifactRef]]]:
         recipe, model, windows = self._recipe, self._inputs.model, self._inputs.calibration
-        upstream: dict[str, ArtifactRef] = {}
-        if recipe.calibration.propagation == "quantized":
-            done = [layer.name for layer in self._plan.layers if layer.block < passes.first]
-            upstream = {name: self._made.layers[name] for name in done}
+        upstream, made = dict[str, ArtifactRef](), self._made.layers
+        if recipe.calibration.propagation != "original":  # all that there are: they are waited for
+            names = [layer.name for layer in self._plan.layers]
+            upstream = {name: made[name] for name in names if name in made}
         if self._inputs.footprint.shards > 1:
-            self._share(passes.first, upstream)
+            self._share(passes, upstream)
         return calibrate.submit(recipe, model, windows, upstream, passes)
 
-    def _share(self, block: int, upstream: dict[str, ArtifactRef]) -> None:
+    def _share(self, passes: Passes, upstream: dict[str, ArtifactRef]) -> None:
         """What `calibrate` adds up of a block, by tasks that run side by side."""
         about = self._recipe, self._inputs.model, self._inputs.calibration, upstream
-        if is_calibrated.submit(*about, block).result():
+        block, inputs = passes.first, passes.inputs
+        if is_calibrated.submit(*about, block, inputs).result():
             return
         shards = min(self._inputs.footprint.shards, self._inputs.leaves)  # texts may be short
         ranges = shares(self._inputs.leaves, shards)
-        step = parts_of_step("calibrate", block, len(parts(self._recipe)) * shards)
+        step = parts_of_step("calibrate", passes.place, len(parts(self._recipe)) * shards)
+        takes = self._inputs.footprint.share
         for part in parts(self._recipe):
-            each = [Share(block, part, *leaves, self._inputs.footprint.share) for leaves in ranges]
+            each = [Share(block, part, *leaves, takes, inputs) for leaves in ranges]
             made = [calibrate_share.submit(*about, share) for share in each]
             for share, future in zip(each, made, strict=True):
                 name = f"block {block}, leaves {share.first} to {share.last - 1}"
@@ -159,7 +163,9 @@ class _FanOut:
     def _submit_layers(self, passes: Passes) -> None:
         for block in range(passes.first, passes.last):
             self._step_block()
-            for readers in readers_of(self._plan.of_block(block)):
+            layers, turn = self._plan.of_block(block), passes.inputs
+            layers = [each for each in layers if turn is None or each.statistics in turn]
+            for readers in readers_of(layers, self._recipe.calibration.correction > 0):
                 self._collect(leave=_AHEAD)
                 statistics = self._made.statistics[readers.statistics]
                 self._waiting[readers] = quantize_readers.submit(
@@ -180,13 +186,22 @@ class _FanOut:
 _AHEAD = 256  # tasks submitted and not waited for, beyond which calibration waits for the oldest
 
 
-def blocks_by_task(inputs: Inputs) -> list[Passes]:
-    """The runs of blocks that a calibration task passes."""
-    blocks, needed = inputs.plan.blocks, inputs.footprint
+def turns(recipe: Recipe, inputs: Inputs) -> list[Passes]:
+    """What calibration tasks do one after the other: runs of blocks, or some inputs of a block."""
+    plan, needed, fed = inputs.plan, inputs.footprint, recipe.calibration.propagation
     every, shared = needed.blocks_per_task, needed.shards > 1
+    if fed == "groups":
+        steps = [(n, names) for n in range(plan.blocks) for names in plan.inputs_by_step(n)]
+        return [
+            Passes(n, n + 1, 1, needed.block, shared, names, place, place + 1 == len(steps))
+            for place, (n, names) in enumerate(steps)
+        ]
+    runs = [(first, min(first + every, plan.blocks)) for first in range(0, plan.blocks, every)]
     return [
-        Passes(first, min(first + every, blocks), every, needed.block, shared)
-        for first in range(0, blocks, every)
+        Passes(
+            *run, every, needed.block, shared, None, run[0], fed == "original" or run is runs[-1]
+        )
+        for run in runs
     ]
 
 

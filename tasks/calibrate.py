@@ -8,15 +8,16 @@ looks for: `dpq store gc`.
 
 A task passes a run of blocks (`execution.blocks_per_task`): hidden states stay in its memory from
 one to the next, a block's statistics are hashed and written while the next block computes, and
-all stay in memory for layers that this process quantizes (`tasks/support/kept_statistics.py`).
+all stay in memory for layers that this process quantizes (`tasks/support/kept_statistics.py`). With
+`propagation: groups` a task has some inputs of one block, and all layers that are run before them.
 """
 
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import cache, cached_property, partial
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 from prefect import task
 from prefect.cache_policies import NO_CACHE
@@ -28,6 +29,7 @@ from dpq_core.calibration.statistics import (
     BlockPasses,
     BlockStatistics,
     InputRounding,
+    Step,
     TokenWeights,
     add_magnitudes,
     add_statistics,
@@ -44,45 +46,9 @@ from tasks.support.activation_store import HiddenStates
 from tasks.support.model import Model
 from tasks.support.progress import parts_of_step
 from tasks.support.tensor_files import saver
-from tasks.support.work import FIRST, Made
+from tasks.support.work import Made, Part, Passes, Share
 from tasks.support.worker import this_worker
 from tasks.support.write_behind import WriteBehind
-
-Part = Literal["magnitudes", "statistics"]  # what is summed, in the order of the passes
-
-
-@dataclass(frozen=True)
-class Passes:
-    """The blocks first … last - 1, calibrated one after the other. every: blocks that such a task
-    has, but for the last one. memory: bytes that this takes. shared: others have made sums."""
-
-    first: int
-    last: int
-    every: int
-    memory: int
-    shared: bool = False
-    priority: int = FIRST
-
-    @property
-    def title(self) -> str:
-        """`block 3`, `blocks 0 to 7`."""
-        several = self.last - self.first > 1
-        return f"blocks {self.first} to {self.last - 1}" if several else f"block {self.first}"
-
-
-@dataclass(frozen=True)
-class Share:
-    """The leaves first … last - 1 of a block's calibration, and what is summed over them.
-
-    memory: bytes that this takes.
-    """
-
-    block: int
-    part: Part
-    first: int
-    last: int
-    memory: int
-    priority: int = FIRST
 
 
 @task(name="calibrate", task_run_name="calibrate {passes.title}", cache_policy=NO_CACHE)
@@ -97,7 +63,7 @@ def calibrate(
     those that `calibrate_share` has made are not made again.
 
     Args:
-        layers: the quantized layers of all earlier blocks, with `propagation: quantized`; else
+        layers: the quantized layers that feed them, unless with `propagation: original`; else
             empty.
     """
     found: dict[str, ArtifactRef] = {}
@@ -110,12 +76,13 @@ def calibrate(
         hidden = _hidden(recipe, model, windows, layers, behind, passes.every)
         for block in range(passes.first, passes.last):
             with ExitStack() as this:
-                work = _Calibration(recipe, block, hidden)
+                work = _Calibration(recipe, block, hidden, passes.inputs)
                 if (there := work.found()) is None:
                     this.enter_context(work.lease(work.wanted))  # forward passes are of all names
                     there = work.found()
                 if there is None:
-                    made.append(work.make(alone=not passes.shared))
+                    place = passes.place + block - passes.first
+                    made.append(work.make(None if passes.shared else place))
                     this.callback(work.finish, passes)
                     this.callback(behind.wait)  # what is entered last happens first
                 found |= there or {}
@@ -143,7 +110,7 @@ def calibrate_share(
     Returns the most bytes of the device that it had."""
     with this_worker(recipe.execution).watched() as device_peak, WriteBehind() as behind:
         hidden = _hidden(recipe, model, windows, layers, behind, 1)
-        work = _Calibration(recipe, share.block, hidden)
+        work = _Calibration(recipe, share.block, hidden, share.inputs)
         nodes = work.root.within(share.first, share.last)
         with work.lease([work.key(share.part, node) for node in nodes]):
             work.make_partial(share.part, nodes)
@@ -157,12 +124,13 @@ def is_calibrated(
     windows: ArtifactRef,
     layers: dict[str, ArtifactRef],
     block: int,
+    inputs: tuple[str, ...] | None = None,
 ) -> bool:
     """Whether `calibrate` would find everything: asked of a worker, whose arithmetic the keys
     name."""
     with WriteBehind() as behind:
         hidden = _hidden(recipe, model, windows, layers, behind, 1)
-        return _Calibration(recipe, block, hidden).found() is not None
+        return _Calibration(recipe, block, hidden, inputs).found() is not None
 
 
 def parts(recipe: Recipe) -> list[Part]:
@@ -192,11 +160,18 @@ def _hidden(
 
 
 class _Calibration:
-    """Of one block."""
+    """Of one block, or of some of its inputs."""
 
-    def __init__(self, recipe: Recipe, block: int, hidden: HiddenStates) -> None:
+    def __init__(
+        self,
+        recipe: Recipe,
+        block: int,
+        hidden: HiddenStates,
+        inputs: tuple[str, ...] | None,
+    ) -> None:
         self.store = hidden.store
-        self._recipe, self._block, self._hidden = recipe, block, hidden
+        self._recipe, self._block, self._hidden, self._inputs = recipe, block, hidden, inputs
+        self._original = hidden.original() if recipe.calibration.correction else None
         self._step: Callable[[], None] = lambda: None
         self._rounding = InputRounding.of(recipe.scheme, recipe.calibration)
         self._weights = TokenWeights.of(recipe.calibration)
@@ -205,11 +180,11 @@ class _Calibration:
             "rounding": self._rounding.key() if self._rounding else None,
             "weights": asdict(self._weights),
             "layers": [artifact.sha256 for artifact in hidden.layers.values()],
+            **({"shifted": True} if self._original else {}),
         }
-        self.wanted = {
-            group[0]: digest({**self._base, "input": group[0]})
-            for group in hidden.stream.groups(block)
-        }
+        if inputs is None:
+            inputs = tuple(first for first, *_ in hidden.stream.groups(block))
+        self.wanted = {name: digest({**self._base, "input": name}) for name in inputs}
 
     @cached_property
     def root(self) -> Node:
@@ -217,7 +192,8 @@ class _Calibration:
 
     def key(self, part: Part, node: Node) -> str:
         """Of the artifact `partial`."""
-        return digest({**self._base, "block": self._block, "part": part, "node": node})
+        of = {"inputs": self._inputs} if self._inputs else {}
+        return digest({**self._base, "block": self._block, "part": part, "node": node, **of})
 
     def lease(self, keys: Any) -> AbstractContextManager[None]:
         """Held by who makes what these are the keys of."""
@@ -229,12 +205,12 @@ class _Calibration:
         present = {name: artifact for name, artifact in found.items() if artifact}
         return present if len(present) == len(found) else None
 
-    def make(self, alone: bool) -> "Future[dict[str, ArtifactRef]]":
-        """The block's statistics, which are being written. alone: no tasks have made sums of them,
-        whose progress would be seen."""
-        if alone:
+    def make(self, place: int | None) -> "Future[dict[str, ArtifactRef]]":
+        """The block's statistics, which are being written. place: in the stage; None: tasks have
+        made sums of them, whose progress is seen."""
+        if place is not None:
             batches = len(parts(self._recipe)) * sum(map(len, self._hidden.leaves))
-            self._step = parts_of_step("calibrate", self._block, batches)
+            self._step = parts_of_step("calibrate", place, batches)
         with self._passes(self.root) as passes:
             magnitudes = self._all_magnitudes(passes)
             statistics = completed(self._statistics(self.root, magnitudes, passes), magnitudes)
@@ -255,13 +231,13 @@ class _Calibration:
             for node in self.root.tree():
                 if spent := self.store.find("partial", self.key(part, node)):
                     self.store.remove(spent)
-        last = self._block + 1 == self._hidden.stream.block_count
-        if self._block + 1 < passes.last:
+        if self._block + 1 < passes.last or not passes.ends:
             return
-        if self._recipe.calibration.propagation == "original" or last:
-            for leaf in range(self.root.last):
-                for block in range(passes.first, passes.last):
-                    self._hidden.remove(block, leaf)
+        for leaf in range(self.root.last):
+            for block in range(passes.first, passes.last):
+                self._hidden.remove(block, leaf)
+                if self._original:
+                    self._original.remove(block, leaf)
 
     def make_partial(self, part: Part, nodes: list[Node]) -> None:
         """Sums of nodes, unless they are there, or what they are for (which is looked for last: it
@@ -288,9 +264,16 @@ class _Calibration:
             @cache
             def passes() -> BlockPasses:
                 stack.enter_context(freed_memory_kept())
-                self._hidden.prepare(self._block, range(leaves.first, leaves.last))
+                wanted, step = range(leaves.first, leaves.last), None
+                self._hidden.prepare(self._block, wanted)
+                if self._original:
+                    self._original.prepare(self._block, wanted)
+                if self._inputs:
+                    layers = self._hidden.load_layers(self._block)
+                    step = Step(self._inputs, layers, beside=self._original is not None)
                 stream, seen_as = self._hidden.stream, (self._rounding, self._weights)
-                return stack.enter_context(block_passes(stream, self._block, *seen_as))
+                opened = block_passes(stream, self._block, *seen_as, step=step)
+                return stack.enter_context(opened)
 
             yield passes
 
@@ -312,7 +295,8 @@ class _Calibration:
 
         def leaf(number: int) -> BlockStatistics:
             block, batches = passes(), self._hidden.get(self._block, number)
-            made = block.statistics(batches, magnitudes, advance, self._step)
+            others = self._original.get(self._block, number) if self._original else ()
+            made = block.statistics(batches, magnitudes, advance, self._step, others)
             if advance:
                 self._hidden.put(self._block + 1, number, batches)
             return made

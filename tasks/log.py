@@ -123,6 +123,7 @@ def document_table(evaluations: Mapping[str, Evaluation]) -> pyarrow.Table:
 
 def layer_rows(manifest: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The per-layer table of a checkpoint's manifest."""
+    corrected = any("corrected" in row for row in manifest["layers"])
     return [
         {
             "layer": row["name"],
@@ -132,6 +133,7 @@ def layer_rows(manifest: Mapping[str, Any]) -> list[dict[str, Any]]:
             "damping": row["damp_frac"],
             "codes moved": row["codes_moved"],
             "tokens": row["tokens"],
+            **({"corrected": row.get("corrected", 0.0)} if corrected else {}),
         }
         for row in manifest["layers"]
     ]

@@ -66,6 +66,7 @@ def quantize(
 def _key(
     recipe: Recipe, model: Model, layer: PlannedLayer, statistics: ArtifactRef, worker: Worker
 ) -> str:
+    correction = recipe.calibration.correction
     return digest(
         {
             **computed_by("layers", worker.arithmetic),
@@ -74,6 +75,7 @@ def _key(
             "statistics": statistics.sha256,
             "scheme": layer.scheme.model_dump(mode="json"),
             "min_tokens_per_input": recipe.calibration.min_tokens_per_input,
+            **({"correction": correction} if correction else {}),
         }
     )
 
@@ -95,6 +97,7 @@ def _maker(
                 shared_input(),
                 layer.scheme,
                 recipe.calibration.min_tokens_per_input,
+                recipe.calibration.correction,
             )
         except ValueError as error:
             raise LayerError(f"{layer.name}: {error}") from error

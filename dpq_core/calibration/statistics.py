@@ -6,15 +6,19 @@ as the scheme's activations will be. A static scale must be known before anythin
 it, so that case takes a first pass for the magnitudes alone. How much each token counts is
 said by `TokenWeights`.
 
+With `propagation: groups` a block is calibrated in steps (`Step`), each on the block as it is after
+the layers of the step before: it is run as far as the linear that is watched. Where layers are
+corrected, the 16-bit block is run beside it, batch by batch, on hidden states of its own.
+
 Every sum is made by the tree of `dpq_core.calibration.reduction_tree`. `BlockPasses` gives the sums
 of a leaf, where others wait for it: in main memory, so that a device holds one leaf's Hessians at a
 time, or on the device, where they need not travel.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 
 import torch
 from torch import Tensor, nn
@@ -26,9 +30,11 @@ from dpq_core.kernels.definitions import MAGNITUDES
 from dpq_core.kernels.dispatch import count_magnitudes
 from dpq_core.layer.hessian import InputStatistics
 from dpq_core.layer.input_scale import static_scale_of, token_scale
-from dpq_core.layer.token_weights import equal_norms, raise_first
-from dpq_core.model.finite import not_finite
+from dpq_core.layer.records import QuantizedLinear
+from dpq_core.layer.token_weights import equal_norms, first_root, raise_first
+from dpq_core.model.experts import Given
 from dpq_core.model.inputs import Batch
+from dpq_core.model.observed import ObservedBlock
 from dpq_core.model.streaming import StreamedModel
 from dpq_core.recipe import CalibrationSection
 from dpq_core.recipe.scheme import Scheme
@@ -103,6 +109,28 @@ class TokenWeights:
             x = raise_first(x.view(window), self.first_share)
         return x, scale
 
+    def roots(self, x: Tensor, window: torch.Size | None) -> Tensor:
+        """What `applied` multiplies inputs x [tokens, in] fp32 with, [tokens, 1] fp32."""
+        roots = torch.ones(len(x), 1, device=x.device)
+        if self.equal:
+            norms = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+            roots = torch.where(norms > 0, 1 / norms, 0)
+        if self.first_share and window is not None:
+            roots.view(*window[:2])[:, 0] *= first_root(self.first_share, window[1])
+        return roots
+
+
+@dataclass(frozen=True)
+class Step:
+    """Of a block some linears of which are quantized already. inputs: those that come next, names
+    of shared inputs. layers: the quantized ones, by name. beside: the 16-bit model's inputs are
+    counted too.
+    """
+
+    inputs: tuple[str, ...]
+    layers: Mapping[str, QuantizedLinear]
+    beside: bool = False
+
 
 def calibrate_block(
     stream: StreamedModel,
@@ -111,24 +139,31 @@ def calibrate_block(
     rounding: InputRounding | None,
     weights: TokenWeights,
     advance: bool,
+    step: Step | None = None,
+    originals: Sequence[Batch] = (),
 ) -> BlockStatistics:
     """Statistics of a block's inputs, with the block's own (16-bit) weights, on the model's device.
 
     Args:
         advance: leave the block's outputs in `batches` (`propagation: original`).
+        step: of these inputs alone, with these layers in the block.
+        originals: the same batches before the block in the 16-bit model, with `step.beside`.
 
     Raises:
         NotFiniteError: the hidden states are not finite after the block.
     """
-    leaves = leaves_of(batches, len(batches[0].inputs["input_ids"]))
+    windows = len(batches[0].inputs["input_ids"])
+    leaves, beside = leaves_of(batches, windows), leaves_of(originals, windows)
     root, magnitudes = Node(0, len(leaves)), None
-    with block_passes(stream, index, rounding, weights, stream.device) as passes:
+    with block_passes(stream, index, rounding, weights, stream.device, step) as passes:
         if passes.two:
             magnitudes = summed(root, lambda leaf: passes.magnitudes(leaves[leaf]), add_magnitudes)
-        statistics = summed(
-            root, lambda leaf: passes.statistics(leaves[leaf], magnitudes, advance), add_statistics
-        )
-    return completed(statistics, magnitudes)
+
+        def of_leaf(leaf: int) -> BlockStatistics:
+            others = beside[leaf] if step and step.beside else ()
+            return passes.statistics(leaves[leaf], magnitudes, advance, originals=others)
+
+        return completed(summed(root, of_leaf, add_statistics), magnitudes)
 
 
 @contextmanager
@@ -138,36 +173,42 @@ def block_passes(
     rounding: InputRounding | None,
     weights: TokenWeights,
     sums_on: torch.device | str = "cpu",
+    step: Step | None = None,
 ) -> Iterator["BlockPasses"]:
     """A block with its weights, while it lasts, to run batches through. The next one is read from
     the disk meanwhile."""
-    path = stream.block_name(index)
-    with stream.block(index) as block:
+    path, names = stream.block_name(index), [first for first, *_ in stream.groups(index)]
+    if step:
+        names = [name for name in names if name in step.inputs]
+    observed = partial(ObservedBlock.of, stream, path, linears=names, stops=step is not None)
+    beside = None
+    with ExitStack() as blocks:
+        block = blocks.enter_context(stream.block(index, step.layers if step else None))
         stream.read_ahead(index + 1)
-        inputs: dict[str, nn.Linear] = {}
-        for first, *_ in stream.groups(index):
-            linear = block.get_submodule(first.removeprefix(f"{path}."))
-            assert isinstance(linear, nn.Linear)
-            inputs[first] = linear
-        yield BlockPasses(stream, path, inputs, rounding, weights, sums_on)
+        if step and step.beside:
+            beside = observed(block=blocks.enter_context(stream.block(index)))
+        yield BlockPasses(observed(block=block), rounding, weights, sums_on, beside)
 
 
 @dataclass(frozen=True)
 class BlockPasses:
-    """The passes over the block that `stream` has loaded. name: of it. inputs: the linear of each
-    shared input that is watched, by name. sums_on: where a leaf's sums wait for others.
-    `on_progress` is called after each batch.
+    """The passes over a block that is loaded. sums_on: where a leaf's sums wait for others. beside:
+    the 16-bit block, whose inputs are counted too. `on_progress` is called after each batch.
 
     Raises:
         NotFiniteError: the hidden states are not finite after the block.
     """
 
-    stream: StreamedModel
-    name: str
-    inputs: dict[str, nn.Linear]
+    block: ObservedBlock
     rounding: InputRounding | None
     weights: TokenWeights
     sums_on: torch.device | str
+    beside: ObservedBlock | None = None
+
+    @property
+    def inputs(self) -> dict[str, nn.Linear]:
+        """The linear of each shared input that is watched, by name."""
+        return self.block.inputs
 
     @property
     def two(self) -> bool:
@@ -178,7 +219,7 @@ class BlockPasses:
         self, batches: Sequence[Batch], on_progress: Callable[[], None] = lambda: None
     ) -> BlockMagnitudes:
         """Of a leaf: the first of two passes."""
-        device = self.stream.device
+        device = self.block.stream.device
         counts = {
             name: torch.zeros(MAGNITUDES, dtype=torch.int64, device=device) for name in self.inputs
         }
@@ -186,7 +227,7 @@ class BlockPasses:
         def count(name: str, x: Tensor) -> None:
             counts[name] += count_magnitudes(x)
 
-        self._run(batches, count, False, on_progress)
+        self.block.run(batches, count, False, on_progress)
         return {name: each.to(self.sums_on) for name, each in counts.items()}
 
     def statistics(
@@ -195,20 +236,23 @@ class BlockPasses:
         magnitudes: BlockMagnitudes | None,
         advance: bool,
         on_progress: Callable[[], None] = lambda: None,
+        originals: Sequence[Batch] = (),
     ) -> BlockStatistics:
         """Of a leaf: the last pass.
 
         Args:
             magnitudes: of all leaves, where there are two passes; they are not counted again then.
             advance: leave the block's outputs in `batches`.
+            originals: the same batches before the block in the 16-bit model, with `beside`.
         """
-        device, rounding = self.stream.device, self.rounding
+        device, rounding = self.block.stream.device, self.rounding
         # Others are an expert's tokens, or a vision tower's patches.
         lengths = {batch.inputs["input_ids"].shape[1] for batch in batches}
         statistics = {
-            name: InputStatistics.empty(linear.in_features, device)
+            name: InputStatistics.empty(linear.in_features, device, shifted=bool(self.beside))
             for name, linear in self.inputs.items()
         }
+        theirs: dict[str, Given] = {}
 
         @cache
         def rounded_by(name: str) -> Tensor | None:
@@ -220,26 +264,27 @@ class BlockPasses:
                 statistics[name].add_magnitudes(x)
             seen, scale = rounding.rounded(x, rounded_by(name)) if rounding else (x, None)
             window = x.shape if x.ndim == 3 and x.shape[1] in lengths else None
-            statistics[name].add_hessian(*self.weights.applied(seen, scale, window))
+            weighted, unit = self.weights.applied(seen, scale, window)
+            statistics[name].add_hessian(weighted, unit)
+            if self.beside:
+                x8 = seen.reshape(-1, x.shape[-1]).float() * (1 if scale is None else scale)
+                x16 = Given(x, self.block.routing.tokens(name)).as_given(theirs.get(name), name)
+                away = (x16.float() - x8).mul_(self.weights.roots(x8, window))
+                statistics[name].add_shift(away, weighted.reshape(x8.shape), unit)
 
-        self._run(batches, count, advance, on_progress)
+        passing = self._in_both(batches, originals, theirs) if self.beside else batches
+        self.block.run(passing, count, advance, on_progress)
         return {name: each.to(self.sums_on) for name, each in statistics.items()}
 
-    def _run(
-        self,
-        batches: Sequence[Batch],
-        observe: Callable[[str, Tensor], None],
-        advance: bool,
-        on_progress: Callable[[], None],
-    ) -> None:
-        with _observing(self.inputs, observe):
-            for batch in batches:
-                output = self.stream.forward(batch)
-                if not torch.isfinite(output).all():
-                    raise not_finite(self.name, self.stream.dtype)
-                if advance:
-                    batch.hidden = output
-                on_progress()
+    def _in_both(
+        self, batches: Sequence[Batch], originals: Sequence[Batch], theirs: dict[str, Given]
+    ) -> Iterator[Batch]:
+        """Each batch, once `theirs` is what the 16-bit model gives the linears of it."""
+        assert self.beside
+        for batch, original in zip(batches, originals, strict=True):
+            theirs.clear()
+            theirs.update(self.beside.given(original))
+            yield batch
 
 
 def add_magnitudes(left: BlockMagnitudes, right: BlockMagnitudes) -> BlockMagnitudes:
@@ -259,18 +304,3 @@ def completed(statistics: BlockStatistics, magnitudes: BlockMagnitudes | None) -
     for name, each in (magnitudes or {}).items():
         statistics[name].magnitudes = each
     return statistics
-
-
-@contextmanager
-def _observing(
-    modules: dict[str, nn.Linear], observe: Callable[[str, Tensor], None]
-) -> Iterator[None]:
-    def hook_for(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        return lambda _, arguments: observe(name, arguments[0])
-
-    handles = [m.register_forward_pre_hook(hook_for(name)) for name, m in modules.items()]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()

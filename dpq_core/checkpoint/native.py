@@ -54,7 +54,7 @@ def save_layer(folder: Path, layer: QuantizedLinear) -> None:
     about = {
         "features": layer.features,
         "scheme": layer.scheme.model_dump(mode="json"),
-        "report": dataclasses.asdict(layer.report),
+        "report": layer.report.as_row(),
     }
     (folder / "layer.json").write_text(json.dumps(about))
 
@@ -113,7 +113,7 @@ def write_checkpoint(
         row: dict[str, Any] = {"name": item.name, "shape": [item.rows, item.features]}
         row |= {"bytes": sum(t.nbytes for t in tensors.values())}
         row["scheme"] = _changes(scheme, quantized.scheme)
-        rows.append(row | dataclasses.asdict(quantized.report))
+        rows.append(row | quantized.report.as_row())
     shards.close()
     _write_side_files(folder, source.folder, scheme, dtype, rows)
     order = {item.name: position for position, item in enumerate(plan.layers)}

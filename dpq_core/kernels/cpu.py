@@ -111,6 +111,25 @@ def add_square(
         sums[stop:, part] = sums[part, stop:].T
 
 
+def add_product(
+    sums: Tensor,  # [m, n] fp32, contiguous, changed
+    left: Tensor,  # [rows, m]
+    right: Tensor,  # [rows, n], of the same type
+    factor: float,
+) -> None:
+    """sums += factor · leftᵀ right: FP32 sums, of products that are exact where both are BF16."""
+    (rows, m), n = left.shape, right.shape[1]
+    left, right = left.detach().contiguous(), right.detach().contiguous()
+    if left.dtype == torch.bfloat16 and bf16_product is not None and products.bf16_units():
+        bf16_product(
+            ROW_MAJOR, TRANSPOSED, AS_IS, m, n, rows,
+            factor, left.data_ptr(), m, right.data_ptr(), n,
+            1.0, sums.data_ptr(), n,
+        )  # fmt: skip
+        return
+    sums.addmm_(left.float().T, right.float(), alpha=factor)
+
+
 def quantize(
     x: Tensor,  # [rows, n] bf16
     scale: Tensor,  # fp32: a scalar, or [rows, 1]

@@ -1,6 +1,7 @@
 """Quantize one linear layer. Read like the paper:
 
-hessian            what calibration leaves of a layer's inputs; `token_weights`: how tokens count
+hessian            what calibration leaves of a layer's inputs; `token_weights` in it
+correction         the weight moved towards the 16-bit model's outputs
 grid               which values the codes stand for
 column_loop        codes column by column, errors passed on; `column_order`: π
 gradient_rounding  codes moved where that lowers the `objective`

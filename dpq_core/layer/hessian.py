@@ -1,6 +1,8 @@
 """What calibration leaves of a layer's inputs: their second moment and their magnitudes.
 
-    H = mean over tokens of 2 x xᵀ     [in, in] fp32, kept as a sum and a token count
+    H = mean over tokens of 2 x xᵀ              [in, in] fp32, kept as a sum and a token count
+    S = mean over tokens of 2 (x16 - x) xᵀ      the same, where layers are corrected: x16 is what
+                                                the 16-bit model gives the layer in place of x
 
 The layer objective tr((W - Ŵ) H (W - Ŵ)ᵀ) is the mean squared error of the layer's output, doubled.
 Magnitudes are counted per BF16 value: |x| in BF16 has 2**15 bit patterns, so the histogram is
@@ -26,13 +28,19 @@ class InputStatistics:
     hessian_sum: Tensor  # [in, in] fp32, sum over tokens of 2 x xᵀ
     tokens: int
     magnitudes: Tensor  # [2**15] int64, occurrences of each |x| as bf16 bits
+    shift_sum: Tensor | None = None  # [in, in] fp32, sum over tokens of 2 (x16 - x) xᵀ
 
     @classmethod
-    def empty(cls, features: int, device: torch.device | str = "cpu") -> "InputStatistics":
+    def empty(
+        cls, features: int, device: torch.device | str = "cpu", shifted: bool = False
+    ) -> "InputStatistics":
+        """shifted: with S."""
+        square = torch.zeros(features, features, dtype=torch.float32, device=device)
         return cls(
-            torch.zeros(features, features, dtype=torch.float32, device=device),
+            square,
             0,
             torch.zeros(MAGNITUDES, dtype=torch.int64, device=device),
+            square.clone() if shifted else None,
         )
 
     def add_hessian(self, x: Tensor, scale: Tensor | None = None) -> None:
@@ -52,6 +60,21 @@ class InputStatistics:
             self.hessian_sum.addmm_(rows.T, rows, alpha=factor)
         self.tokens += len(rows)
 
+    def add_shift(self, away: Tensor, x: Tensor, scale: Tensor | None = None) -> None:
+        """Count how far the 16-bit model's inputs are `away` [tokens, in] fp32 from `x` [tokens,
+        in], which is in units of `scale` as in `add_hessian`. Multiplied in BF16 where x is."""
+        assert self.shift_sum is not None
+        factor = 2.0 if scale is None else 2 * float(scale)
+        narrow = x.dtype == torch.bfloat16
+        left, right = (away.bfloat16(), x) if narrow else (away, x.float())
+        if x.is_cpu:
+            cpu.add_product(self.shift_sum, left, right, factor)
+        elif x.is_cuda and narrow:
+            product = torch.mm(left.T, right, out_dtype=torch.float32)
+            self.shift_sum.add_(product, alpha=factor)
+        else:
+            self.shift_sum.addmm_(left.float().T, right.float(), alpha=factor)
+
     def add_magnitudes(self, x: Tensor) -> None:
         """Count |x| of any shape, rounded to BF16."""
         self.magnitudes += count_magnitudes(x)
@@ -64,6 +87,9 @@ class InputStatistics:
                 "features do not add: they are of different inputs"
             )
         self.hessian_sum += other.hessian_sum
+        if self.shift_sum is not None:
+            assert other.shift_sum is not None
+            self.shift_sum += other.shift_sum
         self.tokens += other.tokens
         self.magnitudes += other.magnitudes
 
@@ -82,19 +108,23 @@ class InputStatistics:
 
     def to(self, device: torch.device | str) -> "InputStatistics":
         """The same statistics on a device."""
-        return InputStatistics(self.hessian_sum.to(device), self.tokens, self.magnitudes.to(device))
+        shift = None if self.shift_sum is None else self.shift_sum.to(device)
+        hessian, magnitudes = self.hessian_sum.to(device), self.magnitudes.to(device)
+        return InputStatistics(hessian, self.tokens, magnitudes, shift)
 
     def tensors(self) -> dict[str, Tensor]:
         """For storage; `from_tensors` is the inverse."""
-        return {
+        stored = {
             "hessian_sum": self.hessian_sum,
             "tokens": torch.tensor(self.tokens, dtype=torch.int64),
             "magnitudes": self.magnitudes,
         }
+        return stored if self.shift_sum is None else stored | {"shift_sum": self.shift_sum}
 
     @classmethod
     def from_tensors(cls, tensors: dict[str, Tensor]) -> "InputStatistics":
-        return cls(tensors["hessian_sum"], int(tensors["tokens"]), tensors["magnitudes"])
+        tokens, shift = int(tensors["tokens"]), tensors.get("shift_sum")
+        return cls(tensors["hessian_sum"], tokens, tensors["magnitudes"], shift)
 
 
 def _square_on_tensor_cores(x: Tensor) -> Tensor:

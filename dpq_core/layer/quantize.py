@@ -3,9 +3,10 @@
 `quantize_layer` takes a weight, the statistics of its inputs and a scheme. It walks no model and
 touches no file. Layers that read one input share what comes of it (`dpq_core.layer.shared_input`).
 
-Steps as in DESIGN: grid from the original weight, column loop in the order π, gradient-aware
-rounding, order undone. Group scales belong to the stored column order (static groups), so that
-every order is free at inference.
+Steps as in DESIGN: grid from the weight (corrected for what was quantized before it, where the
+recipe says so: `dpq_core.layer.correction`), column loop in the order π, gradient-aware rounding,
+order undone. Group scales belong to the stored column order (static groups), so that every order is
+free at inference.
 """
 
 from dataclasses import replace
@@ -34,6 +35,7 @@ def quantize_or_keep(
     inputs: SharedInput,
     scheme: Scheme,
     min_tokens_per_input: float,
+    correction: float = 0.0,
 ) -> QuantizedLinear:
     """Quantize a layer, or keep it in 16 bits where its scheme says so: FP16 as it is, all else in
     BF16. One (a rarely chosen expert) that saw no calibration token, or fewer than
@@ -41,6 +43,9 @@ def quantize_or_keep(
 
     A Hessian of fewer tokens than inputs is singular: compensation fits these tokens, and on others
     does worse than no compensation (`docs/log.md`).
+
+    Args:
+        correction: the share of it that is taken, see `dpq_core.layer.correction`.
 
     Raises:
         ValueError, FactorizationError: as `quantize_layer`.
@@ -52,7 +57,7 @@ def quantize_or_keep(
             f"calibration.min_tokens_per_input is {min_tokens_per_input:g}"
         )
         scheme = chosen_scheme(scheme, "bf16")
-    layer = _quantized(weight, inputs, scheme)
+    layer = _quantized(weight, inputs, scheme, correction)
     return replace(layer, report=replace(layer.report, tokens=tokens, kept=kept))
 
 
@@ -60,17 +65,20 @@ def quantize_layer(
     weight: Tensor,  # [out, in], any float type
     statistics: InputStatistics,
     scheme: Scheme,
+    correction: float = 0.0,
 ) -> QuantizedLinear:
-    """Quantize a layer's weight and choose its activation scale.
+    """Quantize a layer's weight and choose its activation scale. A correction as above.
 
     Raises:
         ValueError: weight or statistics are not finite, or their shapes do not fit.
         FactorizationError: the Hessian cannot be factorised; nothing falls back to rounding.
     """
-    return _quantized(weight, SharedInput(statistics), scheme)
+    return _quantized(weight, SharedInput(statistics), scheme, correction)
 
 
-def _quantized(weight: Tensor, inputs: SharedInput, scheme: Scheme) -> QuantizedLinear:
+def _quantized(
+    weight: Tensor, inputs: SharedInput, scheme: Scheme, correction: float
+) -> QuantizedLinear:
     if weight.ndim != 2 or weight.shape[1] != inputs.features:
         raise ValueError(
             f"weight {list(weight.shape)} does not fit inputs of {inputs.features} features"
@@ -82,25 +90,43 @@ def _quantized(weight: Tensor, inputs: SharedInput, scheme: Scheme) -> Quantized
         kept = weight if weight.dtype == torch.float16 else weight.to(torch.bfloat16)
         return QuantizedLinear(scheme, kept, input_scale, LayerReport(0.0, scheme.damp_frac, 0))
     weight = weight.detach().float()
+    change, damped = _correction(weight, inputs, scheme, correction)
+    if change is not None:
+        weight = weight + change
     if scheme.bits == 8:
-        rounded = round_weight(weight, scheme)
-        hessian = inputs.hessian()
-        lost = objective(rounded.decode().sub_(weight).T, hessian)
-        error = relative(lost, objective(weight.T, hessian))
-        return QuantizedLinear(
-            scheme, rounded, input_scale, LayerReport(error, scheme.damp_frac, 0)
-        )
+        rounded, hessian = round_weight(weight, scheme), inputs.hessian()
+        whole = objective(weight.T, hessian)
+        error = relative(objective(rounded.decode().sub_(weight).T, hessian), whole)
+        corrected = 0.0 if change is None else relative(objective(change.T, hessian), whole)
+        report = LayerReport(error, damped, 0, corrected=corrected)
+        return QuantizedLinear(scheme, rounded, input_scale, report)
     diagonal = inputs.diagonal()
     grid = choose_grid(weight, scheme, diagonal)
     order = column_order(diagonal, scheme.order, scheme.group_size)
     weight = weight.index_select(1, order).T.contiguous()
-    codes, damp_frac, moved = _choose_codes(weight, inputs, order, grid.at(order), scheme)
     hessian = inputs.hessian(order)
-    whole = objective(weight, hessian)
+    whole, corrected = objective(weight, hessian), 0.0
+    if change is not None:
+        corrected = relative(objective(change.index_select(1, order).T, hessian), whole)
+        del change
+    codes, damp_frac, moved = _choose_codes(weight, inputs, order, grid.at(order), scheme)
     lost = objective(residual(codes, weight, grid.at(order)), hessian)  # uses the weight up
     stored = codes.to(torch.uint8).index_select(0, order.argsort()).T.contiguous()
-    report = LayerReport(relative(lost, whole), damp_frac, moved)
+    report = LayerReport(relative(lost, whole), max(damp_frac, damped), moved, corrected=corrected)
     return QuantizedLinear(scheme, QuantizedWeight(stored, grid), input_scale, report)
+
+
+def _correction(
+    weight: Tensor,  # [out, in] fp32
+    inputs: SharedInput,
+    scheme: Scheme,
+    share: float,
+) -> tuple[Tensor | None, float]:
+    """c W M [out, in] fp32, None without a correction, and the damping that it took."""
+    if not share:
+        return None, scheme.damp_frac
+    recovered, damping = inputs.recovery(scheme.damp_frac)
+    return (weight @ recovered).mul_(share), damping
 
 
 def round_weight(weight: Tensor, scheme: Scheme) -> RoundedWeight:

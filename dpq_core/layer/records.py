@@ -1,6 +1,7 @@
 """What quantization makes of a linear layer."""
 
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,11 +34,14 @@ class RoundedWeight:
 class LayerReport:
     """What quantization did to one layer.
 
-    error: tr((W - Ŵ) H (W - Ŵ)ᵀ) / tr(W H Wᵀ), the output's relative squared error.
+    error: tr((W - Ŵ) H (W - Ŵ)ᵀ) / tr(W H Wᵀ), the output's relative squared error; W is the
+    corrected weight where there is a correction.
     damp_frac: the damping that the factorisation took; the scheme's unless it had to grow.
     codes_moved: by gradient-aware rounding, over all passes.
     tokens: of calibration that the layer saw.
     kept: why it stays in 16 bits although its scheme asks for fewer; empty where it does not.
+    corrected: by how much the correction moved the output before anything was rounded, measured as
+    the error is.
     """
 
     error: float
@@ -45,6 +49,12 @@ class LayerReport:
     codes_moved: int
     tokens: int = 0
     kept: str = ""
+    corrected: float = 0.0
+
+    def as_row(self) -> dict[str, Any]:
+        """For storage; `corrected` where there is a correction."""
+        row = asdict(self)
+        return row if self.corrected else {k: v for k, v in row.items() if k != "corrected"}
 
 
 @dataclass(frozen=True)

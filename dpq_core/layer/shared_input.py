@@ -3,15 +3,17 @@
 q, k and v, or gate and up, read the same input. Under one scheme they take the same order π and the
 same factor of H⁻¹, n³ operations, which are kept from one layer to the next; a layer with another
 order has the Hessian put into that one. A permutation moves numbers and changes none, so a layer
-has the same bytes alone and after others.
+has the same bytes alone and after others. Where layers are corrected, what these inputs tell of the
+16-bit model's is found once too.
 
-Memory: the Hessian, and its factor once a layer has asked for one.
+Memory: the Hessian, and its factor once a layer has asked for one; with a correction S and M.
 """
 
 import torch
 from torch import Tensor
 
 from dpq_core.layer.column_loop import inverse_factor
+from dpq_core.layer.correction import recovery
 from dpq_core.layer.hessian import InputStatistics
 
 
@@ -27,6 +29,8 @@ class SharedInput:
         self._hessian: Tensor | None = None  # [in, in] fp32, in the order `_order`
         self._order: Tensor | None = None  # π [in] int64; None: as stored
         self._factor: tuple[float, Tensor, float] | None = None  # asked damping, U, taken damping
+        self._shift_sum = statistics.shift_sum  # [in, in] fp32
+        self._recovery: tuple[float, Tensor, float] | None = None  # asked damping, M, taken damping
 
     def hessian(self, order: Tensor | None = None) -> Tensor:
         """H [in, in] fp32 in the order π; without one, as its columns are stored. Not to be
@@ -65,6 +69,24 @@ class SharedInput:
             self._factor = None  # before the next is made
             self._factor = (damp_frac, *inverse_factor(hessian, damp_frac))
         return self._factor[1:]
+
+    def recovery(self, damp_frac: float) -> tuple[Tensor, float]:
+        """M [in, in] fp32 of `dpq_core.layer.correction`, its columns as stored, and the damping
+        that it took. Not to be changed. To be asked for first: it takes a factor of its own.
+
+        Raises:
+            FactorizationError: as `factor`.
+            ValueError: calibration did not see the 16-bit model's inputs, or they are not finite.
+        """
+        if self._recovery is None or self._recovery[0] != damp_frac:
+            if self._shift_sum is None:
+                raise ValueError("calibration did not see what the 16-bit model gives the layer")
+            factor, damping = inverse_factor(self.hessian(), damp_frac)
+            found = recovery(self._shift_sum, factor).div_(self.tokens)
+            if not torch.isfinite(found.sum()):
+                raise ValueError("what the 16-bit model gives the layer is not finite")
+            self._recovery = damp_frac, found, damping
+        return self._recovery[1:]
 
 
 def _same(one: Tensor | None, other: Tensor | None) -> bool:

@@ -13,10 +13,14 @@ def raise_first(x: Tensor, share: float) -> Tensor:
     outputs, and H has it as one token of hundreds. It is one direction, which costs the others
     little.
     """
-    weight = share / (1 - share) * (x.shape[1] - 1)
     raised = x.clone()
-    raised[:, 0] = (x[:, 0].float() * weight**0.5).to(x.dtype)
+    raised[:, 0] = (x[:, 0].float() * first_root(share, x.shape[1])).to(x.dtype)
     return raised
+
+
+def first_root(share: float, length: int) -> float:
+    """What `raise_first` multiplies the first of `length` tokens with."""
+    return float((share / (1 - share) * (length - 1)) ** 0.5)
 
 
 def equal_norms(x: Tensor) -> Tensor:

@@ -126,16 +126,20 @@ class BlockStream:
         Raises:
             CheckpointError: a linear of a vision tower that the family's row does not name.
         """
+        return [group for step in self.steps(index) for group in step]
+
+    def steps(self, index: int) -> list[list[tuple[str, ...]]]:
+        """`groups` in the order of calls, those together of which none feeds another: experts'."""
         path = self.block_name(index)
         linears = linears_of(self._empty_blocks[path])
-        groups = list(members_of(self._rows(index), linears))
-        named = [name for group in groups for name in group]
+        steps = [list(members_of((row,), linears)) for row in self._rows(index)]
+        named = [name for step in steps for group in step for name in group]
         if wrong := set(linears).symmetric_difference(named):
             raise CheckpointError(
                 f"{self.reader.folder}: {path}.{min(wrong)} is a linear layer of the model or of "
                 "its row in dpq_core/model/families.py, not of both: mend the row's groups"
             )
-        return [tuple(f"{path}.{name}" for name in group) for group in groups]
+        return [[tuple(f"{path}.{name}" for name in group) for group in step] for step in steps]
 
     def gate_rows(self, index: int) -> int:
         """Up to so many outputs a linear of a block with experts is a gate, which chooses or weighs
@@ -145,13 +149,9 @@ class BlockStream:
 
     def linears(self, index: int) -> dict[str, nn.Linear]:
         """The linears of a block by full name, in the order of `groups`, without weights."""
-        path = self.block_name(index)
+        path, names = self.block_name(index), sum(self.groups(index), ())
         block = self._empty_blocks[path]
-        return {
-            name: block.get_submodule(name.removeprefix(f"{path}."))
-            for group in self.groups(index)
-            for name in group
-        }
+        return {name: block.get_submodule(name.removeprefix(f"{path}.")) for name in names}
 
     def begin(self, inputs: Iterable[ModelInputs]) -> list[Batch]:
         """Hidden states before the first block."""

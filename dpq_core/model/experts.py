@@ -6,12 +6,16 @@ puts this module in their place; it computes what transformers' own loop over ex
 """
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from dpq_core.errors import CheckpointError
 from dpq_core.model.families import Experts
 
 
@@ -52,6 +56,78 @@ class SeparateExperts(nn.ModuleList):
             y = expert[self._row.down](inner) * top_k_weights[tokens, places, None]
             output.index_add_(0, tokens, y.to(output.dtype))
         return output
+
+
+@dataclass(frozen=True)
+class Given:
+    """What a linear was given: x [..., in], of all tokens, or of these [n] int64, ascending."""
+
+    x: Tensor
+    tokens: Tensor | None
+
+    def as_given(self, other: "Given | None", linear: str) -> Tensor:
+        """What another model gives the same linear, for the tokens of this one's x [tokens, in].
+        Where it sends a token to other experts, what this one gives stands for it.
+
+        Raises:
+            CheckpointError: which tokens the models gave it is not known.
+        """
+        mine = self.x.reshape(-1, self.x.shape[-1])
+        if self.tokens is not None:
+            found = mine.clone()
+            if other is not None and other.tokens is not None and len(other.tokens):
+                at = torch.searchsorted(other.tokens, self.tokens).clamp_(max=len(other.tokens) - 1)
+                same = other.tokens[at] == self.tokens
+                found[same] = other.x.reshape(-1, self.x.shape[-1])[at[same]]
+            return found
+        if other is None or other.x.shape != self.x.shape:
+            got = "none" if other is None else f"inputs {[*other.x.shape]}"
+            raise CheckpointError(
+                f"{linear}: the quantized model gives it inputs {[*self.x.shape]}, the 16-bit model"
+                f" {got}, and which belong together is not known: leave calibration.correction out"
+            )
+        return other.x.reshape(mine.shape)
+
+
+class Routing:
+    """Which tokens each expert of a block is given, as of the last time that the block was run.
+
+    path: the block's.
+    """
+
+    def __init__(self, block: nn.Module, path: str) -> None:
+        self._chosen: dict[str, Tensor] = {}  # path of experts → [tokens, k] int64, experts
+        self._experts = {
+            f"{path}.{name}.": module
+            for name, module in block.named_modules()
+            if isinstance(module, SeparateExperts)
+        }
+
+    def tokens(self, linear: str) -> Tensor | None:
+        """Those that a linear was given, by full name, [n] int64 ascending; None where it is no
+        expert's: all of them."""
+        for path, chosen in self._chosen.items():
+            if linear.startswith(path):
+                number = int(linear.removeprefix(path).partition(".")[0])
+                return torch.where(chosen == number)[0]
+        return None
+
+    @contextmanager
+    def watched(self) -> Iterator[None]:
+        """While the block is run."""
+
+        def see(path: str, _: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
+            self._chosen[path] = named["top_k_index"] if "top_k_index" in named else arguments[1]
+
+        handles = [
+            module.register_forward_pre_hook(partial(see, path), with_kwargs=True)
+            for path, module in self._experts.items()
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
 
 
 def separate_experts(model: nn.Module, row: Experts) -> None:

@@ -20,15 +20,28 @@ class NotFiniteError(InputError):
 
 def not_finite(block: str, dtype: torch.dtype) -> NotFiniteError:
     """The error for a block's hidden states. dtype: that the model runs in."""
-    name = str(dtype).removeprefix("torch.")
-    way = "look at the texts, then at the checkpoint: its weights may be damaged"
-    if dtype == torch.float16:
-        way = (
-            'float16 ends at 65504: write "dtype": "bfloat16" into config.json of a copy of the'
-            " model, which then runs in BF16"
-        )
     return NotFiniteError(
-        f"{block}: the {name} model's hidden states are not finite after it: {way}"
+        f"{block}: the {_name(dtype)} model's hidden states are not finite after it: {_way(dtype)}"
+    )
+
+
+def inputs_not_finite(linear: str, dtype: torch.dtype) -> NotFiniteError:
+    """The error for what a linear is given inside a block."""
+    return NotFiniteError(
+        f"{linear}: what the {_name(dtype)} model gives it is not finite: {_way(dtype)}"
+    )
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _way(dtype: torch.dtype) -> str:
+    if dtype != torch.float16:
+        return "look at the texts, then at the checkpoint: its weights may be damaged"
+    return (
+        'float16 ends at 65504: write "dtype": "bfloat16" into config.json of a copy of the'
+        " model, which then runs in BF16"
     )
 
 

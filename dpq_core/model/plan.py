@@ -17,6 +17,7 @@ class PlannedLayer:
     """One linear to quantize, and how.
 
     name: full module path. statistics: the shared input's name, its first linear's full name.
+    step: of its block, see `BlockStream.steps`.
     """
 
     name: str
@@ -25,6 +26,7 @@ class PlannedLayer:
     rows: int
     features: int
     scheme: Scheme
+    step: int = 0
 
     @property
     def weights(self) -> int:
@@ -44,6 +46,13 @@ class Plan:
 
     def of_block(self, block: int) -> list[PlannedLayer]:
         return [layer for layer in self.layers if layer.block == block]
+
+    def inputs_by_step(self, block: int) -> list[tuple[str, ...]]:
+        """Names of the shared inputs that a block's layers have, step by step."""
+        names: dict[int, dict[str, None]] = {}
+        for layer in self.of_block(block):
+            names.setdefault(layer.step, {})[layer.statistics] = None
+        return [tuple(names[step]) for step in sorted(names)]
 
 
 def readers_of_one_input(layers: Iterable[PlannedLayer]) -> list[tuple[PlannedLayer, ...]]:
@@ -85,8 +94,8 @@ def plan_layers(
     skipped = {stream.anatomy.parts.head: "output head, kept in 16 bits"}
     for block in range(stream.block_count):
         linears = stream.linears(block)
-        for group in stream.groups(block):
-            for name in group:
+        for step, groups in enumerate(stream.steps(block)):
+            for first, name in ((group[0], name) for group in groups for name in group):
                 rows, features = linears[name].out_features, linears[name].in_features
                 own = chosen_scheme(scheme, choices.pop(name)) if name in choices else scheme
                 if rows <= stream.gate_rows(block):
@@ -95,7 +104,7 @@ def plan_layers(
                 if own.bits == 4 and features < own.group_size:
                     skipped[name] = f"{features} inputs are fewer than group_size {own.group_size}"
                     continue
-                layers.append(PlannedLayer(name, block, group[0], rows, features, own))
+                layers.append(PlannedLayer(name, block, first, rows, features, own, step))
     if not layers:
         raise CheckpointError(
             f"no linear layer has as many inputs as group_size {scheme.group_size}: "

@@ -73,10 +73,11 @@ class Recipe(Section):
     @model_validator(mode="after")
     def _blocks_do_not_wait(self) -> Self:
         together = self.execution.blocks_per_task or 1
-        if together > 1 and self.calibration.propagation == "quantized":
+        fed = self.calibration.propagation
+        if together > 1 and fed != "original":
             raise ValueError(
                 f"execution.blocks_per_task is {together}, and with calibration.propagation:"
-                " quantized a block waits for the layers of the one before: leave one of them out"
+                f" {fed} a block waits for the layers of the one before: leave one of them out"
             )
         return self
 

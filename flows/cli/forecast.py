@@ -91,12 +91,14 @@ class _Rates:
 @dataclass(frozen=True)
 class _Shapes:
     """Of a checkpoint. blocks, head: weights that a token is multiplied with. outputs: of the
-    blocks' linears. hessians: sum of the squared widths of their inputs. loops: operations of
-    quantizing all layers."""
+    blocks' linears. before: the weights of a block that are run before each of its inputs, summed.
+    hessians: sum of the squared widths of their inputs. loops: operations of quantizing all layers.
+    """
 
     blocks: int
     head: int
     outputs: int
+    before: int
     hessians: int
     loops: float
     layers: int
@@ -163,11 +165,16 @@ def _quantization(recipe: Recipe, shapes: _Shapes | None, rates: _Rates) -> Iter
     passes = 2 if scheme.activations == "static" and section.hessian_inputs == "fp8" else 1
     what = f"{section.samples} windows of {section.sequence_length} tokens"
     what += ", twice" if passes == 2 else ""
+    what += ", group by group" if section.propagation == "groups" else ""
     taken = layers = None
     if shapes:
         share = min(1.0, recipe.execution.threads_per_worker / _cores())  # of the machine
-        forward = passes * rates.forward(shapes.blocks, shapes.outputs)
-        taken = tokens * (forward + 2 * shapes.hessians / rates.products) / share
+        forward, both = rates.forward(shapes.blocks, shapes.outputs), 1 + (section.correction > 0)
+        times = float(passes)
+        if section.propagation == "groups":  # as far as each input, then through the block
+            times = (passes + both - 1) * shapes.before / shapes.blocks + both
+        moments = both * 2 * shapes.hessians / rates.products
+        taken = tokens * (times * forward + moments) / share
         layers = shapes.loops / rates.fp32 / min(1.0, share * workers_here(recipe.execution))
     yield Stage("calibrate", what, taken)
     of = f"{shapes.layers} layers, " if shapes else ""
@@ -253,8 +260,19 @@ def _shapes(folder: Path, trust_remote_code: bool) -> _Shapes:
         for first, *_ in stream.groups(block)
     )
     weights, outputs = sum(out * n for out, n in sides), sum(out for out, _ in sides)
+    before = sum(_before_each_step(stream, block) for block in range(stream.block_count))
     loops = sum(2.0 * out * n**2 + 2.0 * n**3 for out, n in sides)
-    return _Shapes(weights, rows * width, outputs, hessians, loops, len(sides), width, rows)
+    known = weights, rows * width, outputs, before, hessians, loops, len(sides), width, rows
+    return _Shapes(*known)
+
+
+def _before_each_step(stream: StreamedModel, block: int) -> int:
+    """Weights of a block's linears that are run before each of its steps, summed."""
+    linears, run, before = stream.linears(block), 0, 0
+    for groups in stream.steps(block):
+        before += run
+        run += sum(linears[name].weight.numel() for group in groups for name in group)
+    return before
 
 
 def _rates(shapes: _Shapes | None, device: torch.device) -> _Rates:

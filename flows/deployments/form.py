@@ -28,7 +28,7 @@ _EXACT = ConfigDict(extra="forbid")
 COMMON: dict[str, tuple[str, ...]] = {  # section of a recipe → fields
     "model": ("id", "revision"),
     "scheme": ("method", "order", "rounding", "group_size", "fp8_max", "activations"),
-    "calibration": ("samples", "sequence_length", "propagation"),
+    "calibration": ("samples", "sequence_length", "propagation", "correction"),
     "evaluation": ("suites", "limit"),
     "gates": (
         "perplexity_increase",

@@ -162,14 +162,19 @@ class Options:
 def _measure(
     recipe: Recipe, inputs: Inputs, layers: list[PlannedLayer], first: Candidate
 ) -> tuple[Costs, dict[str, OutputMoments]]:
-    """Every choice that goes with a layer, quantized and measured, block by block."""
+    """Every choice that goes with a layer, quantized and measured, block by block: each alone in
+    the 16-bit model, where a correction for what comes before it would be an error of its own."""
+    corrected = recipe.calibration.correction > 0
+    alone = recipe.model_copy(
+        update={"calibration": recipe.calibration.model_copy(update={"correction": 0.0})}
+    )
     observed = moments.submit(recipe, inputs.model, inputs.calibration)
     made = {
         (block, choice): [
             quantize_readers.submit(
-                recipe, inputs.model, readers, first.statistics[readers.statistics]
+                alone, inputs.model, readers, first.statistics[readers.statistics]
             )
-            for readers in readers_of(alternatives)
+            for readers in readers_of(alternatives, corrected)
         ]
         for block in range(inputs.plan.blocks)
         for choice, alternatives in _alternatives(recipe, layers, block).items()
@@ -200,8 +205,10 @@ def _alternatives(
     recipe: Recipe, layers: list[PlannedLayer], block: int
 ) -> dict[str, list[PlannedLayer]]:
     """A block's layers under each candidate that goes with their width and differs from their own
-    scheme."""
+    scheme; and as they are, where the candidate's own are corrected."""
     found: dict[str, list[PlannedLayer]] = {}
+    if recipe.calibration.correction:
+        found[OWN] = [each for each in layers if each.block == block]
     for choice in recipe.repair.candidates:
         scheme = chosen_scheme(recipe.scheme, choice)
         for layer in (each for each in layers if each.block == block):

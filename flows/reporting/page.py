@@ -165,12 +165,18 @@ def _facts(data: ReportData) -> dict[str, dict[str, str]]:
             "tokens": CalibrationTokens.of_manifest(data.manifest).line,
             "begin-of-text token before each": _bos(calibration.bos, data.manifest),
             "propagation": calibration.propagation,
+            **_correction(calibration.correction),
             "statistics of inputs in": calibration.hessian_inputs,
             "tokens' weights in them": calibration.token_weights,
             "share of each window's first token": f"{calibration.first_token_share:g}",
         },
         **{heading: dict(facts) for heading, facts in data.environment.items()},
     }
+
+
+def _correction(share: float) -> dict[str, str]:
+    name = "correction towards the 16-bit model's outputs"
+    return {name: f"{share:g} of it; errors are against the corrected weights"} if share else {}
 
 
 def _bos(asked: str, manifest: Mapping[str, Any]) -> str:

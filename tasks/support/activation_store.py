@@ -7,7 +7,7 @@ from the nearest before them that are there or from the inputs.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -40,8 +40,8 @@ def load_leaves(recipe: Recipe, windows: ArtifactRef, store: Store) -> list[Sequ
 class HiddenStates:
     """Before all blocks of a model, on a recipe's windows.
 
-    layers: the quantized layers of all blocks that they have passed, with `propagation: quantized`;
-    else empty. every: they are stored before the blocks that this divides.
+    layers: the quantized layers of all blocks that they have passed, and of the next, unless with
+    `propagation: original`; else empty. every: they are stored before the blocks that this divides.
     """
 
     recipe: Recipe
@@ -74,6 +74,10 @@ class HiddenStates:
         """The model, for whoever runs a block on them."""
         return self._new_stream()
 
+    def original(self) -> "HiddenStates":
+        """Those of the 16-bit model, the same that `propagation: original` has."""
+        return replace(self, layers={}, _in_memory={})
+
     def prepare(self, block: int, leaves: Iterable[int]) -> None:
         """Have those before a block that are missing. Each block on the way is loaded once."""
         reached = {leaf: self._nearest(block, leaf) for leaf in leaves}
@@ -86,7 +90,7 @@ class HiddenStates:
                     self.put(0, leaf, [begun(inputs) for inputs in self.leaves[leaf]])
         for index in range(max(min(reached.values()), 0), block):
             passing = [leaf for leaf, at in reached.items() if at <= index]
-            with stream.block(index, self._load_layers(index)):
+            with stream.block(index, self.load_layers(index)):
                 for leaf in passing:
                     batches = self.get(index, leaf)
                     stream.advance(batches)
@@ -164,9 +168,11 @@ class HiddenStates:
     def _linears(self, block: int) -> list[str]:
         return list(self.stream.linears(block))
 
-    def _load_layers(self, block: int) -> dict[str, QuantizedLinear]:
+    def load_layers(self, block: int) -> dict[str, QuantizedLinear]:
+        """A block's, those that there are."""
+        names = self._linears(block) if self.layers else []
         return {
             name: load_layer(self.store.open(self.layers[name]))
-            for name in self._linears(block)
+            for name in names
             if name in self.layers
         }

@@ -19,7 +19,7 @@ import transforms
 from torch import Tensor
 
 from dpq_core.arithmetic.formats import NumberFormat, fake_quantize
-from dpq_core.calibration.statistics import InputRounding, _observing
+from dpq_core.calibration.statistics import InputRounding
 from dpq_core.layer.column_loop import inverse_factor
 from dpq_core.layer.gradient_rounding import refine_codes
 from dpq_core.layer.grid import Grid
@@ -30,6 +30,7 @@ from dpq_core.layer.quantize import quantize_or_keep
 from dpq_core.layer.records import QuantizedLinear, QuantizedWeight
 from dpq_core.layer.shared_input import SharedInput
 from dpq_core.model.inputs import Batch, batches_of
+from dpq_core.model.observed import observing
 from dpq_core.model.reader import read_config
 from dpq_core.model.streaming import StreamedModel
 from dpq_core.recipe import Recipe
@@ -57,7 +58,7 @@ def inputs_of(
         def keep(name: str, x: Tensor) -> None:
             seen[name].append(x.flatten(0, -2).clone())
 
-        with _observing(watched, keep):
+        with observing(watched, keep):
             for batch in batches:
                 stream.forward(batch)
     return {name: torch.cat(parts) for name, parts in seen.items()}

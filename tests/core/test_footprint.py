@@ -113,3 +113,38 @@ def test_a_device_holds_a_layer_or_a_batch_in_a_block(plan):
     widest = max(max(layer.rows, layer.features) for layer in plan.layers)
     assert longer.device - long.device == 4 * 2048 * widest * 24
     assert footprint(plan, section).device == 0
+
+
+def test_groups_one_after_the_other_take_the_sums_of_one(plan):
+    blocks, groups = (
+        footprint(plan, calibration(samples=128, propagation=fed))
+        for fed in ("quantized", "groups")
+    )
+    widest = max(4 * layer.features**2 + 8 * 2**15 for layer in plan.of_block(0))
+    codes = sum(layer.weights for layer in plan.of_block(0))
+    assert blocks.block - groups.block == 5 * (largest_statistics(plan) - widest) - codes
+    assert (groups.disk, groups.layer, groups.share) == (blocks.disk, blocks.layer, blocks.share)
+    assert groups.blocks_per_task == 1
+
+
+def test_a_correction_takes_two_models_and_two_moments(plan):
+    section = calibration(samples=8, propagation="groups")
+    plain = footprint(plan, section)
+    section = section.model_copy(update={"correction": 0.5})
+    corrected = footprint(plan, section)
+    squares = {layer.statistics: 4 * layer.features**2 for layer in plan.layers}
+    assert corrected.statistics - plain.statistics == sum(squares.values())
+    assert corrected.disk - plain.disk == sum(squares.values())
+    hidden = 8 * section.sequence_length * plan.layers[0].features * 2
+    widest = max(max(layer.rows, layer.features) for layer in plan.layers)
+    beside = 2 * sum(layer.weights for layer in plan.of_block(0))
+    activations = 4 * section.sequence_length * widest * 10
+    moments = 2 * max(squares.values())  # being summed, and written
+    assert corrected.block - plain.block == 3 * hidden + beside + activations + moments
+    for layer in plan.layers:
+        more = layer_bytes(layer, corrected=True) - layer_bytes(layer)
+        assert more == 2 * 4 * layer.features**2
+    on = {"on_device": True}
+    assert (
+        footprint(plan, section, **on).device > footprint(plan, calibration(samples=8), **on).device
+    )

@@ -181,6 +181,17 @@ def seconds_in(line):
     return sum(int(number) * units[unit] for number, unit in re.findall(r"(\d+) (s|min|h)", said))
 
 
+def test_a_forecast_of_groups_and_of_two_models(monkeypatch):
+    """Passes as far as each input, and through the block: longer than two through it."""
+    monkeypatch.setattr(module, "_rates", rated(1))
+    groups = ["calibration.propagation=groups"]
+    settings = [[], groups, [*groups, "calibration.correction=0.5"]]
+    told = [forecast(load_recipe(RECIPE, each), measured=False)[1] for each in settings]
+    assert ["group by group" in line for line in told] == [False, True, True]
+    one, two, three = map(seconds_in, told)
+    assert one < two < three < 3 * one
+
+
 def test_a_forecast_of_quantize_has_no_measurements(monkeypatch):
     monkeypatch.setattr(module, "_rates", rated(1))
     told = forecast(load_recipe(RECIPE), measured=False)

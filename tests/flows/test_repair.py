@@ -10,9 +10,11 @@ from types import SimpleNamespace
 import pytest
 from conftest import dpq_process, run_flow
 
+from dpq_core.model.plan import PlannedLayer
 from dpq_core.recipe import parse_recipe
 from dpq_core.verdict.gates import Metric, NotMeasuredError, Verdict
 from dpq_core.verdict.halves import ALL, JUDGING
+from flows.release import repair_options
 from flows.release.candidate import Attempt
 from flows.release.release import release
 from flows.release.repair import repair
@@ -87,6 +89,37 @@ def test_rejected_then_promoted_without_touching_a_gate(content, services_home, 
     again = measured(content, {})
     assert {stage: artifacts(store, stage) for stage in stages} == made
     assert again.rounds == result.rounds
+
+
+@pytest.mark.parametrize("correction", [0.0, 0.5])
+def test_layers_are_tried_alone_without_a_correction(content, correction, monkeypatch):
+    """For what comes before a layer there is nothing to correct where that is in 16 bits."""
+    fed = {"propagation": "groups", "correction": correction}
+    recipe = parse_recipe(content | {"calibration": content["calibration"] | fed})
+    layers = [PlannedLayer(name, 0, "q", 64, 128, recipe.scheme) for name in ("q", "k")]
+    first = SimpleNamespace(layers={"q": "own q", "k": "own k"}, statistics={"q": "statistics"})
+    made, measured = [], []
+
+    def quantized(recipe, model, readers, statistics):
+        made.append((recipe.calibration.correction, readers.corrected, statistics))
+        own = [each for each in readers.layers if each.scheme == recipe.scheme]
+        names = {each.name: f"{'alone' if own else 'other'} {each.name}" for each in readers.layers}
+        return SimpleNamespace(result=lambda: SimpleNamespace(made=names))
+
+    def costs(recipe, model, windows, block, variants):
+        measured.append(variants)
+        return SimpleNamespace(result=dict)
+
+    for name, submit in (("quantize_readers", quantized), ("sensitivity", costs)):
+        monkeypatch.setattr(repair_options, name, SimpleNamespace(submit=submit))
+    nothing = SimpleNamespace(submit=lambda *_: SimpleNamespace(result=dict))
+    monkeypatch.setattr(repair_options, "moments", nothing)
+    inputs = SimpleNamespace(model=None, calibration=None, plan=SimpleNamespace(blocks=1))
+    repair_options._measure(recipe, inputs, layers, first)
+    own = "alone" if correction else "own"
+    assert [variants["k"][repair_options.OWN] for variants in measured] == [f"{own} k"]
+    assert len(made) == (3 if correction else 2)
+    assert set(made) == {(0.0, correction > 0, "statistics")}
 
 
 @pytest.mark.parametrize("judged", ["promoted", "rejected"])

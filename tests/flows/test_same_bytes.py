@@ -27,10 +27,16 @@ def in_store(recipe, folder, **execution):
     return recipe.model_copy(update={"execution": recipe.execution.model_copy(update=update)})
 
 
-@pytest.fixture(params=["original", "quantized"])
-def propagated(recipe, request):
-    calibration = recipe.calibration.model_copy(update={"propagation": request.param})
+def propagating(recipe, how):
+    """Fed so; with all that is quantized before it a layer is corrected too."""
+    changes = {"propagation": how, "correction": 0.5 if how == "groups" else 0.0}
+    calibration = recipe.calibration.model_copy(update=changes)
     return recipe.model_copy(update={"calibration": calibration})
+
+
+@pytest.fixture(params=["original", "quantized", "groups"])
+def propagated(recipe, request):
+    return propagating(recipe, request.param)
 
 
 def plainly(recipe, folder):

@@ -9,7 +9,7 @@ from collections import Counter
 import pytest
 from conftest import run_flow
 from model_families import save
-from test_same_bytes import contents, in_store
+from test_same_bytes import contents, in_store, layer_artifacts, propagating
 
 from dpq_core.recipe import RecipeError, parse_recipe
 from flows.quantize import quantize
@@ -20,6 +20,7 @@ SETTINGS = [
     (3, "dask", "original"),
     (4, "threads", "original"),
     (3, "threads", "quantized"),
+    (3, "threads", "groups"),
 ]
 
 # `dpq …` that notes every leaf whose Hessians are begun, and dies at one of them.
@@ -71,8 +72,7 @@ def statistics(folder):
 def test_shards_and_runners_give_the_same_bytes(
     four_leaves, alone, tmp_path, shards, runner, propagation
 ):
-    calibration = four_leaves.calibration.model_copy(update={"propagation": propagation})
-    recipe = four_leaves.model_copy(update={"calibration": calibration})
+    recipe = propagating(four_leaves, propagation)
     if propagation not in alone:
         checkpoint = run_flow(quantize, in_store(recipe, tmp_path / "one")).checkpoint
         alone[propagation] = contents(checkpoint.folder), statistics(tmp_path / "one")
@@ -84,9 +84,13 @@ def test_shards_and_runners_give_the_same_bytes(
         assert list((tmp_path / "shared" / spent).iterdir()) == []
 
 
-def test_a_share_that_is_killed_is_repeated_alone(tiny, four_leaves, tmp_path):
+@pytest.mark.parametrize(("propagation", "turns"), [("original", 1), ("groups", 4)])
+def test_a_share_that_is_killed_is_repeated_alone(tiny, four_leaves, tmp_path, propagation, turns):
+    """turns: of a block's inputs, each of which every leaf is run for."""
     log, store, recipe = tmp_path / "log", tmp_path / "store", tmp_path / "recipe.yaml"
-    recipe.write_text(json.dumps(tiny))
+    four_leaves = propagating(four_leaves, propagation)
+    calibration = four_leaves.calibration.model_dump(mode="json")
+    recipe.write_text(json.dumps(tiny | {"calibration": calibration}))
     settings = {"store": store, "shards": 4, "workers": 1}
     options = [f"--set=execution.{key}={value}" for key, value in settings.items()]
 
@@ -95,12 +99,16 @@ def test_a_share_that_is_killed_is_repeated_alone(tiny, four_leaves, tmp_path):
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         return subprocess.run(list(map(str, command)), env=environment, capture_output=True)
 
-    assert run(last=LEAVES + 3).returncode == -9  # at the third leaf of the second block
+    # at the third leaf of the second block, of its last inputs
+    assert run(last=(2 * turns - 1) * LEAVES + 3).returncode == -9
+    layers = layer_artifacts(store)
+    assert propagation == "original" or len(layers) == 7 + 6  # all but the last, waited for
     assert list((store / "partial").iterdir()) != []
     again = run(last=0)
     assert again.returncode == 0, again.stderr.decode()
     begun = Counter(log.read_text().splitlines())
-    assert begun == {"0": LEAVES, "1": LEAVES + 1}
+    assert begun == {"0": turns * LEAVES, "1": turns * LEAVES + 1}
+    assert layer_artifacts(store).items() >= layers.items()
     assert list((store / "partial").iterdir()) == []
     undisturbed = run_flow(quantize, in_store(four_leaves, tmp_path / "one")).checkpoint.folder
     assert contents(next((store / "checkpoints").iterdir())) == contents(undisturbed)

@@ -11,7 +11,7 @@ import os
 import shutil
 import sys
 import tempfile
-from functools import cache
+from functools import cache, partial
 from hashlib import sha256
 from pathlib import Path
 
@@ -40,6 +40,7 @@ from tasks.support.stages import STAGES, computed_by  # noqa: E402
 
 GOLDEN = Path(__file__).with_name("stages.json")
 SECTION = CalibrationSection(dataset=TextDataset(path="none"), batch_size=2)
+CORRECTED = SECTION.model_copy(update={"propagation": "groups", "correction": 0.5})
 SCHEME = Scheme(group_size=32, scale_search="hessian")
 # What they hold is an answer, not bytes: whether a checkpoint is whole, an answer right.
 ANSWERS = {"model", "integrity", "suite"}
@@ -75,7 +76,7 @@ def windows():
 
 
 @cache
-def checkpoint():
+def checkpoint(section=SECTION):
     """Statistics, layers and a checkpoint, as the tasks make them."""
     seen = {}
     choices = {"model.layers.0.mlp.down_proj": "w8a8", "model.layers.1.self_attn.o_proj": "bf16"}
@@ -90,11 +91,11 @@ def checkpoint():
             return found
 
         patch.setitem(quantize_checkpoint.__globals__, "calibrate_block", observed)
-        to = folder() / "checkpoint"
+        to = folder() / f"checkpoint-{section.propagation}"
         about = {"base_model": {"id": "golden", "revision": None, "digest": "", "licence": None}}
         about["base_model"] |= {"trust_remote_code": False}
         about["calibration"] = {"windows": "golden"}
-        manifest = quantize_checkpoint(model(), to, windows(), SCHEME, SECTION, about, choices)
+        manifest = quantize_checkpoint(model(), to, windows(), SCHEME, section, about, choices)
     return to, manifest, seen
 
 
@@ -118,12 +119,12 @@ def of_numbers(numbers):
     return digest(numbers), numbers
 
 
-def statistics():
-    return of_tensors(checkpoint()[2])
+def statistics(section=SECTION):
+    return of_tensors(checkpoint(section)[2])
 
 
-def layers():
-    to, manifest, _ = checkpoint()
+def layers(section=SECTION):
+    to, manifest, _ = checkpoint(section)
     names = {row["name"] for row in manifest["layers"]}
     tensors = {
         name: tensor
@@ -223,6 +224,8 @@ def made_by_convnets(stage):
 MAKERS = {
     "statistics": statistics,
     "layers": layers,
+    "statistics, corrected": partial(statistics, CORRECTED),
+    "layers, corrected": partial(layers, CORRECTED),
     "checkpoints": checkpoints,
     "exports": exports,
     "perplexity": perplexity,
@@ -241,6 +244,8 @@ def made(stage):
 _QUANTIZED = ("statistics", "layers")
 AFTER = {
     "layers": ("statistics",),
+    "statistics, corrected": ("layers",),
+    "layers, corrected": _QUANTIZED,
     "checkpoints": _QUANTIZED,
     "exports": (*_QUANTIZED, "checkpoints"),
     "sensitivity": _QUANTIZED,
@@ -250,15 +255,20 @@ AFTER = {
 }
 
 
+def version_of(stage):
+    """Of a stage, or of a way that it goes (`statistics, corrected`)."""
+    return STAGES[stage.partition(",")[0]].version
+
+
 def where(stage):
     """Names the class of arithmetic, all libraries, and the versions of the stages before."""
     libraries = {name: stages._installed(name) for row in STAGES.values() for name in row.libraries}
-    before = [STAGES[name].version for name in AFTER.get(stage, ())]
+    before = [version_of(name) for name in AFTER.get(stage, ())]
     return digest([ARITHMETIC, libraries, before])[:16]
 
 
 def test_every_stage_has_golden_bytes_or_holds_an_answer():
-    assert MAKERS.keys() | CONVNETS | ANSWERS == STAGES.keys()
+    assert {name.partition(",")[0] for name in MAKERS} | CONVNETS | ANSWERS == STAGES.keys()
     assert json.loads(GOLDEN.read_text()).keys() == MAKERS.keys() | CONVNETS
 
 
@@ -269,7 +279,7 @@ def test_a_stage_s_bytes_change_with_its_version_only(stage):
         f"raise the version of {stage} in tasks/support/stages.py, or undo the change; then record:"
         " python tests/flows/test_stages.py"
     )
-    assert golden["version"] == STAGES[stage].version, remedy
+    assert golden["version"] == version_of(stage), remedy
     content, numbers = made(stage)
     assert numbers == pytest.approx(golden["numbers"], rel=0.05, abs=1e-6), remedy
     assert content == golden["sha256"].get(where(stage), content), remedy
@@ -354,7 +364,7 @@ def record():
     golden = json.loads(GOLDEN.read_text()) if GOLDEN.exists() else {}
     for stage in [*MAKERS, *sorted(CONVNETS)]:
         content, numbers = made(stage)
-        version = STAGES[stage].version
+        version = version_of(stage)
         known = golden.get(stage, {})
         kept = known.get("sha256", {}) if known.get("version") == version else {}
         golden[stage] = {

@@ -128,9 +128,12 @@ def _layer_rows(checkpoint: QuantizedCheckpoint) -> list[dict[str, Any]]:
 def _calibration(about: Mapping[str, Any]) -> str:
     if "samples" not in about:
         return "not recorded"
+    share = about.get("correction")
+    corrected = f" with a correction of {share:g}" if share else ""
     return (
         f"{about['samples']} windows of {about['sequence_length']} tokens, "
-        f"{about['propagation']} propagation, windows' digest `{about.get('windows', '')[:16]}`"
+        f"{about['propagation']} propagation{corrected}, "
+        f"windows' digest `{about.get('windows', '')[:16]}`"
     )
 
 

@@ -207,7 +207,8 @@ def watch(linear, name, seen):
 @pytest.mark.parametrize(
     ("name", "propagation"),
     [(name, "original") for name in FAMILIES]
-    + [(name, "quantized") for name in ("qwen3-moe", "qwen2.5-vl")],
+    + [(name, "quantized") for name in ("qwen3-moe", "qwen2.5-vl")]
+    + [(name, "groups") for name in ("qwen3-moe", "mixtral", "gemma3", "qwen2.5-vl")],
 )
 def test_loaded_checkpoint_gives_the_fake_quantized_models_logits(
     folders, windows, image_inputs, tmp_path, name, propagation
@@ -216,7 +217,8 @@ def test_loaded_checkpoint_gives_the_fake_quantized_models_logits(
     inputs = image_inputs[name] if images else batches_of(windows, 2)
     column = "image" if images else None
     out = tmp_path / "out"
-    manifest = quantized(name, folders, out, inputs, image_column=column, propagation=propagation)
+    fed = {"propagation": propagation, "correction": 0.5 if propagation == "groups" else 0}
+    manifest = quantized(name, folders, out, inputs, image_column=column, **fed)
     assert {row["name"] for row in manifest["layers"]} == FAMILIES[name].language | (
         FAMILIES[name].vision
     )
@@ -225,6 +227,8 @@ def test_loaded_checkpoint_gives_the_fake_quantized_models_logits(
     stream = StreamedModel(out, images=images)
     assert not torch.equal(expected, logits_of(load_model(folders[name]), inputs))
     assert stream.block_count == len(FAMILIES[name].linears) + (3 if images else 0)
+    corrected = [row.get("corrected", 0) > 0 for row in manifest["layers"] if row["error"]]
+    assert corrected == [propagation == "groups"] * len(corrected)
 
 
 def by_hand(base, out):

@@ -61,12 +61,36 @@ def test_defaults_and_values(recipe_file):
         ("evaluation.batch_size=auto", ["evaluation.batch_size", "'auto'"]),
         ("evaluation.num_fewshot={piqa: 5}", ["num_fewshot names piqa", "not among the suites"]),
         ("gates.confidence=95", ["gates.confidence", "got 95"]),
+        ("calibration.propagation=layers", ["calibration.propagation", "'groups'", "got 'layers'"]),
+        (
+            "calibration.correction=2",
+            ["calibration.correction", "less than or equal to 1", "got 2"],
+        ),
+        (
+            "calibration.correction=0.5",
+            ["correction is 0.5", "original", "set propagation: groups"],
+        ),
     ],
 )
 def test_error_names_file_field_and_value_on_one_line(recipe_file, override, parts):
     message = message_of(recipe_file, [override])
     for part in [str(recipe_file), *parts]:
         assert part in message
+
+
+@pytest.mark.parametrize("fed", ["quantized", "groups"])
+def test_blocks_that_wait_are_not_passed_together(recipe_file, fed):
+    settings = [f"calibration.propagation={fed}", "execution.blocks_per_task=2"]
+    said = f"blocks_per_task is 2, and with calibration.propagation: {fed} a block waits"
+    assert said in message_of(recipe_file, settings)
+
+
+def test_a_recipe_without_a_correction_is_the_same_as_before_there_was_one(recipe_file):
+    before = load_recipe(recipe_file)
+    assert load_recipe(recipe_file, ["calibration.correction=0"]).digest == before.digest
+    groups = load_recipe(recipe_file, ["calibration.propagation=groups"])
+    corrected = ["calibration.propagation=groups", "calibration.correction=0.5"]
+    assert load_recipe(recipe_file, corrected).digest not in (groups.digest, before.digest)
 
 
 def test_further_errors_are_counted(recipe_file):
