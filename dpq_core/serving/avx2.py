@@ -1,15 +1,12 @@
 """The CPU runtime for AVX2: four-bit codes in memory, FP32 products.
 
-`Avx2Linear` holds a weight as `dpq_core.serving.avx2_kernels` reads it. Tokens pass 8 at a time,
-rounded, as FP32; threads share the rows of the weight, which are decoded anew for each 8 tokens, in
-registers. Reading the codes takes a seventh of what reading the weight in FP32 does.
+`Avx2Linear` holds a weight as `dpq_core.serving.avx2_weights` lays it out. Threads share the rows
+of the weight. A few tokens, rounded, as FP32, are multiplied by weights that are decoded in
+registers; for more, a few rows at a time are decoded into the first cache, and multiplied by tiles
+of tokens. Reading the codes takes a seventh of what reading the weight in FP32 does.
 
-    weights  [out, units, 64] uint8    two codes a byte, columns 32 apart
-             [out, units, 128] int8    E4M3 or INT8
-    groups   [out, units, tables, 2] fp32   s4, -s4 * z
-
-A unit is 128 columns, and `tables` the groups that begin in a unit. As in `dpq_core.serving.cpu`
-rounding to E4M3 is part of decoding, and what lies beyond the format's range is refused.
+As in `dpq_core.serving.cpu` rounding to E4M3 is part of decoding, and what lies beyond the
+format's range is refused.
 """
 
 import functools
@@ -20,26 +17,27 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.nn.functional import pad
 
 from dpq_core.kernels import products
-from dpq_core.kernels.blas import sgemm
 from dpq_core.kernels.cpu import bits_of
-from dpq_core.kernels.forward_rows import add_product, scale_rows, take_threads, widen
+from dpq_core.kernels.forward_rows import scale_rows, take_threads, widen
 from dpq_core.kernels.numba_loops import real, round_rows
 from dpq_core.layer.records import QuantizedLinear, QuantizedWeight
 from dpq_core.serving import avx2_kernels
-from dpq_core.serving.avx2_kernels import COLUMN_OF_BYTE, LANES, WIDTHS, sizes
-from dpq_core.serving.weights import UNIT, choose_scales, group_pairs, numbers_of, refusal, rows_of
+from dpq_core.serving.avx2_kernels import LANES, ROWS, TOKENS, WIDTHS, sizes
+from dpq_core.serving.avx2_weights import code_bytes, eight_bits, group_tables
+from dpq_core.serving.weights import UNIT, choose_scales, numbers_of, refusal, rows_of
 
 __all__ = ["Avx2Linear", "make", "refusal", "unavailable"]
 
-_COLUMNS = 32  # of a part that is looked up at once
 _INPUTS = 32  # units times tokens whose inputs stay in the first cache: 16 KiB
-_FEW = 12  # tokens up to which weights are decoded in registers
+_FEW = 8  # tokens up to which weights are decoded in registers
 _APART = 16  # columns between tokens, which would otherwise share places in the first cache
 _BATCH = 4096  # tokens whose inputs are held as FP32
-_TOKENS, _PIECE, _DEPTH = 512, 512, 8  # at a time: tokens, rows of the weight, units
+_TOGETHER = LANES * TOKENS  # tokens that whole groups of both are made of
+_MANY = 44 * TOKENS  # tokens at a time, whose inputs stay in a cache from piece to piece
+_PIECE, _DEPTH = 64, 8  # rows and units that are decoded at a time: 256 KiB, of the second cache
+_NEAR = 2 * TOKENS  # tokens whose inputs stay in the first cache there: 24 KiB
 
 
 def unavailable() -> str:
@@ -58,6 +56,7 @@ class Avx2Linear(nn.Module):
 
     weights: Tensor
     groups: Tensor
+    tables: Tensor
     channel_scale: Tensor  # [out] fp32
     bias: Tensor  # [out] fp32, or empty
     input_scale: Tensor | None  # fp32 scalar
@@ -68,16 +67,18 @@ class Avx2Linear(nn.Module):
         if isinstance(layer.weight, QuantizedWeight):
             grid = layer.weight.grid
             self.out_features, self.in_features = layer.weight.codes.shape
-            weights, groups = _bytes(layer.weight.codes), group_pairs(grid, self.in_features)
+            weights = code_bytes(layer.weight.codes)
+            groups, tables = group_tables(grid, self.in_features)
             kind, channel_scale = ("codes", max(1, UNIT // grid.group_size)), grid.channel_scale
         else:
             values = layer.weight.values
             self.out_features, self.in_features = values.shape
-            weights, groups = pad(values.view(torch.int8), (0, -values.shape[1] % UNIT)), None
+            weights, groups, tables = eight_bits(values), torch.zeros(0), torch.zeros(0)
             kind = ("e4m3" if values.dtype == torch.float8_e4m3fn else "int8", 1)
             channel_scale = layer.weight.channel_scale
-        self.register_buffer("weights", weights.contiguous())
-        self.register_buffer("groups", torch.zeros(0) if groups is None else groups)
+        self.register_buffer("weights", weights)
+        self.register_buffer("groups", groups)
+        self.register_buffer("tables", tables)
         self.register_buffer("channel_scale", channel_scale.flatten())
         added = torch.zeros(0) if bias is None else bias.detach().float()
         self.register_buffer("bias", added)
@@ -94,42 +95,42 @@ class Avx2Linear(nn.Module):
         rows = rows_of(x, self.in_features)
         y = rows.new_empty(len(rows), self.out_features)
         threads = take_threads()
-        width = -(-self.in_features // UNIT) * UNIT
-        for some, found in zip(rows.split(_BATCH), y.split(_BATCH), strict=True):
-            eights = -(-len(some) // LANES) * LANES
-            _kernel(*self._kind)(
-                bits_of(some),
-                self._rounds,
-                0.0 if self.input_scale is None else float(self.input_scale),
-                self._numbers,
-                self.weights.data_ptr(),
-                self.groups.data_ptr(),
-                self.channel_scale.numpy(),
-                self.bias.numpy(),
-                bits_of(found),
-                np.ones((len(some), 1), np.float32),
-                np.empty((eights, width + _APART), np.float32),
-                threads,
-            )
+        for first in range(0, len(rows), _BATCH):
+            batch = slice(first, first + _BATCH)
+            self._multiply(bits_of(rows)[batch], bits_of(y)[batch], threads)
         return y.view(*x.shape[:-1], self.out_features)
+
+    def _multiply(self, x: NDArray[np.int16], y: NDArray[np.int16], threads: int) -> None:
+        """x [tokens, in] bf16; y [tokens, out] bf16, written. Few operations: with one token and
+        small layers they are what takes the time."""
+        tensors, tokens = self._buffers, len(x)
+        each = LANES if tokens <= _FEW else _TOGETHER
+        filled, width = -(-tokens // each) * each, -(-self.in_features // UNIT) * UNIT
+        static = tensors["input_scale"]
+        _kernel(*self._kind)(
+            x,
+            self._rounds,
+            0.0 if static is None else float(static),
+            self._numbers,
+            tensors["weights"].data_ptr(),  # type: ignore[union-attr]
+            tensors["groups"].data_ptr(),  # type: ignore[union-attr]
+            tensors["tables"].data_ptr(),  # type: ignore[union-attr]
+            tensors["channel_scale"].numpy(),  # type: ignore[union-attr]
+            tensors["bias"].numpy(),  # type: ignore[union-attr]
+            y,
+            np.ones((tokens, 1), np.float32),
+            np.empty((filled, width + _APART), np.float32),
+            threads,
+        )
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, {self._kind[0]}"
 
 
-def _bytes(codes: Tensor) -> Tensor:
-    """Codes [out, in] → [out, units, 64] uint8, in the order in which they are looked up."""
-    order = torch.tensor(COLUMN_OF_BYTE)
-    parts = pad(codes, (0, -codes.shape[1] % UNIT)).unflatten(1, (-1, 2, 2, _COLUMNS))[..., order]
-    packed: Tensor = (parts[:, :, :, 0] | parts[:, :, :, 1] << 4).flatten(2)
-    return packed
-
-
 @functools.cache
 def _kernel(kind: str, tables: int) -> Any:
     """`Avx2Linear.forward` for one kind of weights; compiled when it first runs, in seconds."""
-    few = _few(kind, tables)
-    many = few if sgemm is None else _many(kind, tables)
+    few, many = _few(kind, tables), _many(kind, tables)
 
     @numba.njit(nogil=True, parallel=True, error_model="numpy")
     def forward(
@@ -139,23 +140,27 @@ def _kernel(kind: str, tables: int) -> Any:
         numbers: NDArray[np.int32],
         weights: int,
         groups: int,
+        values: int,
         channel_scale: NDArray[np.float32],
         bias: NDArray[np.float32],
         y: NDArray[np.int16],  # [tokens, out] bf16, written
         scales: NDArray[np.float32],  # [tokens, 1], ones, written
-        wide: NDArray[np.float32],  # [tokens, filled up to 8, units * 128 and some], written
+        wide: NDArray[np.float32],  # [tokens and more, units * 128 and more], written
         parts: int,
     ) -> None:
         tokens, rows = y.shape
-        for number in numba.prange(len(wide) // LANES):
-            _prepare(number * LANES, x, rounds, static, numbers, scales, wide)
+        if tokens <= LANES:
+            _prepare(0, x, rounds, static, numbers, scales, wide)
+        else:
+            for number in numba.prange(len(wide) // LANES):
+                _prepare(number * LANES, x, rounds, static, numbers, scales, wide)
         for part in numba.prange(parts):
             first, last = part * rows // parts, (part + 1) * rows // parts
             scaled = channel_scale[first:last], bias[first:last] if bias.size else bias
             if tokens > _FEW:
-                many(first, last, wide, scales, numbers, weights, groups, *scaled, y)
+                many(first, last, wide, scales, weights, groups, values, *scaled, y)
             else:
-                few(first, last, wide, scales, numbers, weights, groups, *scaled, y)
+                few(first, last, wide, scales, weights, groups, values, *scaled, y)
 
     return forward
 
@@ -172,7 +177,7 @@ def _few(kind: str, tables: int) -> Any:
         units: int,
         weights: int,  # address, as `groups`
         groups: int,
-        numbers: NDArray[np.int32],
+        values: int,
         x: NDArray[np.float32],  # [tokens, units * 128]: `width` and more
         width: int,
         sums: NDArray[np.float32],  # [last - first, 8], zero, written
@@ -183,15 +188,15 @@ def _few(kind: str, tables: int) -> Any:
             weight = weights + first * row + unit * unit_bytes
             group = groups + first * of_row + unit * group_bytes
             at, stride, to = x.ctypes.data + 4 * UNIT * unit, 4 * x.shape[1], sums.ctypes.data
-            n, a, b, c = last - first, numbers[3], numbers[4], numbers[5]
+            n = last - first
             if width == 1:
-                one(n, weight, row, group, of_row, count, at, stride, to, a, b, c)
+                one(n, weight, row, group, of_row, values, count, at, stride, to)
             elif width == 2:
-                two(n, weight, row, group, of_row, count, at, stride, to, a, b, c)
+                two(n, weight, row, group, of_row, values, count, at, stride, to)
             elif width == 4:
-                four(n, weight, row, group, of_row, count, at, stride, to, a, b, c)
+                four(n, weight, row, group, of_row, values, count, at, stride, to)
             else:
-                eight(n, weight, row, group, of_row, count, at, stride, to, a, b, c)
+                eight(n, weight, row, group, of_row, values, count, at, stride, to)
 
     @numba.njit(nogil=True, error_model="numpy")
     def few(
@@ -199,9 +204,9 @@ def _few(kind: str, tables: int) -> Any:
         last: int,
         x: NDArray[np.float32],
         scales: NDArray[np.float32],
-        numbers: NDArray[np.int32],
         weights: int,
         groups: int,
+        values: int,
         channel_scale: NDArray[np.float32],  # [last - first], as `bias`
         bias: NDArray[np.float32],
         y: NDArray[np.int16],
@@ -213,7 +218,7 @@ def _few(kind: str, tables: int) -> Any:
             while width < stop - token:
                 width *= 2
             _turn(sums, of_tokens, False)
-            multiply(first, last, units, weights, groups, numbers, x[token:], width, sums)
+            multiply(first, last, units, weights, groups, values, x[token:], width, sums)
             _turn(sums, of_tokens, True)
             found, target = of_tokens[: stop - token], y[token:stop, first:last]
             scale_rows(found, channel_scale, scales[token:stop], bias, target)
@@ -222,29 +227,46 @@ def _few(kind: str, tables: int) -> Any:
 
 
 def _many(kind: str, tables: int) -> Any:
-    """Some rows of the weight, decoded as FP32 a piece at a time, for so many tokens that MKL's
-    product of what is in the cache takes less."""
-    decode = avx2_kernels.decoding(kind, tables)
+    """Some rows of the weight, decoded a piece at a time, which stays in the second cache."""
+    decode, multiply = avx2_kernels.decoding(kind, tables), avx2_kernels.tiling()
     unit_bytes, group_bytes = sizes(kind, tables)
 
     @numba.njit(nogil=True, error_model="numpy")
     def fill_piece(
-        first: int,
-        last: int,
-        unit: int,
+        row: int,
         stop: int,
+        unit: int,
         units: int,
         weights: int,
         groups: int,
-        numbers: NDArray[np.int32],
+        values: int,
         piece: NDArray[np.float32],  # [rows, columns], written
     ) -> None:
-        row, of_row = units * unit_bytes, units * group_bytes
+        of_row, of_groups, some = units * unit_bytes, units * group_bytes, min(_DEPTH, units - unit)
         decode(
-            last - first, weights + first * row + unit * unit_bytes, row,
-            groups + first * of_row + unit * group_bytes, of_row, stop - unit,
-            piece.ctypes.data, 4 * piece.shape[1], numbers[3], numbers[4], numbers[5],
+            stop - row, weights + row * of_row + unit * unit_bytes, of_row,
+            groups + row * of_groups + unit * group_bytes, of_groups, values, some,
+            piece.ctypes.data, 4 * piece.shape[1],
         )  # fmt: skip
+
+    @numba.njit(nogil=True, error_model="numpy")
+    def add_products(
+        x: NDArray[np.float32],  # [tokens, columns]: whole tiles
+        unit: int,
+        units: int,
+        piece: NDArray[np.float32],  # [rows, columns]
+        sums: NDArray[np.float32],  # [tokens, rows], added to
+    ) -> None:
+        """sums += x · pieceᵀ, of some units' columns of x."""
+        stride, of_x, of_sums = 4 * piece.shape[1], 4 * x.shape[1], 4 * sums.shape[1]
+        for token in range(0, len(x), _NEAR):
+            tiles, inputs = min(_NEAR, len(x) - token) // TOKENS, x.ctypes.data + token * of_x
+            found = sums.ctypes.data + token * of_sums
+            for row in range(0, sums.shape[1], ROWS):
+                multiply(
+                    tiles, piece.ctypes.data + row * stride, stride, units,
+                    inputs + 4 * UNIT * unit, of_x, found + 4 * row, of_sums,
+                )  # fmt: skip
 
     @numba.njit(nogil=True, error_model="numpy")
     def many(
@@ -252,29 +274,36 @@ def _many(kind: str, tables: int) -> Any:
         last: int,
         x: NDArray[np.float32],
         scales: NDArray[np.float32],
-        numbers: NDArray[np.int32],
         weights: int,
         groups: int,
+        values: int,
         channel_scale: NDArray[np.float32],
         bias: NDArray[np.float32],
         y: NDArray[np.int16],
     ) -> None:
-        units, sizes = x.shape[1] // UNIT, np.empty(5, np.int32)
-        piece = np.empty((_PIECE, min(units, _DEPTH) * UNIT), np.float32)
-        sums = np.empty(min(len(y), _TOKENS) * _PIECE, np.float32)
-        for token in range(0, len(y), _TOKENS):
-            stop = min(token + _TOKENS, len(y))
-            inputs, scale = x[token:stop], scales[token:stop]
+        units, memory = x.shape[1] // UNIT, np.empty(min(len(x), _MANY) * _PIECE, np.float32)
+        piece = np.zeros((_PIECE, min(units, _DEPTH) * UNIT), np.float32)
+        for token in range(0, len(y), _MANY):
+            stop = min(token + _MANY, len(y))
+            filled = -(-(stop - token) // TOKENS) * TOKENS
             for row in range(first, last, _PIECE):
                 end = min(row + _PIECE, last)
-                found = sums[: len(inputs) * (end - row)].reshape(len(inputs), end - row)
+                wide = -(-(end - row) // ROWS) * ROWS
+                sums = memory[: filled * wide].reshape(filled, wide)
+                sums[:] = 0
                 for unit in range(0, units, _DEPTH):
-                    beyond = min(unit + _DEPTH, units)
-                    fill_piece(row, end, unit, beyond, units, weights, groups, numbers, piece)
-                    add_product(inputs, slice(unit * UNIT, beyond * UNIT), piece, found, sizes)
-                some = slice(row - first, end - first)
-                added = bias[some] if bias.size else bias
-                scale_rows(found, channel_scale[some], scale, added, y[token:stop, row:end])
+                    fill_piece(row, end, unit, units, weights, groups, values, piece)
+                    inputs, depth = x[token : token + filled], min(_DEPTH, units - unit)
+                    add_products(inputs, unit, depth, piece, sums)
+                found, scale, some = (
+                    sums[: stop - token, : end - row],
+                    scales[token:stop],
+                    row - first,
+                )
+                added = bias[some : end - first] if bias.size else bias
+                scale_rows(
+                    found, channel_scale[some : end - first], scale, added, y[token:stop, row:end]
+                )
 
     return many
 

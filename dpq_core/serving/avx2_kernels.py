@@ -2,15 +2,18 @@
 
 A row is a run of units of 128 columns. A unit of four-bit codes is 64 bytes, one line of the cache:
 
-    decode    the 16 values that a group's codes stand for, in BF16, are two tables of 16 bytes; a
-              byte shuffle (vpshufb) looks 32 codes up in each, unpacking joins their bytes
+    decode    the 16 values that a group's codes stand for, in BF16, are two tables of 16 bytes,
+              made when the layer is; a byte shuffle (vpshufb) looks 32 codes up in each, unpacking
+              joins their bytes
     multiply  BF16 is the upper half of FP32: a shift and a mask give 8 weights each, multiplied by
               the inputs (FP32, as they are rounded) of up to 8 tokens, and added (FMA)
     add up    the lanes of each token's sums, which are added to what earlier columns gave
 
+For more tokens 4 rows are decoded into the first cache, and multiplied from there (`tiling`).
+
 BF16 holds each 8-bit value, so that the products are exact and sums FP32's: the arithmetic of
-`W4A8Linear`, in another order. Looking 32 codes up takes 10 operations, making a table 25 for 128
-codes; with one token that, and not memory, is what takes the time.
+`W4A8Linear`, in another order. Decoding 32 codes and multiplying them by one token takes 14
+operations; with one token that, and not memory, is what takes the time.
 
 Sources: Intel's Intrinsics Guide (AVX2, FMA); LLVM's intrinsics of the same names.
 """
@@ -31,20 +34,20 @@ from dpq_core.serving.llvm import (
     I32,
     I64,
     Builder,
-    Rounding,
     call,
     fill,
     load,
     pick,
     prefetch,
-    splat,
     store,
 )
 from dpq_core.serving.weights import UNIT
 
 LANES = 8  # numbers of a register
+ROWS, TOKENS = 4, 3  # of a tile
 WIDTHS = (1, 2, 4, 8)  # tokens at a time that there are kernels for
 _PART = 32  # columns that are looked up at once
+_STEPS = 4  # registers of a row between two jumps, where tiles are multiplied
 _AHEAD = 4096  # bytes of weights that are on their way from memory
 
 _REALS, _INTEGERS = ir.VectorType(F32, LANES), ir.VectorType(I32, LANES)
@@ -63,8 +66,8 @@ def multiplying(kind: str, tables: int, width: int) -> Any:
     """Kernel that adds products of rows of the weight and some tokens to their sums.
 
     Arguments: how many rows; their weights and groups at the first unit, and the bytes from a row
-    to the next of each; units; the tokens' inputs (FP32) at the first unit, and the bytes from a
-    token to the next; sums [rows, 8] (FP32); a rounding's three.
+    to the next of each; the layer's tables; units; the tokens' inputs (FP32) at the first unit, and
+    the bytes from a token to the next; sums [rows, 8] (FP32).
 
     Args:
         kind: of weights: `codes`, `e4m3` or `int8`.
@@ -75,13 +78,11 @@ def multiplying(kind: str, tables: int, width: int) -> Any:
     each = min(4, LANES // width)  # sums of a token: a product waits for the one before in its sum
 
     def generate(context: Any, b: Builder, signature: Any, arguments: Any) -> Any:
-        rows, weights, weight_stride, groups, group_stride, units, x, x_stride, sums, *more = (
+        rows, weights, weight_stride, groups, group_stride, values, units, x, x_stride, sums = (
             arguments
         )
-        rounding = Rounding(b, LANES, *more)
         tokens = [b.add(x, b.mul(x_stride, I64(token))) for token in range(width)]
-        # The same columns of a later row, some thousand bytes ahead: blocks of columns are strided.
-        beyond = b.mul(weight_stride, b.add(I64(1), b.udiv(I64(_AHEAD), weight_stride)))
+        beyond = _beyond(b, weight_stride)
         with cgutils.for_range(b, rows) as loop:
             row = b.add(weights, b.mul(weight_stride, loop.index))
             of_row = b.add(groups, b.mul(group_stride, loop.index))
@@ -89,67 +90,111 @@ def multiplying(kind: str, tables: int, width: int) -> Any:
             totals = [[_zero(b) for _ in range(each)] for _ in tokens]
             with cgutils.for_range(b, units) as unit:
                 column = b.mul(unit.index, I64(4 * UNIT))
-                decoded = _decoded(b, kind, tables, row, of_row, unit.index, rounding)
-                for line in range(0, unit_bytes, 64):
-                    prefetch(b, b.add(ahead, b.mul(unit.index, I64(unit_bytes))), line)
-                for number, values in enumerate(decoded):
+                decoded = _decoded(b, kind, tables, row, of_row, values, unit.index)
+                _prefetch_unit(b, b.add(ahead, b.mul(unit.index, I64(unit_bytes))), unit_bytes)
+                for number, weight in enumerate(decoded):
                     for token, total in zip(tokens, totals, strict=True):
                         inputs = load(b, b.add(token, column), 4 * LANES * number, _REALS)
                         sum_ = total[number % each]
-                        b.store(_fma(b, values, inputs, b.load(sum_)), sum_)
+                        b.store(_fma(b, weight, inputs, b.load(sum_)), sum_)
             place = b.add(sums, b.mul(loop.index, I64(4 * LANES)))
             added = _added_up(b, [_total(b, total) for total in totals])
             store(b, b.fadd(load(b, place, 0, _REALS), added), place, 0)
         return context.get_dummy_value()
 
-    signature = types.void(*[types.int64] * 9, *[types.int32] * 3)
+    signature = types.void(*[types.int64] * 10)
 
     @intrinsic
     def multiply(
         _: Any, rows: Any, weights: Any, weight_stride: Any, groups: Any, group_stride: Any,
-        units: Any, x: Any, x_stride: Any, sums: Any, mask: Any, lowest: Any, steps: Any,
+        values: Any, units: Any, x: Any, x_stride: Any, sums: Any,
     ) -> Any:  # fmt: skip
         return signature, generate
 
     return _compiled(
-        signature,
-        lambda a, b, c, d, e, f, g, h, i, j, k, m: multiply(a, b, c, d, e, f, g, h, i, j, k, m),
+        signature, lambda a, b, c, d, e, f, g, h, i, j: multiply(a, b, c, d, e, f, g, h, i, j)
     )
 
 
 def decoding(kind: str, tables: int) -> Any:
     """Kernel that writes rows of the weight as FP32, in their own order.
 
-    Arguments: the first six of `multiplying`; where to, and the bytes from a row to the next there;
-    a rounding's three.
+    Arguments: the first seven of `multiplying`; where to, and the bytes from a row to the next
+    there.
     """
 
     def generate(context: Any, b: Builder, signature: Any, arguments: Any) -> Any:
-        rows, weights, weight_stride, groups, group_stride, units, target, stride, *more = arguments
-        rounding = Rounding(b, LANES, *more)
+        rows, weights, weight_stride, groups, group_stride, values, units, target, stride = (
+            arguments
+        )
+        unit_bytes, beyond = sizes(kind, tables)[0], _beyond(b, weight_stride)
         with cgutils.for_range(b, rows) as loop:
             row = b.add(weights, b.mul(weight_stride, loop.index))
             of_row = b.add(groups, b.mul(group_stride, loop.index))
             to_row = b.add(target, b.mul(stride, loop.index))
             with cgutils.for_range(b, units) as unit:
-                decoded = _decoded(b, kind, tables, row, of_row, unit.index, rounding)
+                decoded = _decoded(b, kind, tables, row, of_row, values, unit.index)
+                ahead = b.add(b.add(row, beyond), b.mul(unit.index, I64(unit_bytes)))
+                _prefetch_unit(b, ahead, unit_bytes)
                 place = b.add(to_row, b.mul(unit.index, I64(4 * UNIT)))
-                for number, values in enumerate(decoded):
-                    store(b, values, place, 4 * LANES * number)
+                for number, weight in enumerate(decoded):
+                    store(b, weight, place, 4 * LANES * number)
         return context.get_dummy_value()
 
-    signature = types.void(*[types.int64] * 8, *[types.int32] * 3)
+    signature = types.void(*[types.int64] * 9)
 
     @intrinsic
     def decode(
         _: Any, rows: Any, weights: Any, weight_stride: Any, groups: Any, group_stride: Any,
-        units: Any, target: Any, stride: Any, mask: Any, lowest: Any, steps: Any,
+        values: Any, units: Any, target: Any, stride: Any,
     ) -> Any:  # fmt: skip
         return signature, generate
 
-    return _compiled(
-        signature, lambda a, b, c, d, e, f, g, h, i, j, k: decode(a, b, c, d, e, f, g, h, i, j, k)
-    )
+    return _compiled(signature, lambda a, b, c, d, e, f, g, h, i: decode(a, b, c, d, e, f, g, h, i))
+
+
+def tiling() -> Any:
+    """Kernel that adds products of `ROWS` decoded rows and some tokens to their sums, `TOKENS` at a
+    time: 12 sums, 3 inputs and a weight are the 16 registers.
+
+    Arguments: tokens over `TOKENS`; the rows (FP32), and the bytes from a row to the next; units;
+    the tokens' inputs (FP32), and the bytes from a token to the next; sums [tokens, rows] (FP32) at
+    the first row, and the bytes from a token to the next.
+    """
+
+    def generate(context: Any, b: Builder, signature: Any, arguments: Any) -> Any:
+        tiles, rows, row_stride, units, x, x_stride, sums, sums_stride = arguments
+        count = b.mul(units, I64(UNIT // LANES // _STEPS))
+        with cgutils.for_range(b, tiles) as loop:
+            first = b.mul(loop.index, I64(TOKENS))
+            numbers = [b.add(first, I64(token)) for token in range(TOKENS)]
+            tokens = [b.add(x, b.mul(x_stride, number)) for number in numbers]
+            totals = [[_zero(b) for _ in range(ROWS)] for _ in tokens]
+            with cgutils.for_range(b, count) as step:
+                for part in range(_STEPS):
+                    at = b.add(b.mul(step.index, I64(4 * LANES * _STEPS)), I64(4 * LANES * part))
+                    inputs = [load(b, token, at, _REALS) for token in tokens]
+                    for row in range(ROWS):
+                        weight = load(b, b.add(rows, b.mul(row_stride, I64(row))), at, _REALS)
+                        for given, total in zip(inputs, totals, strict=True):
+                            b.store(_fma(b, weight, given, b.load(total[row])), total[row])
+            for number, total in zip(numbers, totals, strict=True):
+                lanes = _added_up(b, [b.load(each) for each in total])
+                added = pick(b, lanes, lanes, range(ROWS))
+                place = b.add(sums, b.mul(sums_stride, number))
+                store(b, b.fadd(load(b, place, 0, added.type), added), place, 0)
+        return context.get_dummy_value()
+
+    signature = types.void(*[types.int64] * 8)
+
+    @intrinsic
+    def multiply(
+        _: Any, tiles: Any, rows: Any, row_stride: Any, units: Any, x: Any, x_stride: Any,
+        sums: Any, sums_stride: Any,
+    ) -> Any:  # fmt: skip
+        return signature, generate
+
+    return _compiled(signature, lambda a, b, c, d, e, f, g, h: multiply(a, b, c, d, e, f, g, h))
 
 
 def _compiled(signature: Any, kernel: Any) -> Any:
@@ -161,20 +206,31 @@ def _compiled(signature: Any, kernel: Any) -> Any:
 
 
 def _decoded(
-    b: Builder, kind: str, tables: int, row: Any, of_row: Any, unit: Any, rounding: Rounding
+    b: Builder, kind: str, tables: int, row: Any, of_row: Any, values: Any, unit: Any
 ) -> Iterator[Any]:
     """A unit of a row as 16 registers of FP32."""
     unit_bytes, group_bytes = sizes(kind, tables)
     weights = b.add(row, b.mul(unit, I64(unit_bytes)))
     if kind == "codes":
         group = b.add(of_row, b.mul(unit, I64(group_bytes)))
-        return _looked_up(b, weights, group, tables, rounding)
+        return _looked_up(b, weights, group, values, tables)
     return _widened(b, weights, kind == "e4m3")
+
+
+def _beyond(b: Builder, stride: Any) -> Any:
+    """Bytes from a row to a later one, some thousand bytes ahead: blocks of columns are strided,
+    and what comes next is the same columns of other rows."""
+    return b.mul(stride, b.add(I64(1), b.udiv(I64(_AHEAD), stride)))
+
+
+def _prefetch_unit(b: Builder, address: Any, unit_bytes: int) -> None:
+    for line in range(0, unit_bytes, 64):
+        prefetch(b, address, line)
 
 
 def sizes(kind: str, tables: int) -> tuple[int, int]:
     """Bytes of a unit's weights, and of its groups."""
-    return (UNIT // 2, 8 * tables) if kind == "codes" else (UNIT, 0)
+    return (UNIT // 2, 4 * tables) if kind == "codes" else (UNIT, 0)
 
 
 def _zero(b: Builder) -> Any:
@@ -187,25 +243,18 @@ def _fma(b: Builder, left: Any, right: Any, added: Any) -> Any:
     return call(b, "fma.v8f32", _REALS, left, right, added)
 
 
-def _tables(b: Builder, group: Any, rounding: Rounding) -> tuple[Any, Any]:
-    """Lower and upper bytes of the 16 values in BF16 that codes of a group stand for, each twice.
-    group: s4 and -s4 * z in FP32."""
-    scale, zero = (splat(b, load(b, group, place, F32), _REALS) for place in (0, 4))
-    halves = []
-    for first in (0, LANES):
-        codes = ir.Constant(_REALS, [float(first + lane) for lane in range(LANES)])
-        values = _fma(b, scale, codes, zero)  # exact: 13 bits at most
-        halves.append(b.bitcast(rounding.nearest(b, values), _BYTES))
-    lower, upper = ([4 * (code % 16) + byte for code in range(32)] for byte in (2, 3))
-    low, high = halves
-    return pick(b, low, high, lower), pick(b, low, high, upper)
+def _tables(b: Builder, group: Any, values: Any) -> tuple[Any, Any]:
+    """Lower and upper bytes of the 16 values that codes of a group stand for, each twice. group:
+    which bytes of the layer's tables they begin at."""
+    table = b.add(values, b.zext(load(b, group, 0, I32), I64))
+    halves = [load(b, table, place, ir.VectorType(I8, 16)) for place in (0, 16)]
+    low, high = (pick(b, half, half, [*range(16)] * 2) for half in halves)
+    return low, high
 
 
-def _looked_up(
-    b: Builder, weights: Any, groups: Any, tables: int, rounding: Rounding
-) -> Iterator[Any]:
+def _looked_up(b: Builder, weights: Any, groups: Any, values: Any, tables: int) -> Iterator[Any]:
     """128 four-bit codes as 16 registers of FP32. A byte's nibbles are columns 32 apart."""
-    made = [_tables(b, b.add(groups, I64(8 * table)), rounding) for table in range(tables)]
+    made = [_tables(b, b.add(groups, I64(4 * table)), values) for table in range(tables)]
     for part in range(UNIT // _PART):
         codes = load(b, weights, _PART * (part // 2), _BYTES)
         if part % 2:

@@ -16,6 +16,7 @@ from dpq_core.layer.quantize import quantize_layer
 from dpq_core.layer.records import LayerReport, QuantizedLinear, QuantizedWeight
 from dpq_core.recipe.scheme import Scheme
 from dpq_core.serving import avx2, cpu
+from dpq_core.serving.avx2_weights import group_tables
 from dpq_core.serving.runtimes import RUNTIMES, Chosen, RuntimeUnavailableError, runtime_for
 
 
@@ -24,6 +25,7 @@ def _row(name: str, module: Any) -> Any:
     return pytest.param(module, id=name, marks=pytest.mark.skipif(bool(missing), reason=missing))
 
 
+needs_avx2 = pytest.mark.skipif(bool(avx2.unavailable()), reason=avx2.unavailable() or "-")
 here = pytest.mark.parametrize("runtime", [_row("amx", cpu), _row("avx2", avx2)])
 
 W8A8: dict[str, Any] = {"bits": 8}
@@ -185,17 +187,56 @@ def _wide_layer() -> tuple[QuantizedLinear, Tensor]:
     return layer, torch.randn(515, 5000, generator=generator).bfloat16()
 
 
-@pytest.mark.parametrize("tokens", [1, 2, 3, 5, 8, 12, 13, 515])
-@pytest.mark.skipif(bool(avx2.unavailable()), reason=avx2.unavailable() or "-")
+@pytest.mark.parametrize("tokens", [1, 2, 3, 4, 5, 7, 8, 9, 12, 13, 63, 64, 65, 131, 512, 515])
+@needs_avx2
 def test_tokens_few_and_many_of_a_wide_layer_by_avx2(tokens: int) -> None:
     """More columns than the first cache holds, more rows than a piece has."""
     layer, x = _wide_layer()
-    x, definition = x[:tokens], W4A8Linear(layer, None)
+    _assert_right(layer, x[:tokens])
+
+
+@pytest.mark.parametrize("tokens", [1, 8, 63, 64, 65])
+@pytest.mark.parametrize("scheme", [{"bits": 8}, W4A16, {"group_size": 32}], ids=str)
+@needs_avx2
+def test_rows_and_columns_left_over_by_avx2(scheme: dict[str, Any], tokens: int) -> None:
+    """A last group, a last unit and a last tile that are not whole."""
+    layer, x = layer_of(67, 1111, **scheme)
+    _assert_right(layer, x[2000 : 2000 + tokens])
+
+
+def _assert_right(layer: QuantizedLinear, x: Tensor) -> None:
+    definition = W4A8Linear(layer, None)
     exact = _exact(definition, x)
     scale = exact.abs().amax(1, keepdim=True)
     found, expected = avx2.make(layer, None)(x), definition(x)
     error, allowed = ((y.double() - exact).abs() / scale for y in (found, expected))
     assert error.max() <= 2 * allowed.max()
+    assert (found == expected).float().mean() > 0.99
+
+
+@needs_avx2
+def test_more_tokens_give_each_token_the_same_bits_by_avx2() -> None:
+    layer, x = _wide_layer()
+    module = avx2.make(layer, None)
+    whole = module(x)
+    assert torch.equal(torch.cat([module(x[:250]), module(x[250:])]), whole)
+
+
+def test_tables_hold_what_the_grid_decodes() -> None:
+    """Every pair of a scale and a zero point once; groups name theirs."""
+    layer, _ = layer_of(24, 300, group_size=64)
+    assert isinstance(layer.weight, QuantizedWeight)
+    grid = layer.weight.grid
+    groups, tables = group_tables(grid, 300)
+    assert groups.shape == (24, 3, 2)
+    scales, zeros = grid.group_scale.flatten().tolist(), grid.zero_point.flatten().tolist()
+    assert len(tables) == len(set(zip(scales, zeros, strict=True)))
+    low, high = tables.int().unflatten(1, (2, 16)).unbind(1)
+    values = (high << 24 | low << 16).view(torch.float32)[groups.flatten(1) // 32]
+    for code in range(16):
+        codes = torch.full((24, 300), code, dtype=torch.uint8)
+        decoded = values[:, :, code].repeat_interleave(64, 1)[:, :300]
+        assert torch.equal(decoded, grid.decode8(codes))
 
 
 def test_the_first_row_that_can_run_here_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
