@@ -1,4 +1,4 @@
-"""What each choice for each layer of a block costs, one task a block; and the proxy's moments."""
+"""What each choice for each layer of a block costs, one task a block."""
 
 import json
 from collections.abc import Callable
@@ -12,11 +12,9 @@ from dpq_core.checkpoint.native import load_layer, load_report
 from dpq_core.digests import digest
 from dpq_core.layer.records import QuantizedLinear
 from dpq_core.recipe import Recipe
-from dpq_core.repair.proxy import OutputMoments, output_moments
 from dpq_core.repair.sensitivity import Variant, block_losses
 from infra.store import ArtifactRef, Store
 from tasks.support.model import Model, stream_of
-from tasks.support.progress import stepper
 from tasks.support.stages import computed_by
 from tasks.support.tokenized_data import load_inputs
 from tasks.support.worker import this_worker
@@ -84,35 +82,6 @@ def sensitivity(
         name: {choice: Cost(**cost) for choice, cost in choices.items()}
         for name, choices in content.items()
     }
-
-
-@task(name="output moments", cache_policy=NO_CACHE)
-def moments(recipe: Recipe, model: Model, windows: ArtifactRef) -> dict[str, OutputMoments]:
-    """Of all layers, on the windows that `sensitivity` uses."""
-    store = Store(recipe.execution.store)
-    worker = this_worker(recipe.execution)
-    samples, batch_size = recipe.repair.samples, recipe.calibration.batch_size
-    key = digest(
-        {
-            **computed_by("moments", worker.arithmetic),
-            "model": model.digest,
-            "windows": windows.sha256,
-            "samples": samples,
-            "batch_size": batch_size,
-        }
-    )
-
-    def make(folder: Path) -> None:
-        stream = stream_of(recipe, model, worker.device)
-        batches = stream.begin(load_inputs(windows, store, batch_size, samples))
-        step = stepper("output moments", 2 * stream.block_count)
-        found = output_moments(stream, batches, step)
-        content = {name: asdict(each) for name, each in found.items()}
-        (folder / _FILE).write_text(json.dumps(content))
-
-    artifact, _ = store.get_or_make("moments", key, make)
-    content = json.loads((store.open(artifact) / _FILE).read_text())
-    return {name: OutputMoments(**each) for name, each in content.items()}
 
 
 def _loader(store: Store, artifact: ArtifactRef) -> Callable[[], QuantizedLinear]:

@@ -13,13 +13,11 @@ from dpq_core.convnet.artifact import WeightSizes
 from dpq_core.convnet.recipe import ConvGates
 from dpq_core.evaluation.scores import Scores
 from dpq_core.recipe import GatesSection
-from dpq_core.verdict.gates import Verdict, judge, ratio_metric
+from dpq_core.verdict.gates import ACCURACY, Verdict, judge, ratio_metric
 from dpq_core.verdict.halves import ALL, those
 from dpq_core.verdict.pairing import CONFIDENCE, Difference, difference
 
-ACCURACY = "accuracy"
 SIZE = "size_ratio"
-_JUDGED_AS = "accuracy_average"  # its name among the language models' gates
 
 
 def accuracy_change(
@@ -52,16 +50,14 @@ def judge_classifier(
         confidence=gates.confidence,
         allow_limited=gates.allow_limited,
     )
-    of = {_JUDGED_AS: change}
-    verdict = judge(of, integrity, limits, limited, judged_on=judged_on)
+    verdict = judge({ACCURACY: change}, integrity, limits, limited, judged_on=judged_on)
     size = ratio_metric(SIZE, sizes.ratio, gates.size_ratio)
-    reasons = [reason.replace(_JUDGED_AS, ACCURACY) for reason in verdict.reasons]
+    reasons = list(verdict.reasons)
     if not size.passed:
         left = f"; in floating point: {', '.join(sizes.float_layers)}" if sizes.float_layers else ""
         reasons.append(
             f"{SIZE}: {sizes.ratio:.2f} is below the limit of {gates.size_ratio:g}{left}"
         )
-    metrics = {ACCURACY: verdict.metrics[_JUDGED_AS], SIZE: size}
-    judged = replace(verdict, reasons=tuple(reasons), metrics=metrics)
+    judged = replace(verdict, reasons=tuple(reasons), metrics={**verdict.metrics, SIZE: size})
     missed = verdict.verdict == "promoted" and not size.passed
     return replace(judged, verdict="rejected") if missed else judged

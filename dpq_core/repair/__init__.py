@@ -1,4 +1,4 @@
 """Which layers get more bits: what each costs, and the best assignment under a budget.
 
-Import from its modules: `sensitivity`, `proxy`, `allocation` (which needs no torch).
+Import from its modules: `sensitivity`, `allocation` (which needs no torch).
 """

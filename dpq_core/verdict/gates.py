@@ -161,7 +161,8 @@ def _missing(metrics: Mapping[str, Metric], gates: GatesSection) -> list[str]:
     return single or list(said.values())
 
 
-_AVERAGES = ("commonsense_accuracy", "accuracy_average")
+ACCURACY = "accuracy"  # of a model that has one test set
+_AVERAGES = ("commonsense_accuracy", "accuracy_average", ACCURACY)
 
 
 def ratio_metric(metric: str, found: float | Failure, limit: float | None) -> Metric:

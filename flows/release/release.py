@@ -124,12 +124,13 @@ def release(recipe: Recipe) -> Release:
         publish(verdict, manifest, checkpoint.folder, registration, run.url)
         publish_parts(parts)
         rounds = list(round_rows(repaired.attempts))
-        correlation = None if repaired.options is None else _log_options(run, repaired.options)
+        if repaired.options is not None:
+            _log_options(run, repaired.options)
         if len(rounds) > 1:
             create_table_artifact(rounds, key="rounds", description="Repair: what each bit bought")
             run.log_table(rounds, "rounds")
             _log_rounds(run, repaired.attempts, rounds, tracking_uri, artifact_root)
-        outcome = Outcome(model, last, registration, exports, parts, rounds, correlation, speeds)
+        outcome = Outcome(model, last, registration, exports, parts, rounds, speeds)
         report = report_or_error(run, tracking_uri, outcome)
     folder = str(checkpoint.folder)
     return Release(
@@ -137,20 +138,13 @@ def release(recipe: Recipe) -> Release:
     )
 
 
-def _log_options(run: TrackedRun, options: Options) -> float | None:
-    """What each choice of each layer costs, and how well the proxy would have ranked them: that
-    rank correlation."""
-    rows, correlation = list(options.rows()), options.proxy_rank_correlation()
-    shown = "none" if correlation is None else f"{correlation:.3f}"
+def _log_options(run: TrackedRun, options: Options) -> None:
+    """What each choice of each layer costs."""
+    rows = list(options.rows())
     create_table_artifact(
-        rows,
-        key="sensitivity",
-        description="Loss of each choice in nats a token. Rank correlation of the proxy with it,"
-        f" at the recipe's scheme: {shown}",
+        rows, key="sensitivity", description="Loss of each choice in nats a token"
     )
     run.log_table(rows, "sensitivity")
-    run.log_metrics({"repair.proxy_rank_correlation": correlation})
-    return correlation
 
 
 def _log_rounds(

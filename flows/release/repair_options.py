@@ -19,13 +19,12 @@ from dpq_core.repair.allocation import (
     predicted_increase,
     total,
 )
-from dpq_core.repair.proxy import OutputMoments
 from dpq_core.verdict.gates import Metric
 from flows.quantize import Candidate
 from flows.release.candidate import Attempt
 from tasks.preflight import Inputs
 from tasks.quantize import quantize as quantize_readers
-from tasks.sensitivity import Cost, Costs, moments, sensitivity
+from tasks.sensitivity import Cost, Costs, sensitivity
 from tasks.support.progress import stepper
 from tasks.support.work import readers_of
 
@@ -56,7 +55,7 @@ class Options:
         self._layers = {
             layer.name: layer for layer in inputs.plan.layers if layer.name not in recipe.layers
         }
-        self._costs, self._moments = _measure(recipe, inputs, list(self._layers.values()), first)
+        self._costs = _measure(recipe, inputs, list(self._layers.values()), first)
         self._weights = sum(layer.weights for layer in inputs.plan.layers)
         self._fixed = sum(
             stored_bytes(layer.rows, layer.features, layer.scheme)
@@ -88,7 +87,7 @@ class Options:
         )
 
     def rows(self) -> Iterator[dict[str, str | float]]:
-        """A row for each choice of each layer: what it costs, and what the proxy guessed."""
+        """A row for each choice of each layer: what it costs."""
         for name, choices in self._costs.items():
             layer = self._layers[name]
             for choice, cost in choices.items():
@@ -99,17 +98,7 @@ class Options:
                     "choice": choice,
                     "bits per weight": 8 * taken / layer.weights,
                     "loss": cost.loss,
-                    "proxy": self._moments[name].loss(cost.error),
                 }
-
-    def proxy_rank_correlation(self) -> float | None:
-        """Spearman's, between proxy and loss of the layers under the recipe's own scheme; None
-        where there is nothing to rank."""
-        from scipy.stats import spearmanr  # seconds
-
-        own = [row for row in self.rows() if row["choice"] == OWN]
-        found = float(spearmanr([row["proxy"] for row in own], [row["loss"] for row in own])[0])
-        return found if math.isfinite(found) else None
 
     def _loss_to_aim_at(self, attempt: Attempt, loss: float, gain: float) -> float:
         most = _PROGRESS * loss
@@ -159,16 +148,13 @@ class Options:
         }
 
 
-def _measure(
-    recipe: Recipe, inputs: Inputs, layers: list[PlannedLayer], first: Candidate
-) -> tuple[Costs, dict[str, OutputMoments]]:
+def _measure(recipe: Recipe, inputs: Inputs, layers: list[PlannedLayer], first: Candidate) -> Costs:
     """Every choice that goes with a layer, quantized and measured, block by block: each alone in
     the 16-bit model, where a correction for what comes before it would be an error of its own."""
     corrected = recipe.calibration.correction > 0
     alone = recipe.model_copy(
         update={"calibration": recipe.calibration.model_copy(update={"correction": 0.0})}
     )
-    observed = moments.submit(recipe, inputs.model, inputs.calibration)
     made = {
         (block, choice): [
             quantize_readers.submit(
@@ -198,7 +184,7 @@ def _measure(
         step()
     if "bf16" in recipe.repair.candidates:  # nothing is rounded: nothing is lost
         costs = {name: found | {"bf16": Cost(0.0, 0.0)} for name, found in costs.items()}
-    return costs, observed.result()
+    return costs
 
 
 def _alternatives(

@@ -40,7 +40,6 @@ class Outcome:
     exports: Sequence[Export]
     parts: Mapping[str, Sequence[Mapping[str, Any]]]
     rounds: Sequence[Mapping[str, Any]]
-    proxy_correlation: float | None
     speeds: Sequence[Times] = ()
 
 
@@ -104,7 +103,6 @@ def _gathered(run: TrackedRun, tracking_uri: str, outcome: Outcome) -> "ReportDa
         past=newest_versions(tracking_uri, registration.name, _MOST),
         exports=[each.as_row() for each in outcome.exports],
         rounds=outcome.rounds,
-        proxy_correlation=outcome.proxy_correlation,
         parts=outcome.parts,
         speeds=outcome.speeds,
         environment={

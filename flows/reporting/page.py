@@ -61,9 +61,6 @@ def page(data: ReportData) -> str:
         versions=versions_table(data),
         measured_throughput=any(THROUGHPUT in past.metrics for past in data.past),
         rounds=rounds_table(data),
-        correlation=None
-        if data.proxy_correlation is None
-        else number(data.proxy_correlation, ".3f"),
         facts=_facts(data),
         skipped=skipped(data),
     )

@@ -32,7 +32,6 @@ class ReportData:
     past: Sequence[PastVersion]
     exports: Sequence[Mapping[str, Any]] = ()
     rounds: Sequence[Mapping[str, Any]] = ()
-    proxy_correlation: float | None = None
     parts: Mapping[str, Sequence[Mapping[str, Any]]] = field(default_factory=dict)
     environment: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     speeds: Sequence[Times] = ()

@@ -13,7 +13,6 @@ from dpq_core.evaluation.suites import definitions
 from dpq_core.kernels import products
 from dpq_core.machine.device import resolve_device
 from dpq_core.recipe import Recipe
-from dpq_core.repair import proxy
 from dpq_core.verdict import pairing
 
 _PACKAGES = (
@@ -47,8 +46,6 @@ def seeds(recipe: Recipe) -> dict[str, str]:
     }
     if any(recipe.evaluation.num_fewshot.values()):
         found["few-shot examples"] = str(definitions.SEED)
-    if recipe.repair.enabled:
-        found["labels of repair's proxy"] = str(proxy.SEED)
     return found
 
 

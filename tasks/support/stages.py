@@ -38,7 +38,6 @@ STAGES = {
     "perplexity": Stage(1, _ANY),
     "suite": Stage(1, (*_ANY, "tokenizers")),
     "sensitivity": Stage(1, _FORWARD),
-    "moments": Stage(1, _FORWARD),
     "images": Stage(1, ("datasets", "pillow", "scikit-learn")),
     "float-networks": Stage(1, ("torch", "transformers")),
     "classifiers": Stage(1, ("torch", "torchao")),

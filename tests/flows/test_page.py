@@ -100,7 +100,6 @@ FULL = ReportData(
         {"round": 0, "bits per weight": 4.2, "predicted increase": None, "verdict": "rejected"},
         {"round": 1, "bits per weight": 4.4, "predicted increase": 0.04, "verdict": "promoted"},
     ],
-    proxy_correlation=0.91,
     exports=[
         {
             "format": "gptq",
@@ -163,7 +162,6 @@ BARE = replace(
     checks={"tensors": "one is missing"},
     past=FULL.past[:1],
     rounds=[],
-    proxy_correlation=None,
     exports=[],
     parts={},
     environment={},

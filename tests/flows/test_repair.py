@@ -81,8 +81,7 @@ def test_rejected_then_promoted_without_touching_a_gate(content, services_home, 
         for layer in result.manifest["layers"]
         for choice in ("w4a8", "w4a8-g32", "w8a8")
     }
-    assert all(float(row["proxy"]) > 0 and float(row["loss"]) >= 0 for row in costs)
-    assert 0 < run.data.metrics["repair.proxy_rank_correlation"] <= 1
+    assert all(float(row["loss"]) >= 0 for row in costs)
 
     stages = ("layers", "statistics", "sensitivity", "checkpoints", "scores")
     made = {stage: artifacts(store, stage) for stage in stages}
@@ -112,8 +111,6 @@ def test_layers_are_tried_alone_without_a_correction(content, correction, monkey
 
     for name, submit in (("quantize_readers", quantized), ("sensitivity", costs)):
         monkeypatch.setattr(repair_options, name, SimpleNamespace(submit=submit))
-    nothing = SimpleNamespace(submit=lambda *_: SimpleNamespace(result=dict))
-    monkeypatch.setattr(repair_options, "moments", nothing)
     inputs = SimpleNamespace(model=None, calibration=None, plan=SimpleNamespace(blocks=1))
     repair_options._measure(recipe, inputs, layers, first)
     own = "alone" if correction else "own"

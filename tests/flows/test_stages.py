@@ -29,7 +29,6 @@ from dpq_core.model.streaming import StreamedModel
 from dpq_core.pipeline import quantize_checkpoint
 from dpq_core.recipe import CalibrationSection, TextDataset
 from dpq_core.recipe.scheme import Scheme
-from dpq_core.repair.proxy import output_moments
 from dpq_core.repair.sensitivity import Variant, block_losses
 
 ROOT = Path(__file__).parents[2]
@@ -176,11 +175,6 @@ def sensitivity():
     return of_numbers([*block_losses(*begun()[:1], 0, begun()[1], layers).values()])
 
 
-def moments():
-    found = output_moments(*begun()).values()
-    return of_numbers([n for each in found for n in (each.output, each.gradient)])
-
-
 def made_by_convnets(stage):
     """Digits, a network trained on some of them, quantized, scored."""
     from dpq_core.convnet.artifact import load_program, save_classifier
@@ -230,7 +224,6 @@ MAKERS = {
     "exports": exports,
     "perplexity": perplexity,
     "sensitivity": sensitivity,
-    "moments": moments,
 }
 
 

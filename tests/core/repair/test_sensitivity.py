@@ -14,7 +14,6 @@ from dpq_core.model.streaming import StreamedModel
 from dpq_core.recipe import CalibrationSection, TextDataset
 from dpq_core.recipe.layer_choices import chosen_scheme
 from dpq_core.recipe.scheme import Scheme
-from dpq_core.repair.proxy import OutputMoments, output_moments
 from dpq_core.repair.sensitivity import Variant, block_losses
 
 SCHEME = Scheme(group_size=32, rounding="nearest", order="none")
@@ -78,42 +77,6 @@ def test_losses_are_those_of_whole_models(folder, windows, block):
         for choice in CHOICES
     }
     assert by_choice["w4a8"] > by_choice["w8a8"] > by_choice["bf16"] == 0
-
-
-def test_moments_are_those_of_a_whole_model(folder, windows):
-    stream = StreamedModel(folder)
-    found = output_moments(stream, stream.begin(batches_of(windows, 2)))
-    model = fit(LlamaForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval())
-    outputs = {}
-    for name in found:
-        keep = lambda module, inputs, output, name=name: outputs.update({name: output})  # noqa: E731
-        model.get_submodule(name).register_forward_hook(keep)
-    logs = model(input_ids=windows).logits.float().log_softmax(-1)
-    generator = torch.Generator().manual_seed(0)
-    draws = [torch.multinomial(each.exp(), 1, generator=generator) for each in logs.detach()]
-    loss = -logs.gather(-1, torch.stack(draws)).sum()
-    gradients = torch.autograd.grad(loss, list(outputs.values()))
-    assert len(outputs) == 21
-    for (name, output), gradient in zip(outputs.items(), gradients, strict=True):
-        moments, tokens = found[name], windows.numel()
-        assert moments.rows == output.shape[-1]
-        expected = output.float().square().sum().item() / tokens
-        assert moments.output == pytest.approx(expected, rel=1e-5)
-        expected = gradient.float().square().sum().item() / tokens
-        assert moments.gradient == pytest.approx(expected, rel=0.02)  # BF16, in another order
-
-
-def test_the_proxy_is_the_divergence_where_its_assumption_holds():
-    """y of a softmax with equal probabilities: the Fisher information is unity, less the mean."""
-    classes = 512
-    y = torch.zeros(classes, dtype=torch.float64)
-    delta = 1e-3 * torch.randn(classes, generator=torch.Generator().manual_seed(0)).double()
-    delta -= delta.mean()
-    before, after = y.log_softmax(0), (y + delta).log_softmax(0)
-    divergence = (before.exp() * (before - after)).sum().item()
-    gradient = 1 - 1 / classes  # E‖softmax - label‖²
-    moments = OutputMoments(classes, output=3.0, gradient=gradient)
-    assert moments.loss(delta.square().sum().item() / 3.0) == pytest.approx(divergence, rel=0.01)
 
 
 @torch.inference_mode()
