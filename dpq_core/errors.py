@@ -31,3 +31,15 @@ def check_extra(feature: str, extra: str, *packages: str) -> None:
                 f"{feature}: the package {package} is not installed: it comes with"
                 f" pip install -c constraints.txt -e '.[{extra}]'"
             )
+
+
+def first_line(error: BaseException) -> str:
+    """What an error of a library says, or its first line where it says more; its type where it says
+    nothing. Without the full stop."""
+    lines = str(error).strip().splitlines()
+    return lines[0].rstrip(".") if lines else type(error).__name__
+
+
+def one_line(error: BaseException, most: int | None = None) -> str:
+    """All that an error says, in one line of at most so many characters."""
+    return (" ".join(str(error).split()) or type(error).__name__)[:most]

@@ -11,6 +11,7 @@ from prefect.logging import get_run_logger
 
 from dpq_core.benchmark.formats_timed import Checkpoint, Shape, Source
 from dpq_core.benchmark.throughput import Times, check_context
+from dpq_core.errors import one_line
 from dpq_core.machine.device import share_machine
 from dpq_core.recipe import DeviceKind, Recipe, RecipeError
 from flows.release.candidate import Attempt, gate
@@ -127,5 +128,5 @@ def _times_or_error(recipe: Recipe, source: Source, kind: DeviceKind) -> Times:
         return _time(recipe, source, kind)
     except Exception as error:  # of one device: the others, and the release, go on
         get_run_logger().exception("benchmark on %s failed", kind)
-        said = " ".join(str(error).split())
+        said = one_line(error)
         return Times(kind, wrong=f"{NOT_HERE}: {type(error).__name__}: {said}")

@@ -12,6 +12,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from infra.errors import one_line
 from infra.registry import Registry
 from infra.store import COLLECTOR, Store
 from infra.store.marker import mark
@@ -137,7 +138,7 @@ def _registered(store: Store, registries: Iterable[str]) -> set[str]:
             )
             raise StoreCareError(
                 f"registry {uri} cannot be asked which artifacts it needs, so nothing was deleted"
-                f"{way_out}: {' '.join(str(error).split())[:200]}"
+                f"{way_out}: {one_line(error, 200)}"
             ) from error
     return found
 

@@ -13,6 +13,8 @@ from urllib.parse import urlparse
 
 import httpx
 
+from infra.errors import one_line
+
 _TIMEOUT = 5.0  # s, for an answer
 _PATIENCE = 5.0  # s, for a server that is being started again
 _PAUSE = 0.5  # s
@@ -57,7 +59,7 @@ def check_prefect(url: str) -> None:
             return
     except (httpx.HTTPError, httpx.InvalidURL, OSError, ValueError) as error:
         raise ProbeError(
-            f"{where}, and nothing answers there ({_said(error)}): start the server, mend the"
+            f"{where}, and nothing answers there ({one_line(error)}): start the server, mend the"
             " address, or unset it: dpq then starts a server of its own"
         ) from error
     hint = "" if url.rstrip("/").endswith("/api") else f": set {_shown(url).rstrip('/')}/api"
@@ -85,7 +87,7 @@ def check_mlflow(uri: str) -> None:
             place = (parsed.hostname, parsed.port or _PORTS[scheme])
             _patiently(lambda: socket.create_connection(place, _TIMEOUT)).close()
     except (httpx.HTTPError, httpx.InvalidURL, OSError, ValueError) as error:
-        raise ProbeError(not_mlflow(uri, f"nothing answers there ({_said(error)})")) from error
+        raise ProbeError(not_mlflow(uri, f"nothing answers there ({one_line(error)})")) from error
 
 
 def not_mlflow(uri: str, reason: str) -> str:
@@ -124,7 +126,3 @@ def _shown(address: str) -> str:
     scheme, separator, rest = address.partition("://")
     host, slash, path = rest.partition("/")
     return f"{scheme}{separator}{host.rpartition('@')[2]}{slash}{path}"
-
-
-def _said(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__

@@ -32,7 +32,7 @@ from transformers import StaticCache
 
 from dpq_core.benchmark.formats_timed import Source, load_of
 from dpq_core.benchmark.roofline import Device, Load, measured_device, synchronize
-from dpq_core.errors import InputError
+from dpq_core.errors import InputError, one_line
 from dpq_core.kernels.attention import attend_in_groups
 from dpq_core.layer.linear import W4A8Linear
 from dpq_core.machine.device import out_of_memory
@@ -310,7 +310,7 @@ def _said(error: Exception) -> str:
     """Why there is no number, in one line; what nobody foresaw is logged with its traceback."""
     said = shorten(str(error), _SAID)
     if isinstance(error, InputError):
-        return " ".join(str(error).split())
+        return one_line(error)
     if out_of_memory(error):
         return f"out of memory: {said}"
     logging.getLogger(__name__).exception("a variant failed")

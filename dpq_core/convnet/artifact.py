@@ -21,7 +21,7 @@ from torch.fx import GraphModule, Node
 
 from dpq_core.convnet.archive import graph_of, open_archive
 from dpq_core.digests import write_json
-from dpq_core.errors import InputError
+from dpq_core.errors import InputError, one_line
 
 MODEL, MANIFEST = "model.pt2", "manifest.json"
 _FORMAT_VERSION = 1
@@ -111,7 +111,7 @@ def load_program(folder: Path) -> ExportedProgram:
     try:
         return open_archive(folder / MODEL)
     except Exception as error:  # of zip, pickle and torch
-        reason = " ".join(str(error).split())[:300]
+        reason = one_line(error, 300)
         raise ArtifactError(f"{folder / MODEL}: unreadable: {reason}") from error
 
 

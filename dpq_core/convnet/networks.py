@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from dpq_core.convnet.archive import graph_of, open_archive
 from dpq_core.convnet.recipe import NetworkSection
-from dpq_core.errors import InputError
+from dpq_core.errors import InputError, one_line
 
 _MULTIPLE = 8  # of channels
 _PICTURES = 3  # at a time: what takes three and two takes any number
@@ -139,7 +139,7 @@ def _transformers(section: NetworkSection, channels: int, classes: int) -> nn.Mo
         return cast(nn.Module, found)
     except (ValueError, OSError, TypeError, KeyError) as error:
         what = section.id or section.config["model_type"]
-        raise NetworkError(f"network {what}: {' '.join(str(error).split())}") from error
+        raise NetworkError(f"network {what}: {one_line(error)}") from error
 
 
 def _check_fields(config: Any, fields: Mapping[str, Any]) -> None:
@@ -162,7 +162,7 @@ def _exported(section: NetworkSection) -> nn.Module:
     try:
         graph = graph_of(open_archive(network_file(section)))
     except Exception as error:  # of zip, pickle and torch
-        raise NetworkError(f"{section.id}: unreadable: {' '.join(str(error).split())}") from error
+        raise NetworkError(f"{section.id}: unreadable: {one_line(error)}") from error
     del graph.train, graph.eval  # which raise; `dpq_core.convnet.quantize` trains graphs
     return cast(nn.Module, graph)
 
@@ -188,7 +188,7 @@ def _check(network: nn.Module, shape: tuple[int, int, int], classes: int) -> Non
     except (RuntimeError, ValueError, AssertionError) as error:
         size = "×".join(map(str, shape))
         raise NetworkError(
-            f"the network does not take images of {size}: {' '.join(str(error).split())[:300]}"
+            f"the network does not take images of {size}: {one_line(error, 300)}"
         ) from error
     finally:
         network.train(was)

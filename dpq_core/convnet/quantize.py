@@ -36,7 +36,7 @@ from dpq_core.convnet.recipe import (
     TrainingSection,
 )
 from dpq_core.convnet.train import Step, fit
-from dpq_core.errors import InputError
+from dpq_core.errors import InputError, one_line
 
 _BATCH_NORM = torch.ops.aten.batch_norm.default
 _VARIANCE, _TRAINING, _CONSTANT = 4, 5, 7  # places of batch_norm's arguments
@@ -126,7 +126,7 @@ def exported(network: nn.Module, example: Tensor) -> GraphModule:
     try:
         program = export(network, (example,), dynamic_shapes=({0: Dim("batch", min=1, max=_MOST)},))
     except Exception as error:  # of the compiler's many
-        reason = " ".join(str(error).split())[:300]
+        reason = one_line(error, 300)
         raise ExportError(f"the network does not export: {reason}") from error
     return program.module()
 

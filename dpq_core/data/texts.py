@@ -23,7 +23,7 @@ from transformers import PreTrainedTokenizerBase
 
 from dpq_core.data import python_corpus
 from dpq_core.data.data_files import check_folder, holds_nothing, literal
-from dpq_core.errors import InputError
+from dpq_core.errors import InputError, first_line
 from dpq_core.paths import exists
 from dpq_core.recipe import TextDataset
 
@@ -241,22 +241,17 @@ def _load(dataset: TextDataset, cache_dir: str | None) -> Any:
             cache_dir=cache_dir,
         )
     except Exception as error:  # of datasets, huggingface_hub, fsspec, botocore, pyarrow
-        reason = _first_line(error.__cause__ or error)
+        reason = first_line(error.__cause__ or error)
         if empty := [name for name in files if holds_nothing(name)]:
             raise DataError(f"{empty[0]}: the file holds no rows") from error
         if _is_files(dataset):
             raise DataError(f"{label}: {reason}") from error
         if isinstance(error, ValueError):  # unknown split or configuration: the hub answered
-            raise DataError(f"{label}: {_first_line(error)}") from error
+            raise DataError(f"{label}: {first_line(error)}") from error
         raise DataError(
-            f"{label}: {_first_line(error)}: where the hub is out of reach, point data_files to a"
+            f"{label}: {first_line(error)}: where the hub is out of reach, point data_files to a"
             " local or S3 mirror (path: json, text or parquet)"
         ) from error
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0].rstrip(".") if lines else type(error).__name__
 
 
 def _no_progress_bars() -> None:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from dpq_core.digests import digest
+from dpq_core.errors import first_line
 from dpq_core.model.anatomy import (
     Anatomy,
     ArchitectureError,
@@ -91,12 +92,8 @@ def small_of(model: Any, parts: Parts, separate: bool = True) -> Any:
     try:
         return empty_like(model, small_config(model.config, blocks), separate)
     except Exception as error:  # of any architecture's constructor
-        why = f"no small instance of the configuration can be made ({_first_line(error)})"
+        why = f"no small instance of the configuration can be made ({first_line(error)})"
         raise ArchitectureError.of(model, why) from error
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def fill(model: Any, tensors: dict[str, Tensor]) -> None:
@@ -159,7 +156,7 @@ def _observe(model: Any, parts: Parts) -> _Seen:
         except ArchitectureError:
             raise
         except Exception as error:  # of any architecture's forward
-            why = f"a small instance of the configuration does not run ({_first_line(error)})"
+            why = f"a small instance of the configuration does not run ({first_line(error)})"
             raise ArchitectureError.of(model, why) from error
     if len(seen.inputs) != len(seen.blocks):
         why = f"{len(seen.inputs)} of {len(seen.blocks)} modules of {parts.blocks} are run"

@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from dpq_core.errors import InputError
+from dpq_core.errors import InputError, one_line
 
 
 class RecipeError(InputError):
@@ -47,7 +47,7 @@ def read_yaml(path: Path) -> Any:
     except _RepeatedKeyError as error:
         raise RecipeError(f"{path}: {error}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise RecipeError(f"{path}: not YAML: {_one_line(error)}") from error
+        raise RecipeError(f"{path}: not YAML: {one_line(error)}") from error
 
 
 def parse_setting(setting: str) -> tuple[list[str], Any]:
@@ -68,7 +68,7 @@ def parse_setting(setting: str) -> tuple[list[str], Any]:
         raise RecipeError(f"override {setting!r}: {error}") from error
     except yaml.YAMLError as error:
         raise RecipeError(
-            f"override {setting!r} is not YAML ({_one_line(error)}): put text that begins with a"
+            f"override {setting!r} is not YAML ({one_line(error)}): put text that begins with a"
             " bracket, a brace or a quote, or holds ` #` within them, into quotes"
         ) from error
 
@@ -127,7 +127,3 @@ def _refuse_repeated_keys(node: yaml.Node, seen: set[int]) -> None:
             raise _RepeatedKeyError(f"{where}: {key.value!r} is given twice: keep one of them")
         lines[name] = line
         _refuse_repeated_keys(value, seen)
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 import typer
 from pydantic import ValidationError
 
-from dpq_core.errors import InputError
+from dpq_core.errors import InputError, one_line
 from flows.cli.results import printing_to_stderr
 from flows.cli.signals import Ended
 from infra.settings import home
@@ -55,7 +55,7 @@ def _errors(as_json: bool) -> Iterator[None]:
         message = f"{end}: what is finished is kept, and the same command goes on from there"
         code = end.exit_code
     except InputError as error:
-        message, code = _one_line(error), 1
+        message, code = one_line(error), 1
     except Exception as error:
         message, code = f"{_explained(error)}{_logged()}", 1
     print(f"error: {message}", file=sys.stderr)
@@ -78,10 +78,6 @@ def _check_home_folder() -> None:
         ) from error
 
 
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
-
-
 def _explained(error: Exception) -> str:
     """What an error says, and of a full disk or a service that is gone where that is: libraries
     leave it out."""
@@ -90,14 +86,14 @@ def _explained(error: Exception) -> str:
     from infra.store import StoreFullError
 
     if isinstance(error, httpx.TransportError):
-        return f"{_server_of(error)} does not answer ({_one_line(error)}): {_AGAIN}"
+        return f"{_server_of(error)} does not answer ({one_line(error)}): {_AGAIN}"
     if _passed_through(error, "prefect.settings"):
         return f"Prefect's settings cannot be read: {_setting_in(error)}"
     if not is_full(error) or isinstance(error, StoreFullError):
-        return _of_a_file(error) if isinstance(error, OSError) else _one_line(error)
+        return _of_a_file(error) if isinstance(error, OSError) else one_line(error)
     return (
         f"no space left: {space_left(home())} in {home()}, {space_left(Path.cwd())} here: make room"
-        f" and run again, what is finished is kept: {_one_line(error)[:300]}"
+        f" and run again, what is finished is kept: {one_line(error, 300)}"
     )
 
 
@@ -110,7 +106,7 @@ def _setting_in(error: Exception) -> str:
     """What is wrong with a variable or a profile of Prefect's."""
     way_out = "mend the variable PREFECT_… or the profile (prefect config view) that has it"
     if not isinstance(error, ValidationError):
-        return f"{_one_line(error)}: {way_out}"
+        return f"{one_line(error)}: {way_out}"
     first = error.errors()[0]
     where = ".".join([error.title, *map(str, first["loc"])])
     return f"{where}: {first['msg']} (got {first['input']!r}): {way_out}"
@@ -119,7 +115,7 @@ def _setting_in(error: Exception) -> str:
 def _of_a_file(error: OSError) -> str:
     """The file first; where it is one of ours, how to have them elsewhere."""
     if not isinstance(error.filename, str | Path) or not error.strerror:
-        return _one_line(error)
+        return one_line(error)
     said = f"{error.filename}: {error.strerror}"
     if not Path(error.filename).absolute().is_relative_to(home().absolute()):
         return said

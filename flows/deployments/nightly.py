@@ -16,6 +16,7 @@ from prefect.client.schemas.objects import State
 from prefect.states import Completed, Failed
 
 from dpq_core.digests import digest
+from dpq_core.errors import one_line
 from dpq_core.recipe import Recipe, RecipeError
 from flows.deployments.form import Asked, admitted
 from infra.orchestration.client import launch
@@ -97,6 +98,6 @@ def _rows(watch: list[Asked], queue: str | None) -> Iterator[Row]:
                 key = f"nightly {day} {identity}"
                 run = str(launch("release/release", asked.model_dump(), key, queue))
         except Exception as error:  # of any entry: the others go on
-            yield Row(asked.recipe, model, "error", " ".join(str(error).split()))
+            yield Row(asked.recipe, model, "error", one_line(error))
             continue
         yield Row(asked.recipe, model, "released" if due else "left alone", why, run)

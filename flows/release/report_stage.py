@@ -12,6 +12,7 @@ from prefect.cache_policies import NO_CACHE
 from prefect.logging import get_run_logger
 
 from dpq_core.benchmark.throughput import Times
+from dpq_core.errors import one_line
 from dpq_core.model.reader import CheckpointReader
 from flows.release.candidate import Attempt
 from infra.orchestration.services import mlflow_server
@@ -65,7 +66,7 @@ def report_or_error(run: TrackedRun, tracking_uri: str, outcome: Outcome) -> Rep
         create_link_artifact(shown, key="report", description=f"The release report: {address}")
         return Report(address)
     except Exception as error:
-        said = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        said = f"{type(error).__name__}: {one_line(error)}"
         get_run_logger().exception("no report: the verdict stands")
         run.set_tags({"report": f"failed: {said}"})
         return Report(None, said)

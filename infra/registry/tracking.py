@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock
 
+from infra.errors import one_line
 from infra.probes import ProbeError, check_mlflow, not_mlflow
 from infra.settings import mlflow_page
 from infra.store.owners import PROCESS, Owner
@@ -234,7 +235,7 @@ def _check_answers(uri: str) -> None:
     try:
         mlflow_client(uri).search_experiments(max_results=1)
     except Exception as error:  # of MLflow, SQLAlchemy, a driver that is not installed
-        said = " ".join(str(error).split())[:300] or type(error).__name__
+        said = one_line(error, 300)
         reason = f"it does not serve us ({said})"
         hint = "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD say who asks"
         raise ProbeError(f"{not_mlflow(uri, reason)}; {hint}") from error

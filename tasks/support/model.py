@@ -13,6 +13,7 @@ from transformers import AutoTokenizer
 
 from dpq_core.checkpoint.native import MANIFEST, check_checkpoint
 from dpq_core.digests import digest, identity
+from dpq_core.errors import first_line
 from dpq_core.model.families import family_of
 from dpq_core.model.layout import ADAPTER
 from dpq_core.model.proof import prove
@@ -79,9 +80,8 @@ def resolve(model: ModelSection) -> tuple[Path, str | None]:
             )
         )
     except (OSError, ValueError) as error:  # huggingface_hub's errors derive from these
-        first_line = str(error).strip().splitlines()[0]
         raise CheckpointError(
-            f"model.id: {model.id} is no folder, and the hub does not give it: {first_line}"
+            f"model.id: {model.id} is no folder, and the hub does not give it: {first_line(error)}"
         ) from error
     if not list(folder.glob("*.safetensors")):
         raise CheckpointError(

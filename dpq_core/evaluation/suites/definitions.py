@@ -27,7 +27,7 @@ from jinja2 import TemplateError
 
 from dpq_core.data import mirror
 from dpq_core.digests import digest, file_digest
-from dpq_core.errors import InputError
+from dpq_core.errors import InputError, one_line
 from dpq_core.evaluation.suites import python_docs
 
 _SHIPPED = Path(python_docs.__file__).parent
@@ -156,7 +156,7 @@ def _check_folder(folder: Path) -> None:
         try:
             load_yaml(path, resolve_func=False)
         except Exception as error:  # of yaml, and missing or circular includes
-            reason = " ".join(str(error).split())
+            reason = one_line(error)
             raise SuiteError(f"{path}: not a suite definition: {reason}") from error
 
 
