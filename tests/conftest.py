@@ -24,6 +24,20 @@ if worker := os.environ.get("PYTEST_XDIST_WORKER", "").removeprefix("gw"):
     os.sched_setaffinity(0, {cores[int(worker) % len(cores)]})
 
 
+# Releases first: one that is left for the end keeps a worker busy while the other has nothing left.
+# Flows together: their services end at the first test of another folder, and would be started
+# again. What is short comes last.
+ORDER = ("chaos", "flows", "", "core")
+
+
+def pytest_collection_modifyitems(items):
+    def place(item):
+        folder = item.path.relative_to(REPOSITORY / "tests").parts[0]
+        return ORDER.index(folder if folder in ORDER else "")
+
+    items.sort(key=place)
+
+
 @pytest.fixture(scope="session")
 def quickstart_model():
     """Folder of the trained byte-level Llama that the repository carries."""

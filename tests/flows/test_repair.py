@@ -195,11 +195,11 @@ def test_a_baseline_that_was_not_measured_ends_before_the_quantization(content, 
     assert not (tmp_path / "store" / "statistics").exists()
 
 
-def test_killed_in_a_round_and_run_again(content, recipe_file, tmp_path):
+def test_killed_in_a_round_and_run_again(content, recipe_file, dpq, tmp_path):
     undisturbed = measured(content, {})
     store = tmp_path / "killed"
-    command = ["release", recipe_file, "--json", "--set", f"execution.store={store}"]
-    killed = dpq_process(*command)
+    settings = ["--json", "--set", f"execution.store={store}"]
+    killed = dpq_process("release", recipe_file, *settings)
     deadline = time.monotonic() + 900
     while len(artifacts(store, "sensitivity")) < 2:
         assert killed.poll() is None, killed.communicate()[1]
@@ -209,10 +209,9 @@ def test_killed_in_a_round_and_run_again(content, recipe_file, tmp_path):
     killed.communicate()
     stages = ("layers", "statistics", "sensitivity", "scores")
     kept = {stage: artifacts(store, stage) for stage in stages}
-    second = dpq_process(*command)
-    output, errors = second.communicate(timeout=900)
-    assert second.returncode == 0, errors
+    second = dpq("release", *settings)
+    assert second.exit_code == 0, second.stderr
     for stage in stages:
         now = artifacts(store, stage)
         assert {key: now[key] for key in kept[stage]} == kept[stage]
-    assert json.loads(output)["rounds"] == undisturbed.rounds
+    assert json.loads(second.stdout)["rounds"] == undisturbed.rounds

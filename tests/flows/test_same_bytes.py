@@ -70,11 +70,11 @@ def test_threads_and_processes(recipe, tmp_path):
     assert contents(checkpoints[0]) == contents(checkpoints[1])
 
 
-def test_killed_in_the_fan_out_and_run_again(recipe, recipe_file, tmp_path):
+def test_killed_in_the_fan_out_and_run_again(recipe, recipe_file, dpq, tmp_path):
     undisturbed = run_flow(quantize, recipe).checkpoint.folder
     store = tmp_path / "killed"
-    command = ["quantize", recipe_file, "--set", f"execution.store={store}"]
-    first = dpq_process(*command)
+    setting = ["--set", f"execution.store={store}"]
+    first = dpq_process("quantize", recipe_file, *setting)
     deadline = time.monotonic() + 900
     while len(finished := layer_artifacts(store)) < 5:
         assert first.poll() is None, first.communicate()[1]
@@ -85,15 +85,14 @@ def test_killed_in_the_fan_out_and_run_again(recipe, recipe_file, tmp_path):
     finished = layer_artifacts(store)
     assert 5 <= len(finished) < 35
 
-    second = dpq_process(*command)
-    output, errors = second.communicate(timeout=900)
-    assert second.returncode == 0, errors
+    second = dpq("quantize", *setting)
+    assert second.exit_code == 0, second.stderr
     now = layer_artifacts(store)
     assert len(now) == 35
     assert {key: now[key] for key in finished} == finished
     assert not list((store / "tmp").iterdir())
     checkpoint = next((store / "checkpoints").iterdir())
-    assert str(checkpoint) in output
+    assert str(checkpoint) in second.stdout
     assert contents(checkpoint) == contents(undisturbed)
 
 
