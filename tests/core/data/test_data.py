@@ -242,7 +242,7 @@ def test_a_folder_whose_name_is_a_pattern_is_refused(tmp_path):
     ("builder", "name", "content"),
     [
         ("json", "none.jsonl", b""),
-        ("json", "none.jsonl.gz", gzip.compress(b"")),
+        ("json", "none.jsonl.gz", gzip.compress(b"", mtime=0)),
         ("json", "blank.jsonl", b"\n \n"),
         ("json", "list.json", b"[]"),
         ("text", "none.txt", b""),
