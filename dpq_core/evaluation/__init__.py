@@ -1,1 +1,2 @@
-"""What a model scores: perplexity, suites of lm-evaluation-harness."""
+"""Scores of a model: what is asked is taken at once, kept as trees of shared prefixes, and run
+block by block."""
