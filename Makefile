@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 RELEASE := $(VENV)/.release
 DEV := $(VENV)/.dev
 
-.PHONY: release test test-slow chaos test-fast lint format ui train bench-memory bench-evaluate bench-bits bench-four-bits bench-scale bench-fan-out bench-quantize bench-peers bench-convnet bench-kernels bench-gpu bench-throughput picture system constraints clean
+.PHONY: release test test-slow chaos test-fast lint format ui train bench-memory bench-evaluate bench-scorer bench-bits bench-four-bits bench-scale bench-fan-out bench-quantize bench-peers bench-convnet bench-kernels bench-gpu bench-throughput picture system constraints clean
 
 release: $(RELEASE)  ## run the release pipeline; succeeds when it reaches a verdict, and says which
 	@$(BIN)/dpq release $(RECIPE); code=$$?; [ $$code -eq 0 ] || [ $$code -eq 2 ]
@@ -48,6 +48,9 @@ bench-memory: $(DEV)  ## memory of quantizing beside its prediction, three sizes
 
 bench-evaluate: $(DEV)  ## time of a fake-quantized forward beside the BF16 model's
 	$(BIN)/python tests/bench/fake_quant.py
+
+bench-scorer: $(DEV)  ## suites scored as trees of shared prefixes, beside HFLM of lm-eval
+	$(BIN)/python tests/bench/scorer.py ../shared/models/wiki-llama-12m
 
 bench-bits: $(DEV)  ## perplexity against bits per weight: by plan, at random, by position
 	$(BIN)/python tests/bench/bits_curve.py $(RECIPE)

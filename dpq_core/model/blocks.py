@@ -29,6 +29,8 @@ from dpq_core.model.inputs import Batch, ModelInputs
 from dpq_core.model.observation import anatomy_of
 from dpq_core.model.reader import CheckpointError
 
+_OF_TEXT = ("input_ids", "position_ids")
+
 
 class _Skip(nn.Module):
     """Stands where a block is not run: hands the hidden states on, as a block returns them."""
@@ -88,6 +90,7 @@ class BlockStream:
         self.wide = frozenset(keeps_wide(model, model.state_dict()))
         self._take_out()
         self._loaded: int | None = None
+        self.kept: dict[str, nn.Module] | None = None  # parts that stay once they were read
         for module in model.modules():  # what is left: rotary buffers, towers without memory
             for name, buffer in module.named_buffers(recurse=False):
                 setattr(module, name, buffer.to(self.device))
@@ -173,7 +176,7 @@ class BlockStream:
     def _begun(self, inputs: ModelInputs) -> Tensor:
         if self.images:
             return self._tower(inputs, inputs["pixel_values"].to(self.dtype)).cpu()
-        return self._before_language({"input_ids": inputs["input_ids"]}).cpu()
+        return self._before_language({n: x for n, x in inputs.items() if n in _OF_TEXT}).cpu()
 
     def _before_language(self, inputs: ModelInputs) -> Tensor:
         """What comes to the first block of the language model."""
@@ -190,9 +193,9 @@ class BlockStream:
             handle.remove()
         return given[0]
 
-    def _run(self, inputs: ModelInputs) -> None:
+    def _run(self, inputs: ModelInputs, **told: Any) -> None:
         on_device = {name: x.to(self.device) for name, x in inputs.items()}
-        self.model.base_model(**on_device, use_cache=False)
+        self.model.base_model(**on_device, **told, use_cache=False)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Of hidden states after the last block. [n, length, hidden] → [n, length, vocabulary]."""
@@ -224,15 +227,26 @@ class BlockStream:
         replacements: Mapping[str, QuantizedLinear] | None = None,
     ) -> Iterator[nn.Module]:
         """One block with its weights; `replacements` take the place of linears, by full name."""
+        with self.placed(index, self.made(index, replacements)) as block:
+            yield block
+
+    def made(self, index: int, replacements: Mapping[str, QuantizedLinear] | None) -> nn.Module:
+        """What `block` puts in its place."""
         path = self.block_name(index)
-        block = copy.deepcopy(self._empty_blocks[path])
+        block: nn.Module = copy.deepcopy(self._empty_blocks[path])
         for full_name, layer in (replacements or {}).items():
             bias_name = f"{full_name}.bias"
             bias = self.reader.tensor(bias_name) if bias_name in self.reader else None
             member = full_name.removeprefix(f"{path}.")
             block.set_submodule(member, W4A8Linear(layer, bias))
         self._fill(block, path)
-        self.model.set_submodule(path, block.eval())
+        return block.eval()
+
+    @contextmanager
+    def placed(self, index: int, block: nn.Module) -> Iterator[nn.Module]:
+        """A block of `made`, in its place while this lasts."""
+        path = self.block_name(index)
+        self.model.set_submodule(path, block)
         self._loaded = index
         try:
             with self._running(), ExitStack() as parts:
@@ -273,12 +287,12 @@ class BlockStream:
         about = {
             name: x
             for name, x in batch.inputs.items()
-            if name == "input_ids" or (self.images and name != "pixel_values")
+            if name in _OF_TEXT or (self.images and name != "pixel_values")
         }
         block = self.model.get_submodule(path)
         handle = block.register_forward_hook(lambda _, __, output: given.append(output))
         try:
-            self._run(about)
+            self._run(about, **batch.told)
         finally:
             handle.remove()
         states: Tensor = given[0] if self.anatomy.tuple_length is None else given[0][0]
@@ -331,16 +345,23 @@ class BlockStream:
 
     @contextmanager
     def _part(self, path: str) -> Iterator[None]:
-        part, parts = copy.deepcopy(self._empty[path]), self.anatomy.parts
-        if path == parts.head and f"{path}.weight" not in self.reader:  # tied
-            embedded = self.reader.tensor(f"{parts.embedding}.weight").to(self.dtype)
-            part.weight = nn.Parameter(embedded, requires_grad=False)
-        self._fill(part, path)
+        part = (self.kept or {}).get(path) or self._read(path)
+        if self.kept is not None:
+            self.kept[path] = part
         self.model.set_submodule(path, part)
         try:
             yield
         finally:
             self.model.set_submodule(path, self._stand_ins[path])
+
+    def _read(self, path: str) -> nn.Module:
+        part: nn.Module = copy.deepcopy(self._empty[path])
+        parts = self.anatomy.parts
+        if path == parts.head and f"{path}.weight" not in self.reader:  # tied
+            embedded = self.reader.tensor(f"{parts.embedding}.weight").to(self.dtype)
+            part.weight = nn.Parameter(embedded, requires_grad=False)
+        self._fill(part, path)
+        return part
 
     def _fill(self, module: nn.Module, name: str) -> None:
         fill_parameters(module, f"{name}.", self.reader, self.dtype)

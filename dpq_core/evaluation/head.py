@@ -1,0 +1,101 @@
+"""The output head in tiles of tokens and of the vocabulary: no logits [tokens, vocabulary].
+
+The model's own forward runs from its last block on, with some rows of the head's weight in the
+place of all: what it does to logits (soft caps, scales) is done to those of a tile. So
+
+    log p(target) = logit(target) − log Σ exp(logit)
+
+needs a running sum a token: of a tile in the logits' type, of the tiles in float64.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from dpq_core.model.blocks import BlockStream
+
+ROWS, COLUMNS = 256, 8_192  # of a tile: tokens, pieces of the vocabulary; 8 MiB stay in the cache
+
+# Of hidden states [tokens, hidden]: the first piece of each tile, and its logits [tokens, pieces]
+# in FP32, on the model's device.
+Tiles = Callable[[Tensor], Iterator[tuple[int, Tensor]]]
+
+
+@contextmanager
+def head_tiles(stream: BlockStream, columns: int = COLUMNS) -> Iterator[Tiles]:
+    """The head with its weights, while this lasts."""
+    with stream.head() as logits_of:
+        head = stream.model.get_submodule(stream.anatomy.parts.head)
+        weight, bias = head.weight, head.bias
+
+        def tiles(states: Tensor) -> Iterator[tuple[int, Tensor]]:
+            try:
+                for first in range(0, len(weight), columns):
+                    some = slice(first, first + columns)
+                    head.weight = nn.Parameter(weight[some], requires_grad=False)
+                    if bias is not None:
+                        head.bias = nn.Parameter(bias[some], requires_grad=False)
+                    # A token a row: all at the first position, whatever a model adds by it.
+                    yield first, logits_of(states[:, None])[:, 0].float()
+            finally:
+                head.weight, head.bias = weight, bias
+
+        yield tiles
+
+
+@dataclass(frozen=True, eq=False)
+class Predicted:
+    """Of tokens, [tokens]: log Σ exp(logit) in float64, the most likely piece."""
+
+    log_sums: Tensor
+    best: Tensor
+
+
+class RunningSums:
+    """log Σ exp(logit) and the first of the largest logits, tile after tile."""
+
+    def __init__(self) -> None:
+        self._largest: Tensor | None = None
+
+    def add(self, first: int, logits: Tensor) -> None:
+        """logits: [tokens, pieces] fp32 or float64, of the pieces from `first` on."""
+        largest, best = logits.max(-1)
+        sums = logits.logsumexp(-1).double()
+        if self._largest is None:
+            self._largest, self._best, self._sums = largest, best + first, sums
+            return
+        nan = largest.isnan() & ~self._largest.isnan()
+        higher = (largest > self._largest) | nan
+        self._best = torch.where(higher, best + first, self._best)
+        self._largest = torch.where(higher, largest, self._largest)
+        self._sums = torch.logaddexp(self._sums, sums)
+
+    def finished(self) -> Predicted:
+        return Predicted(self._sums, self._best)
+
+
+def predicted(
+    tiles: Tiles,
+    states: Tensor,  # [tokens, hidden]
+    rows: Tensor,  # [targets] int64: of `states`
+    targets: Tensor,  # [targets] int64
+) -> tuple[Tensor, Tensor]:
+    """Of each target: its log-probability, float64, and whether it is the most likely piece."""
+    logs = torch.empty(len(targets), dtype=torch.float64)
+    likely = torch.empty(len(targets), dtype=torch.bool)
+    for start in range(0, len(states), ROWS):
+        mine = ((rows >= start) & (rows < start + ROWS)).nonzero().flatten()
+        own, wanted = rows[mine] - start, targets[mine]
+        sums, logits = RunningSums(), torch.full((len(mine),), torch.nan, dtype=torch.float64)
+        for first, tile in tiles(states[start : start + ROWS]):
+            sums.add(first, tile)
+            here = (wanted >= first) & (wanted < first + tile.shape[1])
+            at = own[here].to(tile.device), (wanted[here] - first).to(tile.device)
+            logits[here] = tile[at].double().cpu()
+        found = sums.finished()
+        logs[mine] = logits - found.log_sums.cpu()[own]
+        likely[mine] = found.best.cpu()[own] == wanted
+    return logs, likely

@@ -1,0 +1,98 @@
+"""From log-likelihoods to scores: by lm-evaluation-harness's own evaluation of each document."""
+
+import hashlib
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from dpq_core.evaluation.scores import PERPLEXITY, Scores
+from dpq_core.evaluation.suites.definitions import Suite, quiet
+
+Answer = tuple[float, bool]  # log-likelihood, and whether the continuation is the greedy one
+
+
+def suite_scores(
+    suite: Suite, answers: Sequence[Answer], truncated: int = 0, limit: int | None = None
+) -> Scores:
+    """Scores of a suite from the answer to each of its requests (`requests.Encoder`), as
+    `dpq_core.evaluation.harness` gives them: a document with a log-likelihood that is not finite is
+    NaN."""
+    from lm_eval.evaluator import evaluate  # seconds
+
+    quiet()
+    harness = _answering(answers)
+    samples = evaluate(harness, {"tasks": suite.tasks}, limit=limit, bootstrap_iters=0)["samples"]
+    ordered = [
+        (name, sample)
+        for name in suite.tasks
+        for sample in sorted(samples[name], key=lambda sample: sample["doc_id"])
+        if sample["filter"] == samples[name][0]["filter"]
+    ]
+    pairs = [_value(sample, suite) for _, sample in ordered]
+    groups = {name: _label(task) for name, task in suite.tasks.items()}
+    return Scores(
+        metric=suite.kind,
+        truncated=truncated,
+        documents=[sample["doc_hash"] for _, sample in ordered],
+        parts=[name for name, _ in ordered],
+        groups=[groups[name] for name, _ in ordered],
+        values=[value for value, _ in pairs],
+        weights=[weight for _, weight in pairs],
+    )
+
+
+def perplexity_scores(
+    windows: Tensor,  # [windows, length] int64
+    answers: Sequence[Answer],
+    metric: str = PERPLEXITY,
+) -> Scores:
+    """Scores of perplexity's windows, as `dpq_core.evaluation.perplexity` gives them."""
+    count, length = windows.shape
+    return Scores(
+        metric=metric,
+        documents=[hashlib.sha256(row.numpy().tobytes()).hexdigest() for row in windows.cpu()],
+        parts=[""] * count,
+        groups=[""] * count,
+        values=[-log_likelihood for log_likelihood, _ in answers],
+        weights=[float(length - 1)] * count,
+    )
+
+
+def _answering(answers: Sequence[Answer]) -> Any:
+    from lm_eval.api.model import LM  # seconds
+
+    class Answering(LM):  # type: ignore[misc, unused-ignore]
+        """Has the answers already, in the order in which the harness asks."""
+
+        def loglikelihood(self, requests: list[Any]) -> list[Answer]:
+            return self._all(requests)
+
+        def loglikelihood_rolling(self, requests: list[Any]) -> list[float]:
+            return [log_likelihood for log_likelihood, _ in self._all(requests)]
+
+        def generate_until(self, requests: list[Any]) -> list[str]:
+            raise NotImplementedError("suites that generate text have no scores here")
+
+        def _all(self, requests: list[Any]) -> list[Answer]:
+            if len(requests) != len(answers):
+                raise ValueError(f"{len(answers)} answers to {len(requests)} requests of a suite")
+            return list(answers)
+
+    return Answering()
+
+
+def _value(sample: Mapping[str, Any], suite: Suite) -> tuple[float, float]:
+    """Value and weight of a document, as in `dpq_core.evaluation.scores`."""
+    if suite.kind == "perplexity_word":
+        log_likelihood, words = sample[suite.metric]
+        return -float(log_likelihood), float(words)
+    finite = all(math.isfinite(response[0]) for response in sample["filtered_resps"])
+    return (float(sample[suite.metric]) if finite else math.nan), 1.0
+
+
+def _label(task: Any) -> str:
+    """The first of a task's labels: MMLU's categories."""
+    tag = task.get_config("tag")
+    return (tag[0] if tag else "") if isinstance(tag, list) else tag or ""

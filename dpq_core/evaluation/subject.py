@@ -1,0 +1,100 @@
+"""What is scored: a model as blocks, streamed from its files or resident, and whether its attention
+goes by shared prefixes.
+
+A streamed model reads a block when it is run and drops it; a resident one keeps what it has read.
+Nothing else differs. Blocks of a native checkpoint have their quantized linears (`W4A8Linear`).
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dpq_core.checkpoint.native import MANIFEST, QuantizedCheckpoint
+from dpq_core.evaluation.attention import attend_by_spans
+from dpq_core.evaluation.sharing import why_not_shared
+from dpq_core.layer.quantize import QuantizedLinear
+from dpq_core.model.blocks import BlockStream
+from dpq_core.model.empty import empty_of
+from dpq_core.model.reader import CheckpointReader
+from dpq_core.model.streaming import empty_model, load_config
+
+Layers = Mapping[str, Callable[[], QuantizedLinear]]  # by full name
+
+
+class Subject:
+    """A model to be scored.
+
+    Args:
+        stream: its blocks. Its attention is replaced where prefixes are shared.
+        unshared: of `sharing.why_not_shared`, before the stream took the model apart.
+        layers: quantized linears, which take the place of the stream's.
+        resident: what was read once stays.
+    """
+
+    def __init__(
+        self,
+        stream: BlockStream,
+        unshared: str | None,
+        layers: Layers | None = None,
+        resident: bool = False,
+    ) -> None:
+        self.stream, self.unshared, self._layers = stream, unshared, layers or {}
+        stream.kept = {} if resident else None
+        if self.unshared is None:
+            attend_by_spans(stream.model)
+
+    @property
+    def quantized(self) -> bool:
+        return bool(self._layers)
+
+    @contextmanager
+    def block(self, index: int) -> Iterator[None]:
+        """A block with its weights, while this lasts. The next one is read from the disk
+        meanwhile."""
+        path, kept = self.stream.block_name(index), self.stream.kept
+        block = (kept or {}).get(path)
+        if block is None:
+            own = {n: made() for n, made in self._layers.items() if n.startswith(f"{path}.")}
+            block = self.stream.made(index, own)
+        if kept is not None:
+            kept[path] = block
+        elif not self._layers:
+            self.stream.read_ahead(index + 1)
+        with self.stream.placed(index, block):
+            yield
+
+
+def subject_of(
+    folder: Path,
+    device: torch.device | str = "cpu",
+    *,
+    resident: bool = False,
+    dtype: torch.dtype | None = None,
+    trust_remote_code: bool = False,
+) -> Subject:
+    """A checkpoint in 16 bits (FP8 with scales is read as such) or a native one.
+
+    dtype: that a model in 16 bits is run in instead of its own (FP32: to compare exactly).
+
+    Raises:
+        CheckpointError, ArchitectureError: as `StreamedModel`.
+    """
+    if dtype is None:
+        model = empty_model(folder, trust_remote_code)
+    else:
+        config: Any = load_config(folder, trust_remote_code)
+        config.dtype = dtype
+        model = empty_of(config, trust_remote_code, dtype)
+    layers: Layers = {}
+    if (folder / MANIFEST).is_file():
+        checkpoint = QuantizedCheckpoint(folder, trust_remote_code)
+        layers = {name: _reading(checkpoint, name) for name in checkpoint.shapes}
+    unshared = why_not_shared(model)
+    return Subject(BlockStream(model, CheckpointReader(folder), device), unshared, layers, resident)
+
+
+def _reading(checkpoint: QuantizedCheckpoint, name: str) -> Callable[[], QuantizedLinear]:
+    return lambda: checkpoint.layer(name)

@@ -1,0 +1,87 @@
+"""A chunk on its way through the blocks: its batches, and how they are made of its trees.
+
+By spans, packs of a tree run as they are. By rows, each sequence is run from its root, beside
+others of about its length: for architectures whose attention takes no tree.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from dpq_core.evaluation.attention import Carried, Forest
+from dpq_core.evaluation.forest import Chunk, sequences_of
+from dpq_core.evaluation.segments import PACK, SPAN, Pack, packs_of
+from dpq_core.model.blocks import BlockStream
+from dpq_core.model.inputs import Batch, ModelInputs
+
+
+@dataclass
+class Walk:
+    """packs: of each batch, where there are any. places: the chunk's tokens that a batch's are,
+    [batch, length]; −1: none."""
+
+    stream: BlockStream
+    chunk: Chunk
+    inputs: list[ModelInputs]
+    places: list[Tensor]
+    packs: list[Pack]
+    batches: list[Batch] = field(default_factory=list)
+
+    @property
+    def computed(self) -> int:
+        """Tokens that run through each block, those that fill up rows included."""
+        return sum(each["input_ids"].numel() for each in self.inputs)
+
+    def begin(self, begun: Callable[[ModelInputs], Batch]) -> None:
+        """Before the first block; `begun` of `BlockStream.embedding`."""
+        self.batches = [begun(inputs) for inputs in self.inputs]
+
+    def advance(self) -> None:
+        """Through the block that is loaded now."""
+        carried = Carried()
+        for number, batch in enumerate(self.batches):
+            if self.packs:
+                batch.told = {"forest": Forest(self.packs[number], carried)}
+            batch.hidden = self.stream.forward(batch)
+
+    @property
+    def finite(self) -> bool:
+        """Whether all hidden states are."""
+        return all(bool(torch.isfinite(batch.hidden).all()) for batch in self.batches)
+
+    def states(self) -> Tensor:
+        """[tokens, hidden] of the chunk's tokens."""
+        width = self.batches[0].hidden.shape[-1]
+        found = self.batches[0].hidden.new_empty(len(self.chunk), width)
+        for batch, places in zip(self.batches, self.places, strict=True):
+            used = places >= 0
+            found[places[used]] = batch.hidden[used]
+        return found
+
+
+def spans_walk(stream: BlockStream, chunk: Chunk, tokens: int = PACK, queries: int = SPAN) -> Walk:
+    """Packs [1, tokens]."""
+    packs = packs_of(chunk, stream.device, tokens, queries)
+    places = [torch.arange(pack.start, pack.stop)[None] for pack in packs]
+    inputs = [{"input_ids": chunk.ids[p], "position_ids": chunk.positions[p]} for p in places]
+    return Walk(stream, chunk, inputs, places, packs)
+
+
+def rows_walk(stream: BlockStream, chunk: Chunk, tokens: int = PACK) -> Walk:
+    """Rows [sequences, length], the longest first, filled up on the right: no token sees what
+    follows it."""
+    places, batch = list[Tensor](), list[Tensor]()
+    for sequence in sorted(map(torch.tensor, sequences_of(chunk)), key=len, reverse=True):
+        if batch and (len(batch) + 1) * len(batch[0]) > tokens:
+            places.append(_filled(batch))
+            batch = []
+        batch.append(sequence)
+    places.append(_filled(batch))
+    inputs = [{"input_ids": chunk.ids[p.clamp(min=0)]} for p in places]
+    return Walk(stream, chunk, inputs, places, [])
+
+
+def _filled(sequences: list[Tensor]) -> Tensor:
+    return torch.nn.utils.rnn.pad_sequence(sequences, batch_first=True, padding_value=-1)

@@ -1,0 +1,81 @@
+"""KL in tiles against the formula, and what it sees."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dpq_core.evaluation.divergence import Divergence, divergence, joined
+
+
+def tiles_of(logits, columns):
+    """As `head.head_tiles` gives them, hidden states being numbers of rows."""
+
+    def tiles(states):
+        rows = logits[states[:, 0].long()]
+        for first in range(0, rows.shape[1], columns):
+            yield first, rows[:, first : first + columns]
+
+    return tiles
+
+
+def found(p, q, columns):
+    states = torch.arange(len(p))[:, None].float()
+    return divergence(tiles_of(p, columns), states, tiles_of(q, columns), states)
+
+
+def direct(p, q):
+    p, q = p.double().log_softmax(-1), q.double().log_softmax(-1)
+    return torch.where(p.exp() > 0, p.exp() * (p - q), 0.0).sum(-1)
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    st.integers(0, 2**31),
+    st.integers(2, 40),
+    st.integers(1, 17),
+    st.sampled_from([1e-3, 1.0, 30.0]),
+    st.sampled_from([0.0, 1e3]),
+)
+def test_tiles_give_the_formula(seed, vocabulary, columns, scale, shift):
+    generator = torch.Generator().manual_seed(seed)
+    p = torch.randn(300, vocabulary, generator=generator) * 10
+    q = p + torch.randn(300, vocabulary, generator=generator) * scale + shift
+    p[:, 0] = -math.inf  # a piece that the model never says
+    result, expected = found(p, q, columns), direct(p, q)
+    torch.testing.assert_close(result.nats, expected, rtol=1e-9, atol=1e-11)
+    assert result.agree.tolist() == (p.argmax(-1) == q.argmax(-1)).tolist()
+
+
+def test_a_model_does_not_diverge_from_itself():
+    p = torch.randn(5, 33)
+    result = found(p, p.clone(), 8)
+    assert result.nats.max() < 1e-12
+    assert result.agree.all()
+
+
+def test_nothing_is_hidden_by_a_token_that_is_not_finite():
+    p = torch.randn(4, 9)
+    q = p.clone()
+    q[2, 3] = math.nan
+    assert all(math.isnan(value) for value in found(p, q, 4).summary().values())
+
+
+def test_the_summary_is_of_all_tokens():
+    nats = torch.arange(1001, dtype=torch.float64)
+    agree = torch.arange(1001) % 4 != 0
+    summary = joined(
+        [Divergence(nats[:300], agree[:300]), Divergence(nats[300:], agree[300:])]
+    ).summary()
+    assert summary["mean"] == summary["median"] == 500
+    assert (summary["p99"], summary["max"]) == (990, 1000)
+    assert summary["p99_9"] == pytest.approx(999)
+    assert summary["top1_agreement"] == pytest.approx(750 / 1001)
+
+
+def test_other_tokens_are_refused():
+    tiles = tiles_of(torch.randn(4, 9), 4)
+    with pytest.raises(ValueError, match="4 tokens and of 3"):
+        divergence(tiles, torch.zeros(4, 1), tiles, torch.zeros(3, 1))

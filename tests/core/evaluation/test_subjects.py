@@ -1,0 +1,193 @@
+"""Architectures, quantized candidates, streaming and workers: the same scores whoever computes."""
+
+import math
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+
+import pytest
+import torch
+from architectures import ARCHITECTURES, class_of, random_model
+from transformers import AutoModelForCausalLM
+
+from dpq_core.checkpoint.native import load_model
+from dpq_core.evaluation.divergence import divergence
+from dpq_core.evaluation.forest import Asked, chunks_of
+from dpq_core.evaluation.head import head_tiles
+from dpq_core.evaluation.scorer import answers, bytes_in_hand, last_states, score
+from dpq_core.evaluation.sharing import why_not_shared
+from dpq_core.evaluation.subject import subject_of
+from dpq_core.model.empty import empty_of
+from dpq_core.model.finite import NotFiniteError
+from dpq_core.pipeline import quantize_checkpoint
+from dpq_core.recipe import CalibrationSection, TextDataset
+from dpq_core.recipe.scheme import Scheme
+
+UNSHARED = {
+    "StableLM": "its attention is not called with what the model is called with",
+    "Falcon 7B": "its attention is not called through transformers' interface",
+    "Falcon 40B": "its attention is not called through transformers' interface",
+    "BLOOM": "its attention is not called through transformers' interface",
+}
+TEXT = [each for each in ARCHITECTURES if class_of(each.config).__name__.endswith("CausalLM")]
+RUN = ["Llama 2", "Mistral", "Gemma 2", "Gemma 3", "Granite 3", "OPT", "StableLM", "BLOOM"]
+
+
+def asked_of(vocabulary, seed=0):
+    """Questions of four choices and a text alone."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def some(count):
+        return torch.randint(5, vocabulary, (count,), generator=generator).tolist()
+
+    asked = []
+    for context in [some(30) for _ in range(5)]:
+        for answer in map(some, (1, 2, 3, 4)):
+            asked.append(Asked((*context, *answer), len(answer), len(asked)))
+    text = some(90)
+    return [*asked, Asked(tuple(text), 80, 20)]
+
+
+@torch.inference_mode()
+def one_by_one(model, asked):
+    """By the whole model, a request at a time, float64 from the logits on."""
+    found = []
+    for each in asked:
+        ids = torch.tensor(each.ids)
+        logs = model(input_ids=ids[None, :-1]).logits[0].double().log_softmax(-1)[-each.scored :]
+        wanted = ids[-each.scored :]
+        sums = logs.gather(1, wanted[:, None]).sum().item()
+        found.append((sums, bool((logs.argmax(-1) == wanted).all())))
+    return found
+
+
+@pytest.mark.parametrize("architecture", TEXT, ids=lambda each: each.name)
+def test_what_shares_prefixes(architecture):
+    found = why_not_shared(empty_of(architecture.config))
+    assert found == UNSHARED.get(architecture.name)
+
+
+@pytest.mark.parametrize("name", RUN)
+def test_answers_are_the_whole_model_s(name, tmp_path):
+    (architecture,) = [each for each in ARCHITECTURES if each.name == name]
+    random_model(architecture.config).save_pretrained(tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
+    asked = asked_of(model.config.vocab_size)
+    subject = subject_of(tmp_path, dtype=torch.float32)
+    assert subject.unshared == UNSHARED.get(name)
+    found = answers(score(subject, list(chunks_of(asked, 150))), len(asked))
+    for ours, theirs in zip(found, one_by_one(model, asked), strict=True):
+        assert ours[0] == pytest.approx(theirs[0], rel=1e-4)
+        assert ours[1] == theirs[1]
+
+
+def test_the_head_in_tiles_is_the_head(tmp_path):
+    """Of a model that caps its logits."""
+    (architecture,) = [each for each in ARCHITECTURES if each.name == "Gemma 2"]
+    model = random_model(architecture.config).eval()
+    model.save_pretrained(tmp_path)
+    stream = subject_of(tmp_path, dtype=torch.float32).stream
+    states = torch.randn(7, model.config.hidden_size)
+    with torch.no_grad(), head_tiles(stream, columns=50) as tiles:
+        parts = [tile for _, tile in tiles(states)]
+        whole = stream.logits(states[None])[0]
+    assert [part.shape[1] for part in parts] == [50] * (len(whole[0]) // 50) + [len(whole[0]) % 50]
+    torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=1e-5, atol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def candidate(quickstart_model, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("candidate") / "checkpoint"
+    quantize_checkpoint(
+        quickstart_model,
+        folder,
+        torch.randint(200, (4, 64), generator=torch.Generator().manual_seed(0)),
+        Scheme(method="rtn", rounding="nearest", group_size=32),
+        CalibrationSection(dataset=TextDataset(path="none"), required_tokens_per_input=0),
+        about={},
+    )
+    return folder
+
+
+def test_a_candidate_is_scored_with_its_quantized_linears(candidate, quickstart_model):
+    asked = asked_of(200)
+    subject = subject_of(candidate, dtype=torch.float32)
+    found = answers(score(subject, list(chunks_of(asked))), len(asked))
+    expected = one_by_one(load_model(candidate).float(), asked)
+    original = one_by_one(load_model(quickstart_model).float(), asked)
+    for (ours, _), (theirs, _), (others, _) in zip(found, expected, original, strict=True):
+        # An activation at the edge of two FP8 values may be rounded to either.
+        assert abs(ours - theirs) < 0.02 * max(abs(others - theirs), 0.1)
+
+
+def sums_of(scores):
+    return [(each.requests.tolist(), each.sums.tolist(), each.greedy.tolist()) for each in scores]
+
+
+def score_in_worker(folder, chunk):
+    """A chunk by a process that knows nothing else."""
+    torch.set_num_threads(1)
+    return sums_of(score(subject_of(folder), [chunk]))
+
+
+def test_scores_have_the_same_bits_whoever_computes_them(candidate):
+    chunks = list(chunks_of(asked_of(200), 120))
+    assert len(chunks) >= 3
+    streamed = sums_of(score(subject_of(candidate), chunks))
+    resident = subject_of(candidate, resident=True)
+    assert streamed == sums_of(score(resident, chunks))
+    assert streamed == [sums_of(score(resident, [chunk]))[0] for chunk in reversed(chunks)][::-1]
+    with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
+        jobs = [pool.submit(score_in_worker, candidate, chunk) for chunk in chunks]
+        assert streamed == [job.result()[0] for job in jobs]
+
+
+def test_a_planted_fault_shows_in_the_divergence(quickstart_model, candidate):
+    """A layer's scale doubled in the candidate, beside the candidate itself."""
+    chunks = list(chunks_of(asked_of(200)))
+    subjects = [subject_of(folder, resident=True) for folder in (quickstart_model, candidate)]
+    faulty = subject_of(candidate, resident=True)
+    with faulty.block(0):
+        block = faulty.stream.kept[faulty.stream.block_name(0)]
+        linear = next(m for m in block.modules() if hasattr(m, "weight8"))
+        linear.channel_scale *= 2
+    states = [last_states(each, chunks)[0].hidden for each in (*subjects, faulty)]
+    with torch.no_grad(), head_tiles(subjects[0].stream) as p, head_tiles(subjects[1].stream) as q:
+        itself = divergence(p, states[0], p, states[0]).summary()
+        quantized = divergence(p, states[0], q, states[1]).summary()
+        broken = divergence(p, states[0], q, states[2]).summary()
+    assert itself["max"] < 1e-9
+    assert itself["top1_agreement"] == 1
+    assert 0 < quantized["mean"] < broken["mean"] / 2
+    assert broken["top1_agreement"] < quantized["top1_agreement"]
+
+
+def test_a_request_without_scores_is_named(candidate):
+    chunks = list(chunks_of(asked_of(200), 200))
+    scores = score(subject_of(candidate), chunks[:1])
+    missing = min(set(range(21)) - set(scores[0].requests.tolist()))
+    with pytest.raises(ValueError, match=f"request {missing} of 21 is in no chunk"):
+        answers(scores, 21)
+
+
+def test_not_a_number_stays_one(tmp_path, quickstart_model):
+    model = AutoModelForCausalLM.from_pretrained(quickstart_model)
+    with torch.no_grad():
+        model.get_output_embeddings().weight[3] = math.nan
+    model.save_pretrained(tmp_path)
+    asked = asked_of(200)
+    found = answers(score(subject_of(tmp_path), list(chunks_of(asked))), len(asked))
+    assert all(math.isnan(value) and not greedy for value, greedy in found)
+
+
+def test_a_block_that_overflows_is_named(tmp_path, quickstart_model):
+    model = AutoModelForCausalLM.from_pretrained(quickstart_model)
+    with torch.no_grad():
+        model.model.layers[1].mlp.down_proj.weight[3] = math.inf
+    model.save_pretrained(tmp_path)
+    with pytest.raises(NotFiniteError, match=r"model\.layers\.1: the \w+ model's hidden states"):
+        score(subject_of(tmp_path), list(chunks_of(asked_of(200))))
+
+
+def test_bytes_in_hand_are_of_hidden_states():
+    (chunk,) = chunks_of(asked_of(200))
+    assert bytes_in_hand([chunk, chunk], 64, 2) == 2 * len(chunk) * 64 * 2
