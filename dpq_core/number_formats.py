@@ -24,7 +24,6 @@ FORMATS = {
     f.name: f
     for f in (
         NumberFormat("uint4", 4, 0, 15, is_float=False),
-        NumberFormat("int4", 4, -8, 7, is_float=False),
         NumberFormat("int8", 8, -127, 127, is_float=False),  # symmetric: -128 is not used
         NumberFormat("e4m3", 8, -448, 448, is_float=True),
         NumberFormat("e4m3_240", 8, -240, 240, is_float=True),

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dpq_core.number_formats import FORMATS, NumberFormat
 
-__all__ = ["FORMATS", "NumberFormat", "dequantize", "fake_quantize", "quantize", "round_to"]
+__all__ = ["FORMATS", "NumberFormat", "quantize", "round_to"]
 
 
 def round_to(values: Tensor, fmt: NumberFormat) -> Tensor:
@@ -45,13 +45,3 @@ _FP32_PLACES = -(1 << 31) | 0x7F << 20  # sign, and seven bits of exponent and m
 def quantize(values: Tensor, scale: Tensor, fmt: NumberFormat) -> Tensor:
     """`round_to(values / scale)`: the values in units of `scale`, which broadcasts. FP32."""
     return round_to(values.float() / scale, fmt)
-
-
-def dequantize(quantized: Tensor, scale: Tensor) -> Tensor:
-    """`quantized * scale`. FP32."""
-    return quantized.float() * scale
-
-
-def fake_quantize(values: Tensor, scale: Tensor, fmt: NumberFormat) -> Tensor:
-    """Round to `fmt` in units of `scale` and come back. FP32."""
-    return dequantize(quantize(values, scale, fmt), scale)

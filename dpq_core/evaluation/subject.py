@@ -15,7 +15,7 @@ import torch
 from dpq_core.checkpoint.native import MANIFEST, QuantizedCheckpoint
 from dpq_core.evaluation.attention import attend_by_spans
 from dpq_core.evaluation.sharing import why_not_shared
-from dpq_core.layer.quantize import QuantizedLinear
+from dpq_core.layer.records import QuantizedLinear
 from dpq_core.model.blocks import BlockStream
 from dpq_core.model.empty import empty_of
 from dpq_core.model.reader import CheckpointReader

@@ -14,6 +14,7 @@ import typer
 from dpq_core.errors import InputError
 from dpq_core.recipe import DeviceKind
 from flows.cli.errors import errors, print_json
+from flows.cli.options import AsJson, Overrides
 from infra.settings import home
 
 if TYPE_CHECKING:
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
 
 trigger = typer.Typer(no_args_is_help=True, help="Start what is deployed, on a worker.")
 
-AsJson = Annotated[bool, typer.Option("--json", help="one JSON object on stdout")]
 Run = Annotated[str, typer.Argument(help="id of a flow run", metavar="RUN")]
 By = Annotated[str, typer.Option("--by", help="who decides; kept with the model version")]
 Reason = Annotated[str, typer.Option("--reason", help="kept with the model version")]
@@ -65,7 +65,6 @@ def _trigger() -> None:
 
 
 Recipe = Annotated[str, typer.Option("--recipe", help="a shipped one, or the worker's file")]
-Settings = Annotated[list[str] | None, typer.Option("--set", help="key.path=value, repeatable")]
 Timeout = Annotated[float | None, typer.Option("--timeout", min=0, help="seconds to wait at most")]
 Key = Annotated[
     str | None,
@@ -76,7 +75,7 @@ Key = Annotated[
 @trigger.command("release")
 def trigger_release(
     recipe: Recipe,
-    settings: Settings = None,
+    settings: Overrides = None,
     wait: Annotated[bool, typer.Option("--wait", help="until it ends or needs approval")] = False,
     timeout: Timeout = None,
     key: Key = None,
@@ -102,7 +101,7 @@ def trigger_benchmark(
     checkpoint: Annotated[
         str | None, typer.Option("--checkpoint", help="native checkpoint, the worker's folder")
     ] = None,
-    settings: Settings = None,
+    settings: Overrides = None,
     wait: Annotated[bool, typer.Option("--wait", help="until it ends")] = False,
     timeout: Timeout = None,
     key: Key = None,

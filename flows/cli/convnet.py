@@ -1,8 +1,7 @@
 """`dpq convnet RECIPE`, and `dpq convnet compare RECIPE`: the second pipeline."""
 
 from collections.abc import Callable
-from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import typer
 from typer.core import TyperGroup
@@ -10,6 +9,7 @@ from typer.core import TyperGroup
 from dpq_core.convnet.recipe import ConvRecipe, load_conv_recipe
 from dpq_core.errors import check_extra
 from flows.cli.errors import errors, print_json
+from flows.cli.options import AsJson, Overrides, RecipePath
 from flows.cli.results import printing_to_stderr
 from flows.cli.signals import ending_cleanly
 from infra.settings import home
@@ -29,10 +29,6 @@ app = typer.Typer(
     no_args_is_help=True,
     help="Convolutional classifiers in INT8: `dpq convnet RECIPE` releases one.",
 )
-
-RecipePath = Annotated[Path, typer.Argument(help="YAML file", metavar="RECIPE")]
-Overrides = Annotated[list[str] | None, typer.Option("--set", help="key.path=value, repeatable")]
-AsJson = Annotated[bool, typer.Option("--json", help="one JSON object on stdout")]
 
 
 @app.command()

@@ -20,6 +20,7 @@ from flows.cli.automation import approve, deploy, reject, trigger, webhook
 from flows.cli.convnet import app as convnet_app
 from flows.cli.errors import errors, print_json
 from flows.cli.mirror import app as mirror_app
+from flows.cli.options import AsJson, Overrides, RecipePath
 from flows.cli.results import printing_to_stderr
 from flows.cli.rollback import rollback
 from flows.cli.signals import ending_cleanly, exit_codes, leave_threads, undelivered
@@ -34,9 +35,6 @@ app.add_typer(trigger, name="trigger")
 for command in (rollback, deploy, approve, reject, webhook):
     app.command()(command)
 
-RecipePath = Annotated[Path, typer.Argument(help="YAML file", metavar="RECIPE")]
-Overrides = Annotated[list[str] | None, typer.Option("--set", help="key.path=value, repeatable")]
-AsJson = Annotated[bool, typer.Option("--json", help="one JSON object on stdout")]
 
 _Result = TypeVar("_Result")
 

@@ -13,10 +13,9 @@ from dpq_core.data import mirror
 from dpq_core.data.mirror import MirroredSplit, MirrorError
 from dpq_core.data.mirrored_suites import MIRRORED
 from flows.cli.errors import errors, print_json
+from flows.cli.options import AsJson
 
 app = typer.Typer(no_args_is_help=True, help="The suites' data without a hub.")
-
-AsJson = Annotated[bool, typer.Option("--json", help="one JSON object on stdout")]
 
 
 @app.command()

@@ -15,6 +15,7 @@ import typer
 from dpq_core.recipe import ExecutionSection
 from dpq_core.recipe.registered_names import checked_name
 from flows.cli.errors import errors, print_json
+from flows.cli.options import AsJson
 from infra.settings import home
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ def rollback(
     store: Annotated[
         Path, typer.Option("--store", help="of the releases, where the registry is a server")
     ] = _DEFAULT,
-    as_json: Annotated[bool, typer.Option("--json", help="one JSON object on stdout")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Make the champion before the present one champion again; repeated, the one before that."""
     with errors(as_json):

@@ -9,6 +9,7 @@ import typer
 
 from dpq_core.recipe import ExecutionSection
 from flows.cli.errors import errors, print_json
+from flows.cli.options import AsJson
 from infra.settings import home
 from infra.store.disk import shown_bytes, space_left
 
@@ -18,7 +19,6 @@ if TYPE_CHECKING:
 app = typer.Typer(no_args_is_help=True, help="The artifact store: what is there, whole, needed.")
 
 StorePath = Annotated[Path, typer.Option("--store", help="folder, as execution.store")]
-AsJson = Annotated[bool, typer.Option("--json", help="one JSON object on stdout")]
 _DEFAULT = Path(ExecutionSection().store)
 
 

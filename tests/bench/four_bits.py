@@ -40,7 +40,7 @@ from prototypes import (
 )
 from transformers import AutoTokenizer
 
-from dpq_core.arithmetic.formats import fake_quantize
+from dpq_core.arithmetic.formats import quantize
 from dpq_core.calibration.statistics import InputRounding
 from dpq_core.checkpoint.native import load_model
 from dpq_core.data.texts import calibration_windows, load_texts, token_windows
@@ -174,7 +174,7 @@ def quantize_model(
             own_scale = None
             if variant.output_range and rounding:
                 own_scale = output_range(x, list(weights.values()), found, rounding.inner)
-                x8 = fake_quantize(x.float(), own_scale, rounding.inner)
+                x8 = quantize(x, own_scale, rounding.inner) * own_scale
             else:
                 x8 = x.float()
                 if rounding:

@@ -18,7 +18,7 @@ import torch
 import transforms
 from torch import Tensor
 
-from dpq_core.arithmetic.formats import NumberFormat, fake_quantize
+from dpq_core.arithmetic.formats import NumberFormat, quantize
 from dpq_core.calibration.statistics import InputRounding
 from dpq_core.layer.column_loop import inverse_factor
 from dpq_core.layer.gradient_rounding import refine_codes
@@ -240,7 +240,7 @@ def output_range(
     best, least = top, torch.inf
     for step in range(33):
         scale = top * 2 ** (-step / 8)
-        residual = fake_quantize(x, scale, inner) - x
+        residual = quantize(x, scale, inner) * scale - x
         error = float(((residual @ metric) * residual).sum())
         if error < least:
             best, least = scale, error

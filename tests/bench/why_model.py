@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from why_tokens import fisher_statistics, weighted
 
-from dpq_core.arithmetic.formats import fake_quantize
+from dpq_core.arithmetic.formats import quantize
 from dpq_core.layer.hessian import InputStatistics
 from dpq_core.layer.objective import objective
 from dpq_core.layer.quantize import quantize_layer
@@ -217,7 +217,7 @@ def _round_inputs(linear: nn.Linear, layer: QuantizedLinear) -> None:
         x = inputs[0]
         amax = x.float().abs().amax(-1, keepdim=True).clamp(min=1e-12)
         scale = amax / inner.maximum if static is None else static
-        return fake_quantize(x, scale, inner).to(x.dtype)
+        return (quantize(x, scale, inner) * scale).to(x.dtype)
 
     linear.register_forward_pre_hook(hook)
 

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dpq_core.arithmetic.formats import FORMATS, dequantize, fake_quantize, quantize, round_to
+from dpq_core.arithmetic.formats import FORMATS, quantize, round_to
 
 E4M3_CODES = np.arange(256, dtype=np.uint8)
 BF16 = torch.arange(1 << 16, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
@@ -103,7 +103,6 @@ def test_infinity_saturates_and_nan_stays(name):
     ("name", "bits", "minimum", "maximum"),
     [
         ("uint4", 4, 0, 15),
-        ("int4", 4, -8, 7),
         ("int8", 8, -127, 127),
         ("e4m3", 8, -448, 448),
         ("e4m3_240", 8, -240, 240),
@@ -129,17 +128,13 @@ def test_power_of_two_scaling_moves_only_the_scale(name, exponent, scale, values
     fmt, factor = FORMATS[name], 2.0**exponent
     x, scale = torch.tensor(values), torch.tensor(scale)
     assert torch.equal(quantize(x * factor, scale * factor, fmt), quantize(x, scale, fmt))
-    assert torch.equal(
-        fake_quantize(x * factor, scale * factor, fmt), fake_quantize(x, scale, fmt) * factor
-    )
 
 
 def test_scales_broadcast_and_divide():
     x = torch.tensor([[1.0, 3.0], [10.0, -2.5]])
     scale = torch.tensor([[1.0], [5.0]])
-    quantized = quantize(x, scale, FORMATS["int4"])
+    quantized = quantize(x, scale, FORMATS["int8"])
     assert quantized.tolist() == [[1, 3], [2, -0.0]]  # -2.5 / 5 ties to even zero
-    assert dequantize(quantized, scale).tolist() == [[1, 3], [10, 0]]
 
 
 @every_format
