@@ -48,11 +48,11 @@ class Footprint:
 
     @property
     def worker(self) -> int:
-        """Of a worker process: the most of any task that it gets."""
+        """Bytes of a worker process: the most of any task that it gets."""
         return PROCESS + max(self.layer, self.share, self.block)
 
     def together(self, workers: int) -> int:
-        """Of so many workers in one process: one at a time calibrates alone, or adds up."""
+        """Bytes of so many workers in one process: one at a time calibrates alone, or adds up."""
         usual = max(self.layer, self.share)
         return PROCESS + max(self.block, usual) + (workers - 1) * usual
 
@@ -145,14 +145,14 @@ _MUCH, _MANY_BLOCKS = 1 << 30, 8
 
 
 def _hidden(plan: Plan, calibration: CalibrationSection) -> int:
-    """Of all samples before a block."""
+    """Bytes of the hidden states of all samples before a block."""
     tokens = calibration.samples * calibration.sequence_length
     return tokens * plan.layers[0].features * _BFLOAT16
 
 
 def _device(plan: Plan, calibration: CalibrationSection, batch_size: int) -> int:
-    """Of a GPU, at its largest layer, or running a batch through a block: its weights, a leaf's
-    sums, activations."""
+    """Bytes of a GPU, at its largest layer, or running a batch through a block: its weights, a
+    leaf's sums, activations."""
     corrected, length = calibration.correction > 0, calibration.sequence_length
     most = max(layer_bytes(each, corrected) for each in plan.layers)
     for block in range(plan.blocks):
@@ -167,17 +167,18 @@ _WORKSPACE = 64 << 20  # of cuBLAS and cuSOLVER beside tensors: 32 MiB each on H
 
 
 def _on_host(layer: PlannedLayer, corrected: bool) -> int:
-    """Of a layer that a device quantizes: its statistics, its weight, what is stored of it."""
+    """Bytes of the host for a layer that a device quantizes: its statistics, its weight, what is
+    stored of it."""
     return _FLOAT32 * layer.features**2 * (1 + corrected) + 2 * _BFLOAT16 * layer.weights
 
 
 def _passes(
     plan: Plan, block: int, calibration: CalibrationSection, batch_size: int, sums: int
 ) -> int:
-    """Of running leaves through a block: its weights (with the codes of layers that are quantized
-    already, and the 16-bit block beside it, where there are such), so many statistics, a leaf's
-    hidden states before and after, those of the one before it that are being written, and what a
-    batch's activations take."""
+    """Bytes that running leaves through a block takes: its weights (with the codes of layers that
+    are quantized already, and the 16-bit block beside it, where there are such), so many
+    statistics, a leaf's hidden states before and after, those of the one before it that are being
+    written, and what a batch's activations take."""
     layers, length = plan.of_block(block), calibration.sequence_length
     leaf = min(calibration.samples, batch_size * leaf_size(batch_size)) * length
     corrected = calibration.correction > 0
@@ -210,7 +211,8 @@ def layer_bytes(layer: PlannedLayer, corrected: bool = False) -> int:
 
 
 def _statistics(plan: Plan, block: int, calibration: CalibrationSection) -> list[int]:
-    """Of a block's inputs, those together that are counted at a time: Hessians and histograms."""
+    """Bytes of the statistics of a block's inputs, those together that are counted at a time:
+    Hessians and histograms."""
     squares = 2 if calibration.correction else 1
     return [
         sum(squares * _FLOAT32 * width**2 + _INT64 * MAGNITUDES for width in widths)

@@ -160,7 +160,7 @@ def _hidden(
 
 
 class _Calibration:
-    """Of one block, or of some of its inputs."""
+    """The calibration of one block, or of some of its inputs."""
 
     def __init__(
         self,
@@ -191,7 +191,7 @@ class _Calibration:
         return Node(0, len(self._hidden.leaves))
 
     def key(self, part: Part, node: Node) -> str:
-        """Of the artifact `partial`."""
+        """The key of the artifact `partial`."""
         of = {"inputs": self._inputs} if self._inputs else {}
         return digest({**self._base, "block": self._block, "part": part, "node": node, **of})
 

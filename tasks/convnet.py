@@ -252,7 +252,7 @@ def sizes_of(classifier: ArtifactRef) -> WeightSizes:
 
 
 def _by(stage: str) -> dict[str, Any]:
-    """Of a key: these networks run on the CPU."""
+    """What computes it, for a key: these networks run on the CPU."""
     return computed_by(stage, kind_of("cpu").arithmetic(0))
 
 

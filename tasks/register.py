@@ -84,7 +84,7 @@ class Base:
 
 
 def base_of(recipe: Recipe, model: Model) -> Base:
-    """Of a release of a language model."""
+    """The base model of a release of a language model."""
     return Base(model.id, model.digest, recipe.registry.any_base_model)
 
 

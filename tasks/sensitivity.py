@@ -26,7 +26,8 @@ Variants = dict[str, dict[str, ArtifactRef]]  # layer → choice → the layer q
 
 @dataclass(frozen=True)
 class Cost:
-    """Of one choice for one layer. loss: nats a token. error: the layer objective, relative."""
+    """What one choice for one layer costs. loss: nats a token. error: the layer objective,
+    relative."""
 
     loss: float
     error: float

@@ -20,7 +20,7 @@ class Affine:
     inner: NumberFormat | None
 
     def __getitem__(self, column: int) -> "Affine":
-        """Of one column: all [out]."""
+        """The grid of one column: all [out]."""
         return replace(
             self,
             channel_scale=self.channel_scale[0],

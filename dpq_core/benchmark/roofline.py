@@ -32,8 +32,8 @@ class Device:
 
 @dataclass(frozen=True)
 class Load:
-    """Of one model: bytes of weights that a step reads; weights that a token is multiplied with;
-    bytes of keys and values that a token of context takes."""
+    """What decoding one model takes: bytes of weights that a step reads; weights that a token is
+    multiplied with; bytes of keys and values that a token of context takes."""
 
     weight_bytes: int
     weights: int

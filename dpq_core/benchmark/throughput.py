@@ -82,8 +82,8 @@ class Cell:
 
 @dataclass(frozen=True)
 class Times:
-    """Of a device. product_limit: tokens/s that its rate of products allows at any batch. notes:
-    what a reader has to know of the numbers. wrong: why there are none."""
+    """What was timed on a device. product_limit: tokens/s that its rate of products allows at any
+    batch. notes: what a reader has to know of the numbers. wrong: why there are none."""
 
     device: str
     hardware: str = ""

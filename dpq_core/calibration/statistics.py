@@ -122,9 +122,9 @@ class TokenWeights:
 
 @dataclass(frozen=True)
 class Step:
-    """Of a block some linears of which are quantized already. inputs: those that come next, names
-    of shared inputs. layers: the quantized ones, by name. beside: the 16-bit model's inputs are
-    counted too.
+    """A step through a block some linears of which are quantized already. inputs: those that come
+    next, names of shared inputs. layers: the quantized ones, by name. beside: the 16-bit model's
+    inputs are counted too.
     """
 
     inputs: tuple[str, ...]
@@ -218,7 +218,7 @@ class BlockPasses:
     def magnitudes(
         self, batches: Sequence[Batch], on_progress: Callable[[], None] = lambda: None
     ) -> BlockMagnitudes:
-        """Of a leaf: the first of two passes."""
+        """Count a leaf's magnitudes: the first of two passes."""
         device = self.block.stream.device
         counts = {
             name: torch.zeros(MAGNITUDES, dtype=torch.int64, device=device) for name in self.inputs
@@ -238,7 +238,7 @@ class BlockPasses:
         on_progress: Callable[[], None] = lambda: None,
         originals: Sequence[Batch] = (),
     ) -> BlockStatistics:
-        """Of a leaf: the last pass.
+        """Sum a leaf's statistics: the last pass.
 
         Args:
             magnitudes: of all leaves, where there are two passes; they are not counted again then.
@@ -288,12 +288,12 @@ class BlockPasses:
 
 
 def add_magnitudes(left: BlockMagnitudes, right: BlockMagnitudes) -> BlockMagnitudes:
-    """Of both sets of leaves."""
+    """The counts of both sets of leaves together."""
     return {name: left[name] + right[name] for name in left}
 
 
 def add_statistics(left: BlockStatistics, right: BlockStatistics) -> BlockStatistics:
-    """Of both sets of leaves, in place of the left one."""
+    """The sums over both sets of leaves, in place of the left one's."""
     for name, statistics in left.items():
         statistics.add(right.pop(name))
     return left

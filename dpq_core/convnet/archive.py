@@ -104,7 +104,7 @@ def _texts(node: Any, key: str = "") -> Iterator[tuple[str, str]]:
 
 
 def _types(node: Any) -> Iterator[str]:
-    """Of a structure of arguments."""
+    """The types in a structure of arguments."""
     if isinstance(node, dict):
         if node.get("type") is not None:
             yield str(node["type"])

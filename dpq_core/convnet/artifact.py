@@ -39,7 +39,7 @@ class ArtifactError(InputError):
 
 @dataclass(frozen=True)
 class WeightSizes:
-    """Of the weights of convolutions and linear layers; biases are not among them.
+    """Sizes of the weights of convolutions and linear layers; biases are not among them.
 
     float_bytes: in fp32. stored_bytes: of codes as they are stored (fp32 where a layer was left
     alone). grid_bytes: of scales and zero points. float_layers: those that were left alone.
@@ -146,7 +146,7 @@ def weight_sizes(program: ExportedProgram) -> WeightSizes:
 
 
 def _grid_bytes(argument: Any, tensor: Any) -> int:
-    """Of one scale or zero point; those of a whole layer are numbers in the graph."""
+    """Bytes of one scale or zero point; those of a whole layer are numbers in the graph."""
     if not isinstance(argument, Node):
         return 4
     found = tensor(argument)

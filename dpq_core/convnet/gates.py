@@ -26,7 +26,8 @@ def accuracy_change(
     confidence: float | None = None,
     which: str = ALL,
 ) -> Difference:
-    """Of two classifiers on the same images, or those of them that `which` says, in percent."""
+    """The difference of two classifiers' accuracy on the same images, or those of them that `which`
+    says, in percent."""
     before, after = (those({ACCURACY: scores}, which) for scores in (baseline, candidate))
     return difference(before, after, [ACCURACY], confidence or CONFIDENCE)
 

@@ -34,7 +34,7 @@ def literal(name: str) -> str:
 
 
 def check_folder(path: str) -> None:
-    """Of a folder that stands for a data set.
+    """Check a folder that stands for a data set.
 
     Raises:
         FileNameError: its name is a pattern too, for which `datasets` takes it.

@@ -46,7 +46,7 @@ class Divergence:
 
 
 def joined(parts: Iterable[Divergence]) -> Divergence:
-    """Of chunks, one after another."""
+    """The divergences of chunks, one after another."""
     found = list(parts)
     return Divergence(torch.cat([p.nats for p in found]), torch.cat([p.agree for p in found]))
 
@@ -76,7 +76,8 @@ def divergence(
 
 
 def _of_tiles(tiles: Iterable[tuple[int, Tensor, Tensor]]) -> Divergence:
-    """Of tiles of logits [tokens, pieces] fp32, and the number of their first piece."""
+    """Divergences, from tiles of logits [tokens, pieces] fp32, and the number of their first
+    piece."""
     expected, found, at = RunningSums(), RunningSums(), None
     for first, p, q in tiles:
         a, b = p.double(), q.double()

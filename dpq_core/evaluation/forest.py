@@ -63,7 +63,7 @@ class Chunk:
 
     @property
     def digest(self) -> str:
-        """Of what is computed: all but which requests it is for."""
+        """The name of what is computed: all but which requests it is for."""
         content = hashlib.sha256()
         for field in fields(self):
             if field.name != "requests":

@@ -48,7 +48,8 @@ def head_tiles(stream: BlockStream, columns: int = COLUMNS) -> Iterator[Tiles]:
 
 @dataclass(frozen=True, eq=False)
 class Predicted:
-    """Of tokens, [tokens]: log Σ exp(logit) in float64, the most likely piece."""
+    """What a model predicts after tokens, [tokens]: log Σ exp(logit) in float64, the most likely
+    piece."""
 
     log_sums: Tensor
     best: Tensor
@@ -83,7 +84,7 @@ def predicted(
     rows: Tensor,  # [targets] int64: of `states`
     targets: Tensor,  # [targets] int64
 ) -> tuple[Tensor, Tensor]:
-    """Of each target: its log-probability, float64, and whether it is the most likely piece."""
+    """For each target: its log-probability, float64, and whether it is the most likely piece."""
     logs = torch.empty(len(targets), dtype=torch.float64)
     likely = torch.empty(len(targets), dtype=torch.bool)
     for start in range(0, len(states), ROWS):

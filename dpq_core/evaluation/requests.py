@@ -63,7 +63,7 @@ class Encoder:
         return self.encoded(suite)
 
     def encoded(self, suite: Suite) -> SuiteRequests:
-        """Of a suite whose requests the harness has built.
+        """The requests, encoded, of a suite whose requests the harness has built.
 
         Raises:
             SuiteError: a continuation longer than the model's window.

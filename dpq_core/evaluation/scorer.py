@@ -21,9 +21,9 @@ from dpq_core.model.finite import not_finite
 
 @dataclass(frozen=True, eq=False)
 class ChunkScores:
-    """Of a chunk's requests. requests: [n] int64, ascending. sums: [n] float64: log-likelihoods of
-    their predictions in this chunk. greedy: [n] bool: each target was the most likely piece.
-    computed: tokens that went through each block."""
+    """The scores of a chunk's requests. requests: [n] int64, ascending. sums: [n] float64:
+    log-likelihoods of their predictions in this chunk. greedy: [n] bool: each target was the most
+    likely piece. computed: tokens that went through each block."""
 
     requests: Tensor
     sums: Tensor
@@ -33,8 +33,9 @@ class ChunkScores:
 
 @dataclass(frozen=True, eq=False)
 class LastStates:
-    """Of a chunk: the tokens that predict, [n] int64 ascending, and their hidden states after the
-    last block, [n, hidden] in the model's type; tokens that went through each block."""
+    """Where a chunk ends in the last block: the tokens that predict, [n] int64 ascending, and their
+    hidden states after the last block, [n, hidden] in the model's type; tokens that went through
+    each block."""
 
     places: Tensor
     hidden: Tensor
@@ -44,7 +45,7 @@ class LastStates:
 def last_states(
     subject: Subject, chunks: Sequence[Chunk], on_block: Callable[[], None] = lambda: None
 ) -> list[LastStates]:
-    """Of each chunk. `on_block` is called after each block.
+    """The last hidden states of each chunk. `on_block` is called after each block.
 
     Raises:
         NotFiniteError: a model in 16 bits overflows. A quantized one's NaN is its verdict.
@@ -112,5 +113,5 @@ def answers(scores: Iterable[ChunkScores], requests: int) -> list[tuple[float, b
 
 
 def bytes_in_hand(chunks: Iterable[Chunk], hidden: int, bytes_a_number: int) -> int:
-    """Of the hidden states of chunks that go through the blocks together."""
+    """Bytes of the hidden states of chunks that go through the blocks together."""
     return sum(len(chunk) for chunk in chunks) * hidden * bytes_a_number

@@ -59,7 +59,8 @@ def _found(model: Any) -> str | None:
 
 
 def _rotary_kinds(text: Any) -> set[str]:
-    """Of a text model's configuration; some have settings by kind of layer."""
+    """The kinds of rotary embeddings in a text model's configuration; some have settings by kind of
+    layer."""
     rope = getattr(text, "rope_parameters", None) or {}
     settings = [rope, *(each for each in rope.values() if isinstance(each, dict))]
     return {str(each.get("rope_type")) for each in settings}

@@ -174,7 +174,8 @@ def _decoded(
 def _block(
     rows: tl.tensor, columns: tl.tensor, COLUMNS: tl.constexpr, PROGRAM_ROWS: tl.constexpr
 ) -> tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor]:
-    """Of a program: its rows, the columns, where they lie in [columns, rows], and which exist."""
+    """What a program works on: its rows, the columns, where they lie in [columns, rows], and which
+    exist."""
     row = tl.program_id(0) * PROGRAM_ROWS + tl.arange(0, PROGRAM_ROWS)
     column = tl.arange(0, COLUMNS)
     at = column[:, None] * rows + row[None, :]

@@ -48,7 +48,7 @@ def compiled(**options: Any) -> Callable[[Callable[..., Any]], Any]:
 
 @numba.njit(**_ANY)
 def bits(value: Any) -> Any:
-    """Of an FP32 number."""
+    """The bits of an FP32 number."""
     return np.float32(value).view(np.int32)
 
 

@@ -204,7 +204,7 @@ def _best_shrink(
 
 
 def _slices(weight: Tensor) -> Iterator[slice]:
-    """Of rows, in which ranges are searched: bounds the memory that it takes."""
+    """Slices of rows, in which ranges are searched: bounds the memory that it takes."""
     elements = _SEARCH_ELEMENTS if weight.is_cpu else _SEARCH_ELEMENTS_ON_DEVICE
     rows = max(1, elements // weight.shape[1])
     return (slice(start, start + rows) for start in range(0, len(weight), rows))

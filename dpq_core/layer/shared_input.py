@@ -18,8 +18,8 @@ from dpq_core.layer.hessian import InputStatistics
 
 
 class SharedInput:
-    """Made of statistics [in, in], on their device. A caller that keeps no other reference to them
-    has their memory back when the Hessian is first asked for."""
+    """Made of statistics [in, in], on their device. They are let go when the Hessian is first asked
+    for: a caller that needs the memory then keeps no reference to them."""
 
     def __init__(self, statistics: InputStatistics) -> None:
         self._statistics: InputStatistics | None = statistics

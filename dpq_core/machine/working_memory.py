@@ -15,14 +15,14 @@ _EVERY = 0.002  # s, between two looks at a process
 
 
 def tensor_bytes(model: nn.Module) -> int:
-    """Of a model's parameters and buffers, shared ones once."""
+    """Bytes of a model's parameters and buffers, shared ones once."""
     tensors = [*model.parameters(), *model.buffers()]
     storages = {tensor.untyped_storage().data_ptr(): tensor for tensor in tensors}
     return sum(tensor.untyped_storage().nbytes() for tensor in storages.values())
 
 
 def free_bytes(device: torch.device) -> int:
-    """Of an accelerator, or of this machine."""
+    """Free bytes of an accelerator, or of this machine."""
     if device.type == "cpu":
         return int(psutil.virtual_memory().available)
     free: int = torch.get_device_module(device).mem_get_info(device)[0]

@@ -198,7 +198,8 @@ class BlockStream:
         self.model.base_model(**on_device, **told, use_cache=False)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Of hidden states after the last block. [n, length, hidden] → [n, length, vocabulary]."""
+        """Logits of hidden states after the last block. [n, length, hidden] → [n, length,
+        vocabulary]."""
         with self.head() as logits_of:
             return logits_of(hidden).cpu()
 

@@ -74,6 +74,6 @@ def _finished(model: Any) -> Any:
 
 
 def keeps_wide(model: Any, names: Iterable[str]) -> list[str]:
-    """Of these tensors, those that the architecture keeps in FP32 in a model of 16 bits."""
+    """Those of these tensors that the architecture keeps in FP32 in a model of 16 bits."""
     patterns = [rf"(^|\.){name}($|\.)" for name in model._keep_in_fp32_modules_strict or ()]
     return [name for name in names if any(re.search(pattern, name) for pattern in patterns)]

@@ -38,7 +38,7 @@ _OTHERS = {
 
 @dataclass(frozen=True)
 class Header:
-    """Of a tensor. dtype: safetensors' name of it (`BF16`, `I32`, …)."""
+    """What a file's header says of a tensor. dtype: safetensors' name of it (`BF16`, `I32`, …)."""
 
     shard: str
     shape: list[int]

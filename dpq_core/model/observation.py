@@ -52,7 +52,7 @@ def anatomy_of(model: Any) -> Anatomy:
 
 
 def identity(model: Any) -> str:
-    """Of a class and a configuration."""
+    """A name for a class and its configuration."""
     return digest([type(model).__qualname__, model.config.to_json_string(use_diff=False)])
 
 

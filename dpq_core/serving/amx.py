@@ -76,12 +76,12 @@ _AHEAD = 8192  # bytes of codes that are on their way from memory: a fifth less 
 
 
 def tile_config() -> bytes:
-    """Of all eight registers: 16 rows of 64 bytes each."""
+    """The configuration of all eight registers: 16 rows of 64 bytes each."""
     return bytes([1, 0, *[0] * 14, *[64, 0] * 8, *[0] * 16, *[16] * 8, *[0] * 8])
 
 
 def _transposed(b: Builder, rows: list[Any]) -> list[Any]:
-    """Of 16 registers of 16 lanes: lanes of registers `distance` apart change places."""
+    """16 registers of 16 lanes, transposed: lanes of registers `distance` apart change places."""
     for distance in (1, 2, 4, 8):
         lower = [lane for lane in range(16) if not lane & distance]
         first = [lane if lane in lower else lane - distance + 16 for lane in range(16)]

@@ -329,7 +329,7 @@ def _prepare(
     scales: NDArray[np.float32],  # [tokens, 1], written: sx
     wide: NDArray[np.float32],  # [tokens and more, in and more], written: x8, zero beyond
 ) -> None:
-    """Of 8 tokens."""
+    """Round 8 tokens' inputs and lay them out."""
     last, features = min(first + LANES, len(x)), x.shape[1]
     x8 = x[first:last]
     if rounds:

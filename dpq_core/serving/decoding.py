@@ -74,8 +74,9 @@ class Decoder:
         self._token.copy_(self._next(self._token))
 
     def _next(self, tokens: Tensor) -> Tensor:
-        """Of the last position alone, in one block of memory: given a slice of three dimensions, as
-        by transformers' `logits_to_keep`, torch copies the head's weight for each sequence."""
+        """The next token of each sequence, from the last position alone, in one block of memory:
+        given a slice of three dimensions, as by transformers' `logits_to_keep`, torch copies the
+        head's weight for each sequence."""
         with torch.inference_mode():
             states = self._model.base_model(
                 input_ids=tokens, past_key_values=self.cache, use_cache=True

@@ -52,7 +52,7 @@ def store(b: Builder, value: Any, address: Any, offset: Any) -> None:
 
 
 class Rounding:
-    """Of vectors of FP32 to the grid of an 8-bit format (or BF16), by three numbers of
+    """Rounding of vectors of FP32 to the grid of an 8-bit format (or BF16), by three numbers of
     `weights.steps`: adding and subtracting 1.5 · 2**n steps leaves FP32 no bits below a step."""
 
     def __init__(self, b: Builder, lanes: int, mask: Any, lowest: Any, steps: Any) -> None:

@@ -76,8 +76,8 @@ class Stage:
 
 @dataclass(frozen=True)
 class _Rates:
-    """Of this machine, a second: operations of a forward pass's products and of FP32 ones, and
-    elements that are multiplied by a number."""
+    """What this machine does in a second: operations of a forward pass's products and of FP32 ones,
+    and elements that are multiplied by a number."""
 
     products: float
     fp32: float
@@ -90,7 +90,7 @@ class _Rates:
 
 @dataclass(frozen=True)
 class _Shapes:
-    """Of a checkpoint. blocks, head: weights that a token is multiplied with. outputs: of the
+    """Sizes of a checkpoint. blocks, head: weights that a token is multiplied with. outputs: of the
     blocks' linears. before: the weights of a block that are run before each of its inputs, summed.
     hessians: sum of the squared widths of their inputs. loops: operations of quantizing all layers.
     """
@@ -196,7 +196,7 @@ def _gates(recipe: Recipe) -> str:
 
 
 def _characters(dataset: TextDataset) -> float | None:
-    """Of a data set's texts, where that can be known without reading them."""
+    """Characters of a data set's texts, where that can be known without reading them."""
     if dataset.path == _CORPUS:
         with suppress(ValueError):
             return float(sum(map(len, python_corpus.documents(dataset.split))))
@@ -230,7 +230,7 @@ def _short(model: str) -> str:
 
 
 def _suite_characters(suite: str, limit: int | None) -> float | None:
-    """Of the documents that are scored, with their answers."""
+    """Characters of the documents that are scored, with their answers."""
     if suite == _CORPUS:
         asked = python_docs.questions()[:limit]
         return float(sum(len(q["context"] + choice) for q in asked for choice in q["choices"]))
@@ -276,7 +276,8 @@ def _before_each_step(stream: StreamedModel, block: int) -> int:
 
 
 def _rates(shapes: _Shapes | None, device: torch.device) -> _Rates:
-    """Of products of the model's width (at most 1024), in BF16, or in FP32 where that is faster."""
+    """The rates of products of the model's width (at most 1024), in BF16, or in FP32 where that is
+    faster."""
     side = min(shapes.width, _SIDE) if shapes else _SIDE
     cores, threads = (_cores() if device.type == "cpu" else 1), torch.get_num_threads()
     torch.set_num_threads(1)  # two wait for each other where something else runs
@@ -292,7 +293,7 @@ def _rates(shapes: _Shapes | None, device: torch.device) -> _Rates:
 
 
 def _seconds(side: int, dtype: torch.dtype, device: torch.device) -> float:
-    """Of a product [tokens, side] · [side, 2 side]."""
+    """Seconds of a product [tokens, side] · [side, 2 side]."""
     left = torch.ones(_TOKENS, side, dtype=dtype, device=device)
     right = torch.ones(side, 2 * side, dtype=dtype, device=device)
     return _least(lambda: torch.mm(left, right), device)

@@ -243,7 +243,7 @@ def main() -> None:
 
 
 def _kind(name: str) -> DeviceKind:
-    """Of a device. (Typer has no lists of literals.)"""
+    """The kind of a device. (Typer has no lists of literals.)"""
     for kind in get_args(DeviceKind):
         if name == kind:
             return cast(DeviceKind, kind)

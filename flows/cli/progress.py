@@ -26,7 +26,7 @@ _APART = 60.0  # s between two lines of a stage
 
 
 class Pace:
-    """Of one stage; times in seconds of a clock that only rises.
+    """The pace of one stage; times in seconds of a clock that only rises.
 
     The time left is that of the steps to come at the mean of those so far, and shrinks with the
     clock between two of them. The first step is left out: it loads and compiles.
@@ -83,7 +83,7 @@ class _Shown:
     def __exit__(self, *_: object) -> None: ...
 
     def report(self, stage: str, done: float, total: float | None) -> None:
-        """Of a task. total: None where it has been told."""
+        """Report how far a task is. total: None where it has been told."""
         now, pace = time.monotonic(), self._stages.get(stage)
         if pace is None or done < pace.done:
             if not total:

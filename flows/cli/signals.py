@@ -66,7 +66,7 @@ def ending_cleanly() -> Iterator[None]:
 
 
 def exit_codes() -> tuple[int, ...]:
-    """Of processes that were told to stop."""
+    """Exit codes of processes that were told to stop."""
     return tuple(128 + number for number in _SIGNALS)
 
 

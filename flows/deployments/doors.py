@@ -147,7 +147,7 @@ def _refuse(field: str, text: str, reason: str | None) -> None:
 
 
 def _rule(field: str) -> Rule | None:
-    """Of a field by its whole name, or by that of the mapping that it is in."""
+    """The rule of a field, by its whole name, or by that of the mapping that it is in."""
     for name, rule in TEXTS.items():
         if field == name or field.startswith(f"{name}."):
             return rule

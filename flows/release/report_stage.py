@@ -115,6 +115,6 @@ def _gathered(run: TrackedRun, tracking_uri: str, outcome: Outcome) -> "ReportDa
 
 
 def _weight_bytes(folder: Path) -> int:
-    """Of a checkpoint's safetensors."""
+    """Bytes of a checkpoint's safetensors."""
     files = CheckpointReader(folder).files
     return sum(path.stat().st_size for path in files if path.suffix == ".safetensors")

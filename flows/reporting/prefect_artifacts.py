@@ -92,8 +92,8 @@ def notes(metrics: Mapping[str, Metric]) -> list[str]:
 
 
 def model_notes(manifest: Mapping[str, Any]) -> list[str]:
-    """Of what it was calibrated on where that is less than was asked, what stayed in 16 bits and
-    why, and whether the checkpoint's own code was run."""
+    """What a reader has to know of the model: what it was calibrated on where that is less than was
+    asked, what stayed in 16 bits and why, and whether the checkpoint's own code was run."""
     tokens = CalibrationTokens.of_manifest(manifest)
     lines = [f"calibration: {tokens.line}"] if tokens.got < tokens.asked else []
     lines += kept_lines(manifest["skipped"])
@@ -119,7 +119,7 @@ def number(value: float | None, spec: str) -> str:
 
 
 def interval(metric: Metric, spec: str = ".4f") -> str:
-    """Of the difference, or a dash."""
+    """The interval of the difference, or a dash."""
     if metric.interval is None:
         return "–"
     low, high = metric.interval

@@ -38,7 +38,7 @@ class ReportData:
 
     @property
     def errors(self) -> dict[str, float]:
-        """Of each layer, the output's relative error."""
+        """The relative error of each layer's output."""
         return {row["name"]: row["error"] for row in self.manifest["layers"]}
 
     @property

@@ -13,7 +13,7 @@ from infra.store.owners import Attendance
 
 
 class _Recipe(Protocol):
-    """Of any pipeline."""
+    """A recipe of any pipeline."""
 
     @property
     def execution(self) -> ExecutionSection: ...

@@ -123,7 +123,7 @@ def connected(root: Path = Path(".dpq")) -> Iterator[str]:
 
 
 def _check_configured(root: Path) -> None:
-    """Of what the environment names, before a server is started.
+    """Check the services that the environment names, before a server is started.
 
     Raises:
         ProbeError: it does not answer.

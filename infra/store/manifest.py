@@ -30,7 +30,7 @@ class Manifest:
 
     @classmethod
     def write(cls, folder: Path) -> Self:
-        """Of all files that a folder has now."""
+        """Write the manifest of all files that a folder has now."""
         paths = sorted(path for path in folder.rglob("*") if path.is_file())
         files = {
             str(path.relative_to(folder)): {"sha256": sha256, "size": path.stat().st_size}
@@ -94,7 +94,7 @@ def _size(path: Path) -> int:
 
 
 def _file_digests(paths: list[Path]) -> dict[Path, str]:
-    """Of those of several files that are there; of large ones by several cores."""
+    """Digests of those of several files that are there; of large ones by several cores."""
     if len(paths) < 2 or sum(_size(path) for path in paths) < _LARGE:
         digests = [_digest_or_none(path) for path in paths]
     else:

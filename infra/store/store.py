@@ -319,7 +319,8 @@ def _wrong(folder: Path, artifact: ArtifactRef) -> str | None:
 
 
 def _identity(folder: Path) -> tuple[int, int]:
-    """Of the folder that has a name now. Inodes are used again; the time is of the last rename."""
+    """The identity of the folder that has a name now. Inodes are used again; the time is of the
+    last rename."""
     about = folder.stat()
     return about.st_ino, about.st_ctime_ns
 

@@ -28,7 +28,7 @@ _PACKAGES = (
 
 
 def versions() -> dict[str, str]:
-    """Of Python, the packages that numbers depend on, and our own code (a digest)."""
+    """Versions of Python, of the packages that numbers depend on, and our own code (a digest)."""
     found = {"Python": platform.python_version(), "dpq_core": code_digest("dpq_core.pipeline")[:16]}
     for package in _PACKAGES:
         try:
@@ -39,7 +39,7 @@ def versions() -> dict[str, str]:
 
 
 def seeds(recipe: Recipe) -> dict[str, str]:
-    """Of all that draws random numbers in a release, and what draws none."""
+    """Seeds of all that draws random numbers in a release, and what draws none."""
     found = {
         "calibration windows": "none: evenly spaced over the data",
         "bootstrap of intervals": str(pairing.SEED),

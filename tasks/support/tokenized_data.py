@@ -88,7 +88,7 @@ def load_inputs(
 
 
 def count_tokens(artifact: ArtifactRef, store: Store) -> int:
-    """Of all calibration windows, those of images included."""
+    """The tokens of all calibration windows, those of images included."""
     with safe_open(store.open(artifact) / _FILE, "pt") as file:
         names = file.keys()
         ids = [name for name in names if name == "windows" or name.endswith(".input_ids")]
