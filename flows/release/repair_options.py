@@ -98,6 +98,7 @@ class Options:
                     "choice": choice,
                     "bits per weight": 8 * taken / layer.weights,
                     "loss": cost.loss,
+                    "error": cost.error,
                 }
 
     def _loss_to_aim_at(self, attempt: Attempt, loss: float, gain: float) -> float:
