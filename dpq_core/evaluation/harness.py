@@ -25,6 +25,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from dpq_core.evaluation.results import in_order, scores_of
 from dpq_core.evaluation.scores import Scores
 from dpq_core.evaluation.suites.definitions import Suite, SuiteError, quiet
 from dpq_core.model.context import check_ids, context_of
@@ -127,27 +128,13 @@ def _score(harness: Any, suite: Suite, limit: int | None) -> Scores:
     from lm_eval.evaluator import evaluate
 
     samples = evaluate(harness, {"tasks": suite.tasks}, limit=limit, bootstrap_iters=0)["samples"]
-    ordered = [
-        (name, sample)
-        for name in suite.tasks
-        for sample in sorted(samples[name], key=lambda sample: sample["doc_id"])
-        if sample["filter"] == samples[name][0]["filter"]
-    ]
-    pairs = [_value(sample, suite) for _, sample in ordered]
-    for (_, sample), (value, _) in zip(ordered, pairs, strict=True):
+    ordered = in_order(suite, samples)
+    scores = scores_of(suite, ordered, harness.truncated)
+    for (_, sample), value in zip(ordered, scores.values, strict=True):
         if math.isnan(value):
             _explain(harness, sample)
             break
-    groups = {name: _label(task) for name, task in suite.tasks.items()}
-    return Scores(
-        metric=suite.kind,
-        truncated=harness.truncated,
-        documents=[sample["doc_hash"] for _, sample in ordered],
-        parts=[name for name, _ in ordered],
-        groups=[groups[name] for name, _ in ordered],
-        values=[value for value, _ in pairs],
-        weights=[weight for _, weight in pairs],
-    )
+    return scores
 
 
 def _explain(harness: Any, sample: Mapping[str, Any]) -> None:
@@ -155,19 +142,3 @@ def _explain(harness: Any, sample: Mapping[str, Any]) -> None:
     for arguments in sample["arguments"]:
         ids = harness.tok_encode("".join(arguments))[-harness.max_length :]
         check_overflow(harness.model, torch.tensor([ids]))
-
-
-def _value(sample: Mapping[str, Any], suite: Suite) -> tuple[float, float]:
-    """Value and weight of a document, as in `dpq_core.evaluation.scores`."""
-    if suite.kind == "perplexity_word":
-        log_likelihood, words = sample[suite.metric]
-        return -float(log_likelihood), float(words)
-    log_likelihoods = [response[0] for response in sample["filtered_resps"]]
-    finite = all(math.isfinite(value) for value in log_likelihoods)
-    return (float(sample[suite.metric]) if finite else math.nan), 1.0
-
-
-def _label(task: Any) -> str:
-    """The first of a task's labels: MMLU's categories."""
-    tag = task.get_config("tag")
-    return (tag[0] if tag else "") if isinstance(tag, list) else tag or ""

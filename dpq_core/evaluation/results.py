@@ -24,12 +24,25 @@ def suite_scores(
     quiet()
     harness = _answering(answers)
     samples = evaluate(harness, {"tasks": suite.tasks}, limit=limit, bootstrap_iters=0)["samples"]
-    ordered = [
+    return scores_of(suite, in_order(suite, samples), truncated)
+
+
+Sample = Mapping[str, Any]  # what lm-eval keeps of a document
+
+
+def in_order(suite: Suite, samples: Mapping[str, list[Sample]]) -> list[tuple[str, Sample]]:
+    """Task and sample of each document, in the suite's order, by the first of the task's
+    filters."""
+    return [
         (name, sample)
         for name in suite.tasks
         for sample in sorted(samples[name], key=lambda sample: sample["doc_id"])
         if sample["filter"] == samples[name][0]["filter"]
     ]
+
+
+def scores_of(suite: Suite, ordered: Sequence[tuple[str, Sample]], truncated: int) -> Scores:
+    """Scores of documents in order. One with a log-likelihood that is not finite is NaN."""
     pairs = [_value(sample, suite) for _, sample in ordered]
     groups = {name: _label(task) for name, task in suite.tasks.items()}
     return Scores(
