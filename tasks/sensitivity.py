@@ -12,7 +12,7 @@ from dpq_core.checkpoint.native import load_layer, load_report
 from dpq_core.digests import digest
 from dpq_core.layer.records import QuantizedLinear
 from dpq_core.recipe import Recipe
-from dpq_core.repair.sensitivity import Variant, block_losses
+from dpq_core.repair.sensitivity import Trial, block_losses
 from infra.store import ArtifactRef, Store
 from tasks.support.model import Model, stream_of
 from tasks.support.stages import computed_by
@@ -21,7 +21,7 @@ from tasks.support.worker import this_worker
 
 _FILE = "losses.json"
 
-Variants = dict[str, dict[str, ArtifactRef]]  # layer → choice → the layer quantized so
+Trials = dict[str, dict[str, ArtifactRef]]  # layer → choice → the layer quantized so
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ Costs = dict[str, dict[str, Cost]]  # layer → choice → what it costs
 
 @task(name="sensitivity", task_run_name="sensitivity of block {block}", cache_policy=NO_CACHE)
 def sensitivity(
-    recipe: Recipe, model: Model, windows: ArtifactRef, block: int, variants: Variants
+    recipe: Recipe, model: Model, windows: ArtifactRef, block: int, trials: Trials
 ) -> Costs:
     """Costs of a block's layers, on the first calibration windows."""
     store = Store(recipe.execution.store)
@@ -53,7 +53,7 @@ def sensitivity(
             "batch_size": batch_size,
             "variants": {
                 name: {choice: artifact.sha256 for choice, artifact in choices.items()}
-                for name, choices in variants.items()
+                for name, choices in trials.items()
             },
         }
     )
@@ -65,16 +65,16 @@ def sensitivity(
             with stream.block(earlier):
                 stream.advance(batches)
         layers = {
-            Variant(name, choice): _loader(store, artifact)
-            for name, choices in variants.items()
+            Trial(name, choice): _loader(store, artifact)
+            for name, choices in trials.items()
             for choice, artifact in choices.items()
         }
         losses = block_losses(stream, block, batches, layers)
         content: dict[str, dict[str, dict[str, float]]] = {}
-        for variant, loss in losses.items():
-            report = load_report(store.open(variants[variant.name][variant.choice]))
+        for trial, loss in losses.items():
+            report = load_report(store.open(trials[trial.name][trial.choice]))
             cost = Cost(loss, report.error)
-            content.setdefault(variant.name, {})[variant.choice] = asdict(cost)
+            content.setdefault(trial.name, {})[trial.choice] = asdict(cost)
         (folder / _FILE).write_text(json.dumps(content))
 
     artifact, _ = store.get_or_make("sensitivity", key, make)

@@ -23,7 +23,7 @@ from dpq_core.model.streaming import StreamedModel
 
 
 @dataclass(frozen=True)
-class Variant:
+class Trial:
     """One layer quantized in one way. name: the layer's full name."""
 
     name: str
@@ -34,24 +34,24 @@ def block_losses(
     stream: StreamedModel,
     block: int,
     batches: Sequence[Batch],  # before the block; not changed
-    variants: Mapping[Variant, Callable[[], QuantizedLinear]],
+    trials: Mapping[Trial, Callable[[], QuantizedLinear]],
     on_progress: Callable[[], None] = lambda: None,
-) -> dict[Variant, float]:
-    """The loss of each variant of a block's layers, in nats a token.
+) -> dict[Trial, float]:
+    """The loss of each trial of a block's layers, in nats a token.
 
-    Memory: a copy of the hidden states for each variant and one more. `on_progress` is called after
+    Memory: a copy of the hidden states for each trial and one more. `on_progress` is called after
     each block that was passed, the output head included.
 
     Raises:
         ValueError: the 16-bit model's predictions are not finite.
     """
-    states: dict[Variant | None, list[Batch]] = {None: [batch.clone() for batch in batches]}
+    states: dict[Trial | None, list[Batch]] = {None: [batch.clone() for batch in batches]}
     with stream.block(block):
         stream.advance(states[None])
-    for variant, layer in variants.items():
-        states[variant] = [batch.clone() for batch in batches]
-        with stream.block(block, {variant.name: layer()}):
-            stream.advance(states[variant])
+    for trial, layer in trials.items():
+        states[trial] = [batch.clone() for batch in batches]
+        with stream.block(block, {trial.name: layer()}):
+            stream.advance(states[trial])
     on_progress()
     for later in range(block + 1, stream.block_count):
         with stream.block(later):
@@ -61,14 +61,14 @@ def block_losses(
     reference = states.pop(None)
     losses = _divergences(stream, reference, states)
     on_progress()
-    return {variant: losses[variant] for variant in variants}
+    return {trial: losses[trial] for trial in trials}
 
 
 def _divergences(
     stream: StreamedModel,
     reference: Sequence[Batch],
-    states: Mapping[Variant | None, Sequence[Batch]],
-) -> dict[Variant | None, float]:
+    states: Mapping[Trial | None, Sequence[Batch]],
+) -> dict[Trial | None, float]:
     """KL from the reference's predictions to each state's, a window's logits at a time."""
     sums, tokens = dict.fromkeys(states, 0.0), 0
     with stream.head() as logits_of:
@@ -79,8 +79,8 @@ def _divergences(
                 if not torch.isfinite(expected).all():
                     raise ValueError("the 16-bit model's predictions are not finite")
                 tokens += expected.shape[1]
-                for variant, state in states.items():
+                for trial, state in states.items():
                     found = logits_of(state[number].hidden[one]).float().log_softmax(-1)
                     divergence = (expected.exp() * (expected - found)).sum(-1)
-                    sums[variant] += divergence.double().sum().item()
-    return {variant: max(total / tokens, 0.0) for variant, total in sums.items()}
+                    sums[trial] += divergence.double().sum().item()
+    return {trial: max(total / tokens, 0.0) for trial, total in sums.items()}

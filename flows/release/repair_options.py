@@ -168,16 +168,14 @@ def _measure(recipe: Recipe, inputs: Inputs, layers: list[PlannedLayer], first: 
     }
     measured = []
     for block in range(inputs.plan.blocks):
-        variants = {
+        trials = {
             layer.name: {OWN: first.layers[layer.name]} for layer in layers if layer.block == block
         }
         for (of_block, choice), futures in made.items():
             for future in futures if of_block == block else ():
                 for name, artifact in future.result().made.items():
-                    variants[name][choice] = artifact
-        measured.append(
-            sensitivity.submit(recipe, inputs.model, inputs.calibration, block, variants)
-        )
+                    trials[name][choice] = artifact
+        measured.append(sensitivity.submit(recipe, inputs.model, inputs.calibration, block, trials))
     step = stepper("sensitivity", len(measured))
     costs: Costs = {}
     for each in measured:

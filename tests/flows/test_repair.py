@@ -105,8 +105,8 @@ def test_layers_are_tried_alone_without_a_correction(content, correction, monkey
         names = {each.name: f"{'alone' if own else 'other'} {each.name}" for each in readers.layers}
         return SimpleNamespace(result=lambda: SimpleNamespace(made=names))
 
-    def costs(recipe, model, windows, block, variants):
-        measured.append(variants)
+    def costs(recipe, model, windows, block, trials):
+        measured.append(trials)
         return SimpleNamespace(result=dict)
 
     for name, submit in (("quantize_readers", quantized), ("sensitivity", costs)):
@@ -114,7 +114,7 @@ def test_layers_are_tried_alone_without_a_correction(content, correction, monkey
     inputs = SimpleNamespace(model=None, calibration=None, plan=SimpleNamespace(blocks=1))
     repair_options._measure(recipe, inputs, layers, first)
     own = "alone" if correction else "own"
-    assert [variants["k"][repair_options.OWN] for variants in measured] == [f"{own} k"]
+    assert [trials["k"][repair_options.OWN] for trials in measured] == [f"{own} k"]
     assert len(made) == (3 if correction else 2)
     assert set(made) == {(0.0, correction > 0, "statistics")}
 

@@ -29,7 +29,7 @@ from dpq_core.model.streaming import StreamedModel
 from dpq_core.pipeline import quantize_checkpoint
 from dpq_core.recipe import CalibrationSection, TextDataset
 from dpq_core.recipe.scheme import Scheme
-from dpq_core.repair.sensitivity import Variant, block_losses
+from dpq_core.repair.sensitivity import Trial, block_losses
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))  # for `python tests/flows/test_stages.py`
@@ -171,7 +171,7 @@ def sensitivity():
 
     native = QuantizedCheckpoint(checkpoint()[0])
     names = ["model.layers.0.mlp.down_proj", "model.layers.0.self_attn.q_proj"]
-    layers = {Variant(name, "golden"): lambda name=name: native.layer(name) for name in names}
+    layers = {Trial(name, "golden"): lambda name=name: native.layer(name) for name in names}
     return of_numbers([*block_losses(*begun()[:1], 0, begun()[1], layers).values()])
 
 

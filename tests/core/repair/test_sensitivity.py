@@ -14,7 +14,7 @@ from dpq_core.model.streaming import StreamedModel
 from dpq_core.recipe import CalibrationSection, TextDataset
 from dpq_core.recipe.layer_choices import chosen_scheme
 from dpq_core.recipe.scheme import Scheme
-from dpq_core.repair.sensitivity import Variant, block_losses
+from dpq_core.repair.sensitivity import Trial, block_losses
 
 SCHEME = Scheme(group_size=32, rounding="nearest", order="none")
 CHOICES = ("w4a8", "w8a8", "bf16")
@@ -60,7 +60,7 @@ def test_losses_are_those_of_whole_models(folder, windows, block):
         weight = stream.reader.tensor(f"{planned.name}.weight")
         for choice in CHOICES:
             scheme = chosen_scheme(SCHEME, choice)
-            layers[Variant(planned.name, choice)] = quantize_layer(
+            layers[Trial(planned.name, choice)] = quantize_layer(
                 weight, statistics[planned.statistics], scheme
             )
     found = block_losses(
@@ -68,21 +68,21 @@ def test_losses_are_those_of_whole_models(folder, windows, block):
     )
     assert all(torch.equal(b.hidden, h) for b, h in zip(batches, before, strict=True))
     assert list(found) == list(layers)
-    for variant, layer in layers.items():
-        assert found[variant] == pytest.approx(by_hand(folder, windows, variant, layer), abs=2e-6)
-        if variant.choice == "bf16":
-            assert found[variant] == 0
+    for trial, layer in layers.items():
+        assert found[trial] == pytest.approx(by_hand(folder, windows, trial, layer), abs=2e-6)
+        if trial.choice == "bf16":
+            assert found[trial] == 0
     by_choice = {
-        choice: sum(loss for variant, loss in found.items() if variant.choice == choice)
+        choice: sum(loss for trial, loss in found.items() if trial.choice == choice)
         for choice in CHOICES
     }
     assert by_choice["w4a8"] > by_choice["w8a8"] > by_choice["bf16"] == 0
 
 
 @torch.inference_mode()
-def by_hand(folder, windows, variant, layer):
+def by_hand(folder, windows, trial, layer):
     model = fit(LlamaForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval())
     expected = model(input_ids=windows).logits.double().log_softmax(-1)
-    model.set_submodule(variant.name, W4A8Linear(layer, None))
+    model.set_submodule(trial.name, W4A8Linear(layer, None))
     found = model(input_ids=windows).logits.double().log_softmax(-1)
     return (expected.exp() * (expected - found)).sum(-1).mean().item()
