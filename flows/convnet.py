@@ -7,13 +7,14 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from prefect import flow
-from prefect.artifacts import create_markdown_artifact, create_table_artifact
+from prefect.artifacts import create_table_artifact
 
 from dpq_core.convnet.gates import accuracy_change, judge_classifier
 from dpq_core.convnet.recipe import ActivationScheme, ConvRecipe, ConvScheme, WeightScheme
 from dpq_core.machine.device import share_machine
 from dpq_core.verdict.gates import Verdict
 from dpq_core.verdict.halves import ALL, CHOOSING, JUDGING
+from flows.reporting.prefect_artifacts import publish_verdict
 from flows.running.liveness import attended
 from infra.registry import Registry
 from infra.registry.tracking import TrackedRun, tracked_run, tracking_store
@@ -193,6 +194,7 @@ def convnet(recipe: ConvRecipe) -> ConvRelease:
         )
         verdict = registration.verdict
         _log(run, recipe, verdict, last.classifier, rows, latency)
+        publish_verdict(verdict, last.classifier.folder, registration, run.url)
     folder = str(last.classifier.folder)
     return ConvRelease(verdict, last.method, folder, run.run_id, registration, rows, latency)
 
@@ -249,8 +251,6 @@ def _log(
     run.log_table(attempts, "attempts")
     for row in latency:
         run.log_metrics({f"latency.{key}.{row['batch']}": row[key] for key in row})
-    lines = [f"# {verdict.verdict}", "", *(f"- {reason}" for reason in verdict.reasons)]
-    create_markdown_artifact("\n".join(lines), key="verdict", description="Verdict")
     create_table_artifact(attempts, key="attempts", description="Post-training, fine-tuned")
     if latency:
         create_table_artifact(_shown(latency), key="latency", description="Milliseconds")

@@ -1,7 +1,7 @@
 """Prefect artifacts of a release: the verdict, the gate table, the per-layer table, links."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +27,23 @@ def publish(
     run_url: str,
 ) -> None:
     """Put a release on its Prefect run page."""
-    create_markdown_artifact(
-        _summary(verdict, manifest, registration, run_url), key="verdict", description="Verdict"
-    )
+    publish_verdict(verdict, checkpoint, registration, run_url, model_notes(manifest))
+    create_table_artifact(layer_rows(manifest), key="layers", description="Error of each layer")
+
+
+def publish_verdict(
+    verdict: Verdict,
+    checkpoint: Path,
+    registration: Registration,
+    run_url: str,
+    about: Sequence[str] = (),
+) -> None:
+    """Verdict, gate table and the checkpoint's folder. about: what a reader has to know besides."""
+    summary = _summary(verdict, registration, run_url, about)
+    create_markdown_artifact(summary, key="verdict", description="Verdict")
     create_table_artifact(
         gate_rows(verdict.metrics), key="gates", description="Baseline and candidate"
     )
-    create_table_artifact(layer_rows(manifest), key="layers", description="Error of each layer")
     create_link_artifact(
         checkpoint.as_uri(), key="checkpoint", description="The checkpoint's folder"
     )
@@ -141,7 +151,7 @@ def _result(metric: Metric) -> str:
 
 
 def _summary(
-    verdict: Verdict, manifest: Mapping[str, Any], registration: Registration, run_url: str
+    verdict: Verdict, registration: Registration, run_url: str, about: Sequence[str]
 ) -> str:
     previous = registration.previous_champion
     lines = [
@@ -152,6 +162,6 @@ def _summary(
         "",
         *(f"- {line}" for line in [*verdict.reasons, *notes(verdict.metrics)]),
         f"- judged on {verdict.judged_on}",
-        *(f"- {line}" for line in model_notes(manifest)),
+        *(f"- {line}" for line in about),
     ]
     return "\n".join(lines)

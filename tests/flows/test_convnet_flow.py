@@ -3,6 +3,8 @@
 import json
 
 import pytest
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterKey
 from typer.testing import CliRunner
 
 from dpq_core.verdict.halves import ALL, JUDGING
@@ -48,6 +50,15 @@ def artifacts(store):
     return {folder for stage in stages for folder in (store / stage).glob("*")}
 
 
+def shown_of(key, run_id):
+    """The Markdown of an artifact on the Prefect page of the run that is this one in MLflow."""
+    with get_client(sync_client=True) as prefect:
+        ours = ArtifactFilter(key=ArtifactFilterKey(any_=[key]))
+        found = prefect.read_artifacts(artifact_filter=ours)
+    (shown,) = [each.data for each in found if run_id in str(each.data)]
+    return shown
+
+
 def test_promoted_registered_and_computed_once(convnet, registry, store, services_home):
     first = convnet("--json")
     assert first.exit_code == 0, first.stderr
@@ -63,6 +74,7 @@ def test_promoted_registered_and_computed_once(convnet, registry, store, service
     run = mlflow_client(tracking_store(services_home)[0]).get_run(content["run_id"])
     assert run.data.tags["verdict"] == "promoted"
     assert run.data.metrics["accuracy.candidate"] == content["metrics"]["accuracy"]["candidate"]
+    assert f"version {content['model_version']}, " in shown_of("verdict", content["run_id"])
     before = artifacts(store)
     again = json.loads(convnet("--json").stdout)
     assert artifacts(store) == before
