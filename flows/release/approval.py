@@ -10,7 +10,7 @@ way that a person takes. Prefect's own time-out comes later, for runs whose proc
 """
 
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from uuid import UUID
@@ -27,6 +27,7 @@ from dpq_core.recipe import GatesSection
 from dpq_core.verdict.gates import Verdict
 from flows.reporting.prefect_artifacts import gate_rows
 from infra.orchestration.client import ClientError, answer
+from tasks.support.markdown import markdown_table
 from tasks.support.progress import stepper
 
 _NOBODY = "nobody"
@@ -100,6 +101,5 @@ def _table(verdict: Verdict) -> str:
     """The gate table in Markdown, above the form."""
     rows = gate_rows(verdict.metrics)
     names = ("metric", "baseline", "candidate", "delta", "limit", "result")
-    lines: list[Mapping[str, str]] = [{name: name for name in names}]
-    lines += [dict.fromkeys(names, "---"), *rows]
-    return "\n".join("| " + " | ".join(line[name] for name in names) + " |" for line in lines)
+    lines = [[row[name] for name in names] for row in rows]
+    return markdown_table(names, lines)

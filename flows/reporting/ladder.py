@@ -15,6 +15,7 @@ from markupsafe import Markup
 
 from dpq_core.verdict.pairing import CONFIDENCE
 from flows.reporting.html import rendered
+from tasks.support.markdown import markdown_table
 
 _ABSENT = "–"
 # What Markdown, or HTML inside it, would act on; underscores inside a word are safe.
@@ -85,10 +86,8 @@ def markdown(rows: Sequence[Row]) -> str:
         [_literal(text) for text in line]
         for line in (columns(rows), *(cells(row, rows) for row in rows))
     ]
-    rule = ["---", *["--:"] * (len(titles) - 1)]
-    lines = [f"| {' | '.join(line)} |" for line in (titles, rule, *table)]
     reasons = [f"- {_literal(row.variant)}: {_literal(row.error)}" for row in rows if row.error]
-    return "\n".join([*lines, "", *reasons]).rstrip() + "\n"
+    return "\n".join([markdown_table(titles, table), "", *reasons]).rstrip() + "\n"
 
 
 def html(

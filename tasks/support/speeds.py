@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from dpq_core.benchmark.throughput import BASELINE, Cell, Times
+from tasks.support.markdown import markdown_table
 
 NOT_HERE = "not measured here"
 
@@ -72,11 +73,9 @@ def conditions(times: Times) -> list[str]:
 def markdown(title: str, devices: Sequence[Times]) -> str:
     """A section for a log: a GitHub-flavoured table, and the conditions of each device."""
     rows = shown(devices)
-    titles = list(rows[0])
-    lines = [titles, ["---", "---", *["--:"] * (len(titles) - 2)], *(row.values() for row in rows)]
-    table = [f"| {' | '.join(line)} |" for line in lines]
+    table = markdown_table(list(rows[0]), [list(row.values()) for row in rows], names=2)
     about = [f"- {each.device}: {line}." for each in devices for line in conditions(each)]
-    return "\n".join([f"## {title}", "", *table, "", *about]) + "\n"
+    return "\n".join([f"## {title}", "", table, "", *about]) + "\n"
 
 
 def metrics(devices: Sequence[Times]) -> Mapping[str, float]:
