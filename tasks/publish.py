@@ -9,6 +9,7 @@ from prefect.cache_policies import NO_CACHE
 
 from dpq_core.checkpoint import exports
 from dpq_core.checkpoint.native import MANIFEST
+from dpq_core.convnet import artifact as classifier
 from dpq_core.verdict.gates import Verdict
 from infra import remote, settings
 from infra.registry import Registry, RegistryError
@@ -16,7 +17,8 @@ from infra.remote import RemoteError
 from infra.store import ArtifactRef
 from tasks.export import Export
 
-_LAST = (MANIFEST, exports.MANIFEST)  # a folder without its manifest is not whole
+# Sent last: a folder without its manifest is not whole.
+_LAST = (MANIFEST, exports.MANIFEST, classifier.MANIFEST)
 
 
 def destination_of(asked: str | None, registry: Registry) -> str | None:

@@ -13,7 +13,8 @@ from infra import remote
 from infra.registry import Registry, RegistryError
 from infra.registry.tracking import tracking_store
 from infra.remote import RemoteError
-from tasks.publish import destination_of
+from infra.store import ArtifactRef
+from tasks.publish import destination_of, publish_release
 
 BAD_MOMENTS = [503, "close", 500, "close"]
 
@@ -74,6 +75,17 @@ def test_bad_addresses(dpq, content, setting, expected):
     result = dpq("release", "--set", setting)
     assert result.exit_code == 1
     assert expected in result.stderr.strip().splitlines()[-1]
+
+
+@pytest.mark.parametrize("manifest", ["dpq.json", "export.json", "manifest.json"])
+def test_a_manifest_is_sent_last(s3, tmp_path, manifest):
+    s3fs.S3FileSystem().makedirs("pipeline", exist_ok=True)
+    for name in (manifest, "a.json", "weights.pt2"):
+        (tmp_path / name).write_text(name)
+    s3.requests.clear()
+    publish_release.fn("s3://pipeline/order", "any", ArtifactRef(tmp_path.as_uri(), manifest, 1))
+    sent = [path.rpartition("/")[2] for method, path, _ in s3.requests if method == "PUT"]
+    assert sent == ["a.json", "weights.pt2", manifest]
 
 
 SERVER, FILE = Registry("http://127.0.0.1:9"), Registry("sqlite:///mlflow.db")
