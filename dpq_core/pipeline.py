@@ -100,13 +100,12 @@ def _by_block(
     fed, corrected = calibration.propagation, calibration.correction > 0
     originals = [batch.clone() for batch in batches] if corrected else []
     for block in range(plan.blocks):
-        layers, done = plan.of_block(block), dict[str, QuantizedLinear]()
+        done = dict[str, QuantizedLinear]()
         for inputs in plan.inputs_by_step(block) if fed == "groups" else [None]:
             step = None if inputs is None else Step(inputs, done, corrected)
             advance = fed == "original"
             found = calibrate_block(stream, block, batches, *seen_as, advance, step, originals)
-            readers = [each for each in layers if inputs is None or each.statistics in inputs]
-            done |= _quantized(stream, readers, found, calibration)
+            done |= _quantized(stream, plan.of_block(block, inputs), found, calibration)
         yield done
         if fed != "original":
             with stream.block(block, done):

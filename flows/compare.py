@@ -5,11 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from prefect import flow
-from prefect.artifacts import (
-    create_link_artifact,
-    create_markdown_artifact,
-    create_table_artifact,
-)
+from prefect.artifacts import create_link_artifact, create_markdown_artifact, create_table_artifact
 from pydantic import ValidationError
 
 from dpq_core.evaluation.scores import PERPLEXITY

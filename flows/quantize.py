@@ -163,8 +163,7 @@ class _FanOut:
     def _submit_layers(self, passes: Passes) -> None:
         for block in range(passes.first, passes.last):
             self._step_block()
-            layers, turn = self._plan.of_block(block), passes.inputs
-            layers = [each for each in layers if turn is None or each.statistics in turn]
+            layers = self._plan.of_block(block, passes.inputs)
             for readers in readers_of(layers, self._recipe.calibration.correction > 0):
                 self._collect(leave=_AHEAD)
                 statistics = self._made.statistics[readers.statistics]

@@ -66,7 +66,7 @@ class InputRounding:
         return self.scheme.model_dump(include=read)
 
     def static_scale(self, magnitudes: Tensor) -> Tensor | None:
-        """The scale that `apply` takes, from an input's magnitudes; None where every token has its
+        """The scale that `rounded` takes, from an input's magnitudes; None where each token has its
         own."""
         return static_scale_of(magnitudes, self.scheme) if self.static else None
 

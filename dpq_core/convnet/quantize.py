@@ -21,20 +21,11 @@ from torch import Tensor, nn
 from torch.export import Dim, export
 from torch.fx import GraphModule
 from torchao.quantization.pt2e.export_utils import _move_exported_model_to_eval
-from torchao.quantization.pt2e.quantize_pt2e import (
-    convert_pt2e,
-    prepare_pt2e,
-    prepare_qat_pt2e,
-)
+from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e, prepare_qat_pt2e
 
 from dpq_core.convnet.images import Images, as_input
 from dpq_core.convnet.quantizer import SchemeQuantizer
-from dpq_core.convnet.recipe import (
-    CalibrationSection,
-    ConvScheme,
-    QatSection,
-    TrainingSection,
-)
+from dpq_core.convnet.recipe import CalibrationSection, ConvScheme, QatSection, TrainingSection
 from dpq_core.convnet.train import Step, fit
 from dpq_core.errors import InputError, one_line
 

@@ -9,17 +9,14 @@ activation-only); quantization-aware training where post-training quantization i
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from dpq_core.digests import digest
 from dpq_core.recipe import ExecutionSection, read_recipe, validated
 from dpq_core.recipe.registered_names import ExperimentName, RegisteredName, default_name
+from dpq_core.recipe.section import Section
 
 Bits = Literal[4, 8, 16]
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 class NetworkSection(Section):

@@ -25,9 +25,10 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from dpq_core.evaluation.open_texts import check_beginning, opened_by
 from dpq_core.evaluation.results import in_order, scores_of
 from dpq_core.evaluation.scores import Scores
-from dpq_core.evaluation.suites.definitions import Suite, SuiteError, quiet
+from dpq_core.evaluation.suites.definitions import Suite, quiet
 from dpq_core.model.context import check_ids, context_of
 from dpq_core.model.empty import building
 from dpq_core.model.finite import check_overflow
@@ -68,14 +69,8 @@ def _harness(
 ) -> Any:
     from lm_eval.models.huggingface import HFLM  # seconds
 
-    if tokenizer.bos_token_id is None and tokenizer.eos_token_id is None:
-        raise SuiteError(
-            "the tokenizer has neither a begin-of-text nor an end-of-text token:"
-            " lm-evaluation-harness needs one for empty contexts"
-        )
-    plain = tokenizer.encode("a", add_special_tokens=False)
-    closed = tokenizer.encode("a")
-    closing = closed[len(closed) - closed[::-1].index(plain[-1]) :]
+    check_beginning(tokenizer)
+    opened = opened_by(tokenizer)
 
     class Harness(HFLM):  # type: ignore[misc, unused-ignore]
         """HFLM whose texts stay open, and which counts what it does."""
@@ -83,8 +78,7 @@ def _harness(
         asked = done = truncated = 0  # sequences; requests
 
         def tok_encode(self, string: str, *args: Any, **kwargs: Any) -> list[int]:
-            ids: list[int] = super().tok_encode(string, *args, **kwargs)
-            return ids[: -len(closing)] if closing and ids[-len(closing) :] == closing else ids
+            return opened(super().tok_encode(string, *args, **kwargs))
 
         def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> Any:
             return super().loglikelihood(requests, disable_tqdm=True)

@@ -49,7 +49,6 @@ def perplexity_token(
             " with at least one window of at least two tokens"
         )
     model.eval()
-    count, length = windows.shape
     nats: list[float] = []
     for batch in windows.split(batch_size):
         tokens = batch.to(model.device)
@@ -58,7 +57,17 @@ def perplexity_token(
         if not all(map(math.isfinite, nats[-len(batch) :])):
             check_overflow(model, tokens)
         if on_progress is not None:
-            on_progress(len(nats), count)
+            on_progress(len(nats), len(windows))
+    return window_scores(windows, nats, metric)
+
+
+def window_scores(
+    windows: Tensor,  # [windows, sequence_length] int64
+    nats: list[float],
+    metric: str,
+) -> Scores:
+    """Scores of windows, each named by its tokens, from the nats of each."""
+    count, length = windows.shape
     return Scores(
         metric=metric,
         documents=[hashlib.sha256(row.numpy().tobytes()).hexdigest() for row in windows.cpu()],

@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from dpq_core.evaluation.forest import Asked
+from dpq_core.evaluation.open_texts import check_beginning, opened_by
 from dpq_core.evaluation.suites.definitions import Suite, SuiteError, quiet
 from dpq_core.model.context import check_ids, context_of
 
@@ -48,11 +49,7 @@ class Encoder:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, config: Any) -> None:
         quiet()
-        if tokenizer.bos_token_id is None and tokenizer.eos_token_id is None:
-            raise SuiteError(
-                "the tokenizer has neither a begin-of-text nor an end-of-text token:"
-                " lm-evaluation-harness needs one for empty contexts"
-            )
+        check_beginning(tokenizer)
         self._config, self._tokenizer = config.get_text_config(), tokenizer
         self._harness = _encoding_harness(copy.deepcopy(tokenizer), self._config)
 
@@ -100,9 +97,7 @@ def _encoding_harness(tokenizer: PreTrainedTokenizerBase, config: Any) -> Any:
     from lm_eval.api.model import LM
     from lm_eval.models.huggingface import HFLM  # seconds
 
-    plain = tokenizer.encode("a", add_special_tokens=False)
-    closed = tokenizer.encode("a")
-    closing = closed[len(closed) - closed[::-1].index(plain[-1]) :]
+    opened = opened_by(tokenizer)
 
     class Encoding(HFLM):  # type: ignore[misc, unused-ignore]
         """HFLM that encodes and runs nothing. Its `__init__` wants a model, and is left out."""
@@ -121,8 +116,7 @@ def _encoding_harness(tokenizer: PreTrainedTokenizerBase, config: Any) -> Any:
             self._once = lru_cache(_CONTEXTS)(super().tok_encode)
 
         def tok_encode(self, string: str, *args: Any, **kwargs: Any) -> list[int]:
-            ids = list(self._once(string, *args, **kwargs))
-            return ids[: -len(closing)] if closing and ids[-len(closing) :] == closing else ids
+            return opened(list(self._once(string, *args, **kwargs)))
 
         def _loglikelihood_tokens(self, requests: Any, **_: Any) -> list[tuple[float, bool]]:
             self._taken += [(before, after) for _, before, after in requests]

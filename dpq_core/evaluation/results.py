@@ -1,15 +1,16 @@
 """From log-likelihoods to scores: by lm-evaluation-harness's own evaluation of each document."""
 
-import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
 
+from dpq_core.evaluation.perplexity import window_scores
 from dpq_core.evaluation.scores import PERPLEXITY, Scores
 from dpq_core.evaluation.suites.definitions import Suite, quiet
 
+Sample = Mapping[str, Any]  # what lm-eval keeps of a document
 Answer = tuple[float, bool]  # log-likelihood, and whether the continuation is the greedy one
 
 
@@ -25,9 +26,6 @@ def suite_scores(
     harness = _answering(answers)
     samples = evaluate(harness, {"tasks": suite.tasks}, limit=limit, bootstrap_iters=0)["samples"]
     return scores_of(suite, in_order(suite, samples), truncated)
-
-
-Sample = Mapping[str, Any]  # what lm-eval keeps of a document
 
 
 def in_order(suite: Suite, samples: Mapping[str, list[Sample]]) -> list[tuple[str, Sample]]:
@@ -62,15 +60,7 @@ def perplexity_scores(
     metric: str = PERPLEXITY,
 ) -> Scores:
     """Scores of perplexity's windows, as `dpq_core.evaluation.perplexity` gives them."""
-    count, length = windows.shape
-    return Scores(
-        metric=metric,
-        documents=[hashlib.sha256(row.numpy().tobytes()).hexdigest() for row in windows.cpu()],
-        parts=[""] * count,
-        groups=[""] * count,
-        values=[-log_likelihood for log_likelihood, _ in answers],
-        weights=[float(length - 1)] * count,
-    )
+    return window_scores(windows, [-log_likelihood for log_likelihood, _ in answers], metric)
 
 
 def _answering(answers: Sequence[Answer]) -> Any:

@@ -1,6 +1,6 @@
 """Which linears of a model are quantized, and from which statistics."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from itertools import groupby
 
@@ -44,8 +44,10 @@ class Plan:
     def blocks(self) -> int:
         return self.layers[-1].block + 1
 
-    def of_block(self, block: int) -> list[PlannedLayer]:
-        return [layer for layer in self.layers if layer.block == block]
+    def of_block(self, block: int, inputs: Collection[str] | None = None) -> list[PlannedLayer]:
+        """A block's layers; with `inputs` those alone that read one of these shared inputs."""
+        layers = [layer for layer in self.layers if layer.block == block]
+        return [each for each in layers if inputs is None or each.statistics in inputs]
 
     def inputs_by_step(self, block: int) -> list[tuple[str, ...]]:
         """Names of the shared inputs that a block's layers have, step by step."""

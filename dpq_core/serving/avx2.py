@@ -295,15 +295,9 @@ def _many(kind: str, tables: int) -> Any:
                     fill_piece(row, end, unit, units, weights, groups, values, piece)
                     inputs, depth = x[token : token + filled], min(_DEPTH, units - unit)
                     add_products(inputs, unit, depth, piece, sums)
-                found, scale, some = (
-                    sums[: stop - token, : end - row],
-                    scales[token:stop],
-                    row - first,
-                )
-                added = bias[some : end - first] if bias.size else bias
-                scale_rows(
-                    found, channel_scale[some : end - first], scale, added, y[token:stop, row:end]
-                )
+                found, some = sums[: stop - token, : end - row], slice(row - first, end - first)
+                added, target = bias[some] if bias.size else bias, y[token:stop, row:end]
+                scale_rows(found, channel_scale[some], scales[token:stop], added, target)
 
     return many
 

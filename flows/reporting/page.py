@@ -25,11 +25,7 @@ from flows.reporting.page_tables import (
     versions_table,
     worst_table,
 )
-from flows.reporting.prefect_artifacts import (
-    model_notes,
-    notes,
-    number,
-)
+from flows.reporting.prefect_artifacts import model_notes, notes, number
 from flows.reporting.report_data import ReportData
 from flows.reporting.tables import table
 from tasks.benchmark import THROUGHPUT

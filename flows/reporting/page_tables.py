@@ -7,20 +7,13 @@ from dpq_core.checkpoint.exports.card import shown_scheme
 from dpq_core.evaluation.scores import PERPLEXITIES
 from dpq_core.recipe.scheme import Scheme
 from flows.reporting.charts import WORST
-from flows.reporting.prefect_artifacts import (
-    gate_rows,
-    interval,
-    number,
-    turned,
-)
+from flows.reporting.prefect_artifacts import gate_rows, interval, number, turned
 from flows.reporting.report_data import ReportData
 from flows.reporting.tables import Table, bits, measured, or_dash, table
 from infra.store.disk import shown_bytes
 from tasks.benchmark import THROUGHPUT
 from tasks.log import layer_rows
-from tasks.support.report_figures import (
-    worst_layers,
-)
+from tasks.support.report_figures import worst_layers
 
 
 def gates_table(data: ReportData) -> Table:

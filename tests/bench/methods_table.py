@@ -38,13 +38,7 @@ import numpy as np
 import torch
 from methods_model import Quantized, Statistics, Subject, original_statistics, quantize_model
 from methods_rows import FULL, QUICK, ROWS, SCORED, Row, full, row
-from methods_score import (
-    Suites,
-    WindowScores,
-    reference,
-    score_suites,
-    score_windows,
-)
+from methods_score import Suites, WindowScores, reference, score_suites, score_windows
 from methods_transforms import transform
 from token_streams import streams_of
 from torch import Tensor
