@@ -50,7 +50,7 @@ bench-evaluate: $(DEV)  ## time of a fake-quantized forward beside the BF16 mode
 	$(BIN)/python tests/bench/fake_quant.py
 
 bench-scorer: $(DEV)  ## suites scored as trees of shared prefixes, beside HFLM of lm-eval
-	$(BIN)/python tests/bench/scorer.py ../shared/models/wiki-llama-12m
+	PYTHONPATH=tests $(BIN)/python tests/bench/scorer.py ../shared/models/wiki-llama-12m
 
 bench-bits: $(DEV)  ## perplexity against bits per weight: by plan, at random, by position
 	$(BIN)/python tests/bench/bits_curve.py $(RECIPE)

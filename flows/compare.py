@@ -15,7 +15,7 @@ from dpq_core.recipe.scheme import Scheme
 from dpq_core.verdict.gates import compare as compare_scores
 from dpq_core.verdict.pairing import Difference, Evaluation
 from flows.quantize import make_candidate
-from flows.release.candidate import subject_of
+from flows.release.candidate import baseline_of, subject_of
 from flows.release.measurements import measure
 from flows.reporting.ladder import Row, as_records, html, markdown
 from flows.reporting.prefect_artifacts import shown_name
@@ -23,8 +23,9 @@ from flows.running.liveness import attended
 from infra.registry.tracking import tracked_run, tracking_store
 from infra.settings import home
 from infra.store import Store
-from tasks.evaluate import Measured, Subject, load_evaluation
+from tasks.evaluate import Measured, load_evaluation
 from tasks.preflight import Inputs, preflight, replanned
+from tasks.support.chunks import Comparison
 
 _PLAIN = {"order": "none", "rounding": "nearest", "scale_search": "minmax"}
 _W4A16 = {"inner": "none", "activations": "none", "group_scale": "bf16"}
@@ -67,9 +68,8 @@ def compare(recipe: Recipe) -> list[Row]:
     variants = variant_recipes(recipe)
     share_machine(recipe.execution.threads_per_worker)
     inputs = preflight(recipe)
-    model = inputs.model
-    subject = Subject("baseline", model.folder, model.digest, source=True)
-    baseline = _load(recipe, measure(recipe, inputs.evaluation, subject))
+    reference, kept = baseline_of(inputs), Comparison(kept=True)
+    baseline = _load(recipe, measure(recipe, inputs.evaluation, reference, kept))
     rows = [_baseline_row(baseline)]
     for name, variant in variants.items():
         rows.append(_row(name, variant, inputs, baseline))
@@ -108,8 +108,9 @@ def _row(name: str, recipe: Recipe, inputs: Inputs, baseline: Evaluation) -> Row
         wrong = [detail for detail in candidate.integrity.values() if detail]
         if wrong:
             return Row(name, error="; ".join(wrong))
-        subject = subject_of(recipe, candidate, name)
-        found = compare_scores(baseline, _load(recipe, measure(recipe, inputs.evaluation, subject)))
+        data, subject = inputs.evaluation, subject_of(recipe, candidate, name)
+        measured = measure(recipe, data, subject, Comparison(reference=baseline_of(inputs)))
+        found = compare_scores(baseline, _load(recipe, measured))
     except Exception as error:  # of any stage: the other variants go on
         return Row(name, error=f"{type(error).__name__}: {error}")
     perplexity = found[PERPLEXITY]

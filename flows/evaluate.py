@@ -6,6 +6,7 @@ from typing import Any
 from prefect import flow
 from prefect.artifacts import create_table_artifact
 
+from dpq_core.evaluation.scores import PERPLEXITY
 from dpq_core.machine.device import share_machine
 from dpq_core.model.streaming import load_config
 from dpq_core.recipe import Recipe, RecipeError
@@ -17,9 +18,10 @@ from flows.running.liveness import attended
 from infra.registry.tracking import tracked_run, tracking_store
 from infra.settings import home
 from infra.store import Store
-from tasks.evaluate import EvaluationData, Subject, load_evaluation, prepare
+from tasks.evaluate import EvaluationData, Measured, load_evaluation, prepare
 from tasks.log import log_evaluation, log_metrics, log_scores
 from tasks.support import fitting
+from tasks.support.chunks import Comparison, Subject
 from tasks.support.model import inspect_any, load_tokenizer
 from tasks.support.worker import about_worker
 
@@ -74,7 +76,7 @@ def evaluate(recipe: Recipe, checkpoint: str, against: str | None = None) -> Eva
     name = f"evaluate {recipe.registered_name}"
     with tracked_run(tracking_uri, recipe.registry.experiment, name, tags, artifact_root) as run:
         found = {role: _inspect(recipe, role, path) for role, path in roles.items() if path}
-        measured = {role: measure(recipe, data, subject) for role, (subject, data) in found.items()}
+        measured = _measured(recipe, found)
         store = Store(recipe.execution.store)
         scores = {role: load_evaluation(each, store) for role, each in measured.items()}
         metrics, reasons, complete = _compared(recipe, scores)
@@ -89,6 +91,22 @@ def evaluate(recipe: Recipe, checkpoint: str, against: str | None = None) -> Eva
     return EvaluationReport(checkpoint, against, run.run_id, own, metrics, reasons, complete)
 
 
+def _measured(
+    recipe: Recipe, found: dict[str, tuple[Subject, EvaluationData]]
+) -> dict[str, Measured]:
+    """Of both; the predictions are compared where both read the same tokens."""
+    asked = [data.requests.get(PERPLEXITY) for _, data in found.values()]
+    alike = len(asked) == 2 and asked[0] == asked[1]
+    comparisons = dict.fromkeys(found, Comparison())
+    if alike:
+        comparisons["baseline"] = Comparison(kept=True)
+        comparisons["candidate"] = Comparison(reference=found["baseline"][0])
+    return {
+        role: measure(recipe, data, subject, comparisons[role])
+        for role, (subject, data) in found.items()
+    }
+
+
 def _inspect(recipe: Recipe, role: str, checkpoint: str) -> tuple[Subject, EvaluationData]:
     store = Store(recipe.execution.store)
     trusted = recipe.model.trust_remote_code
@@ -96,7 +114,7 @@ def _inspect(recipe: Recipe, role: str, checkpoint: str) -> tuple[Subject, Evalu
     config = load_config(model.folder, trusted).get_text_config()
     fitting.check_lengths(recipe, config, calibrated=False)
     tokenizer = load_tokenizer(model.folder, trusted)
-    data = prepare(recipe.evaluation, tokenizer, store)
+    data = prepare(recipe.evaluation, tokenizer, config, store)
     fitting.check_ids(config, tokenizer, {"evaluation.perplexity": data.perplexity}, store)
     return Subject(role, model.folder, model.digest), data
 

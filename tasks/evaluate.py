@@ -1,77 +1,71 @@
-"""Measure a checkpoint: perplexity, and each suite, one task each.
+"""Measure a checkpoint: what is asked of it, in chunks of tokens, and the scores that chunks add up
+to.
 
-Scores are stored under the digest of (checkpoint, what is asked): baselines are scored once and
-shared by all candidates, a second run scores nothing, and a run that was killed goes on with the
-suites that it had not finished.
+Everything is tokenised before anything is scored, for baseline and candidate alike. Scores are
+stored under the digest of (checkpoint, what is asked): baselines are scored once and shared by all
+candidates, a second run scores nothing, and a run that was killed goes on with the chunks that it
+had not finished (`tasks.score`).
 """
 
-import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from prefect import task
 from prefect.cache_policies import NO_CACHE
-from prefect.client.schemas.objects import State, TaskRun
-from prefect.tasks import Task
 
-from dpq_core.checkpoint.native import by_its_library, load_model
 from dpq_core.data import mirror
 from dpq_core.data.texts import opening_token
 from dpq_core.digests import digest
-from dpq_core.errors import InputError
-from dpq_core.evaluation.harness import Progress, evaluate_suite
-from dpq_core.evaluation.perplexity import perplexity_token
+from dpq_core.evaluation.chunk_files import load_requests, save_requests
+from dpq_core.evaluation.divergence import Divergence, load_divergence, save_divergence
+from dpq_core.evaluation.forest import chunks_of
+from dpq_core.evaluation.requests import Encoder, asked_of_windows
+from dpq_core.evaluation.results import Answer, perplexity_scores, suite_scores
+from dpq_core.evaluation.scorer import answers
 from dpq_core.evaluation.scores import AFTER_BOS, PERPLEXITY, Scores, load_scores, save_scores
 from dpq_core.evaluation.suites.definitions import (
+    Suite,
     SuiteError,
     SuiteSources,
     check_suites,
     loaded_suites,
 )
-from dpq_core.machine.device import halving_batches, whole_machine
 from dpq_core.recipe import EvaluationSection, Recipe
 from dpq_core.verdict.pairing import Evaluation, Failure
-from infra.store import ArtifactRef, Store, StoreError
-from tasks.support import tokenized_data
-from tasks.support.model import load_tokenizer
-from tasks.support.progress import progress_of
+from infra.store import ArtifactRef, Store
+from tasks.support import chunks, tokenized_data
+from tasks.support.chunks import Comparison, Kept, Subject
+from tasks.support.progress import stepper
 from tasks.support.stages import computed_by
 from tasks.support.worker import this_worker
 
-_FILE = "scores.parquet"
+_FILE, _DIVERGENCE = "scores.parquet", "divergence.safetensors"
 
 Measured = Mapping[str, ArtifactRef | Failure]  # by suite, or perplexity_token
 
 
 @dataclass(frozen=True)
-class Subject:
-    """A checkpoint to measure. role: baseline or candidate. digest: of its content. source: as what
-    a candidate is quantized from, see `load_model`."""
-
-    role: str
-    folder: Path
-    digest: str
-    source: bool = False
-
-
-@dataclass(frozen=True)
 class EvaluationData:
-    """What is asked. perplexity: stored windows. suites: the digest of each. mirror: a folder.
-    opened: the windows begin with the begin-of-text token."""
+    """What is asked. perplexity: stored windows. suites: the digest of each. requests: the chunks
+    of each metric. mirror: a folder. opened: the windows begin with the begin-of-text token."""
 
     perplexity: ArtifactRef | None
     suites: dict[str, str]
     mirror: Path | None
     opened: bool = False
+    requests: dict[str, ArtifactRef] = field(default_factory=dict)
 
 
-def prepare(section: EvaluationSection, tokenizer: Any, store: Store) -> EvaluationData:
-    """Read all data that the evaluation will ask for, so that what is wrong with them shows now.
+def prepare(
+    section: EvaluationSection, tokenizer: Any, config: Any, store: Store
+) -> EvaluationData:
+    """Read and tokenise all that the evaluation will ask for, so that what is wrong with it shows
+    now. config: of the model, whose window it has to fit.
 
     Raises:
-        DataError, MirrorError, SuiteError: one line that says what and where.
+        ContextError, DataError, MirrorError, SuiteError: one line that says what and where.
     """
     data = EvaluationData(
         perplexity=tokenized_data.store_perplexity(section.perplexity, tokenizer, store)
@@ -82,94 +76,90 @@ def prepare(section: EvaluationSection, tokenizer: Any, store: Store) -> Evaluat
         opened=section.perplexity is not None
         and opening_token(tokenizer, section.perplexity.bos) is not None,
     )
+    if data.perplexity:
+        data.requests[PERPLEXITY] = _windows_asked(data.perplexity, store)
     if not section.suites:
         return data
     check_suites(section.suites, _sources(section, data))  # all names, before any data
     with loaded_suites(section.suites, _sources(section, data), **_asking(section)) as suites:
-        data.suites.update({name: suite.digest for name, suite in suites.items()})
+        encoder = Encoder(tokenizer, config)
+        step = stepper("tokenise suites", len(suites))
+        for name, suite in suites.items():
+            data.suites[name] = suite.digest
+            data.requests[name] = _suite_asked(suite, section.limit, encoder, store)
+            step()
     return data
+
+
+def chunks_asked(
+    data: EvaluationData, metric: str, comparison: Comparison, store: Store
+) -> list[chunks.ChunkRef]:
+    """The chunks of a metric; perplexity's are those that are compared."""
+    compared = metric == PERPLEXITY and comparison != Comparison()
+    return chunks.chunks_of(metric, data.requests[metric], store, compared)
+
+
+def find_scores(
+    recipe: Recipe, subject: Subject, data: EvaluationData, metric: str
+) -> ArtifactRef | None:
+    """The scores of a metric, if they are known already."""
+    key = _key(recipe, subject, data, metric)
+    return Store(recipe.execution.store).find("scores", key)
 
 
 @task(name="perplexity", task_run_name="perplexity of {subject.role}", cache_policy=NO_CACHE)
 def measure_perplexity(recipe: Recipe, subject: Subject, data: EvaluationData) -> ArtifactRef:
-    """`perplexity_token` of a checkpoint on stored windows."""
-    section, artifact = recipe.evaluation.perplexity, data.perplexity
-    assert section is not None
-    assert artifact is not None
-    store = Store(recipe.execution.store)
-    about = {
-        **computed_by("perplexity", this_worker(recipe.execution).arithmetic),
-        "windows": artifact.sha256,
-        "batch_size": section.batch_size,
-        **({"metric": AFTER_BOS} if data.opened else {}),
-    }
+    """`perplexity_token` of a checkpoint on stored windows, from what their chunks scored."""
+    assert data.perplexity is not None
+    windows = tokenized_data.load(data.perplexity, Store(recipe.execution.store))
     metric = AFTER_BOS if data.opened else PERPLEXITY
 
-    def score(model: Any) -> Scores:
-        tokens = tokenized_data.load(artifact, store)
-        report = _until(recipe.evaluation.timeout, progress_of(f"{PERPLEXITY} of {subject.role}"))
-        return halving_batches(
-            lambda batch_size: perplexity_token(model, tokens, batch_size, report, metric),
-            section.batch_size,
-        )
+    def scores(found: list[Answer], _: int) -> Scores:
+        return perplexity_scores(windows, found, metric)
 
-    return _scored(recipe, subject, about, score)
+    return _scored(recipe, subject, data, PERPLEXITY, scores)
 
 
 @task(name="suite", task_run_name="{suite} of {subject.role}", cache_policy=NO_CACHE)
 def measure_suite(
     recipe: Recipe, subject: Subject, data: EvaluationData, suite: str
 ) -> ArtifactRef:
-    """A checkpoint's scores on one suite, an entry for every document.
+    """A checkpoint's scores on one suite, an entry for every document, from what its chunks scored.
 
     Raises:
         SuiteError: the documents are no longer those that the run started with.
     """
     section = recipe.evaluation
-    about = {
-        **computed_by("suite", this_worker(recipe.execution).arithmetic),
-        "suite": data.suites[suite],
-        "batch_size": section.batch_size,
-        "limit": section.limit,
-    }
 
-    def score(model: Any) -> Scores:
-        tokenizer = load_tokenizer(subject.folder, recipe.model.trust_remote_code)
-        report = _until(section.timeout, progress_of(f"{suite} of {subject.role}"))
+    def scores(found: list[Answer], truncated: int) -> Scores:
         with loaded_suites([suite], _sources(section, data), **_asking(section)) as suites:
             if suites[suite].digest != data.suites[suite]:
                 raise SuiteError(f"suite {suite!r}: its data changed while the run went on")
-            return halving_batches(
-                lambda batch_size: evaluate_suite(
-                    model,
-                    tokenizer,
-                    suites[suite],
-                    batch_size=batch_size,
-                    limit=section.limit,
-                    on_progress=report,
-                ),
-                section.batch_size,
-            )
+            return suite_scores(suites[suite], found, truncated, section.limit)
 
-    return _scored(recipe, subject, about, score)
+    return _scored(recipe, subject, data, suite, scores)
 
 
-def measurements(
-    recipe: Recipe, data: EvaluationData
-) -> dict[str, tuple[Task[..., Any], list[Any]]]:
-    """The tasks of an evaluation and their arguments after (recipe, subject), by metric or suite,
-    with the retries that the recipe asks for."""
-    section = recipe.evaluation
-    options: dict[str, Any] = {
-        "retries": section.retries,
-        "retry_condition_fn": _may_pass_next_time,
+@task(name="divergence", task_run_name="divergence of {subject.role}", cache_policy=NO_CACHE)
+def measure_divergence(
+    recipe: Recipe, subject: Subject, data: EvaluationData, reference: Subject
+) -> ArtifactRef:
+    """How far a candidate's predictions on the perplexity windows are from the reference's: a token
+    a prediction, window after window."""
+    store, comparison = Store(recipe.execution.store), Comparison(reference=reference)
+    about = {
+        **_arithmetic(recipe, "divergence"),
+        **subject.identity,
+        "reference": reference.identity,
+        "requests": data.requests[PERPLEXITY].sha256,
     }
-    tasks: dict[str, tuple[Task[..., Any], list[Any]]] = {}
-    if data.perplexity:
-        tasks[PERPLEXITY] = (measure_perplexity.with_options(**options), [data])
-    for suite in section.suites:
-        tasks[suite] = (measure_suite.with_options(**options), [data, suite])
-    return tasks
+
+    def make(folder: Path) -> None:
+        asked = chunks_asked(data, PERPLEXITY, comparison, store)
+        kept = Kept(store, subject, comparison, this_worker(recipe.execution).arithmetic)
+        save_divergence(kept.divergence(asked), folder / _DIVERGENCE)
+
+    return store.get_or_make("divergence", digest(about), make)[0]
 
 
 def load_evaluation(measured: Measured, store: Store) -> Evaluation:
@@ -180,49 +170,65 @@ def load_evaluation(measured: Measured, store: Store) -> Evaluation:
     }
 
 
+def load_measured_divergence(artifact: ArtifactRef, store: Store) -> Divergence:
+    """What `measure_divergence` made."""
+    return load_divergence(store.open(artifact) / _DIVERGENCE)
+
+
 def _scored(
-    recipe: Recipe, subject: Subject, about: dict[str, Any], score: Callable[[Any], Scores]
+    recipe: Recipe,
+    subject: Subject,
+    data: EvaluationData,
+    metric: str,
+    scores: Callable[[list[Answer], int], Scores],
 ) -> ArtifactRef:
-    """Scores from the store, or from the model."""
-    worker = this_worker(recipe.execution)
-    as_source = subject.source and by_its_library(subject.folder)
-    key = digest({**about, "checkpoint": subject.digest} | ({"source": True} if as_source else {}))
+    """Scores from the store, or from what chunks scored."""
+    store = Store(recipe.execution.store)
 
     def make(folder: Path) -> None:
-        with whole_machine(parts=recipe.evaluation.workers):
-            trusted = recipe.model.trust_remote_code
-            scores = score(load_model(subject.folder, worker.device, trusted, subject.source))
-        save_scores(scores, folder / _FILE)
+        asked = load_requests(store.open(data.requests[metric]))
+        kept = Kept(store, subject, Comparison(), this_worker(recipe.execution).arithmetic)
+        found = kept.scores(chunks_asked(data, metric, Comparison(), store))
+        save_scores(scores(answers(found, asked.count), asked.truncated), folder / _FILE)
 
-    return Store(recipe.execution.store).get_or_make("scores", key, make)[0]
-
-
-def _may_pass_next_time(_task: Any, _run: TaskRun, state: State[Any]) -> bool:
-    """Whether a retry can help: not where the input is what is wrong, or time or space was not
-    enough."""
-    return not isinstance(
-        state.result(raise_on_failure=False), InputError | TimeoutError | StoreError
-    )
+    return store.get_or_make("scores", _key(recipe, subject, data, metric), make)[0]
 
 
-def _until(timeout: float | None, report: Progress) -> Progress:
-    """`report`, which raises TimeoutError once `timeout` seconds have passed.
+def _key(recipe: Recipe, subject: Subject, data: EvaluationData, metric: str) -> str:
+    about: dict[str, Any] = {**subject.identity, "requests": data.requests[metric].sha256}
+    if metric == PERPLEXITY:
+        named = {"metric": AFTER_BOS} if data.opened else {}
+        return digest({**_arithmetic(recipe, "perplexity"), **about, **named})
+    about |= {"suite": data.suites[metric], "limit": recipe.evaluation.limit}
+    return digest({**_arithmetic(recipe, "suite"), **about})
 
-    Not Prefect's `timeout_seconds`: in a thread it raises wherever the code happens to be, and what
-    a library had set for the whole process a moment ago (accelerate, datasets) stays set.
-    """
-    start = time.monotonic()
 
-    def checked(done: int, total: int) -> None:
-        report(done, total)
-        passed = time.monotonic() - start
-        if timeout is not None and passed > timeout and done < total:
-            raise TimeoutError(
-                f"{done} of {total} sequences were scored in {passed:.0f} s, and"
-                f" evaluation.timeout is {timeout:g} s: raise it, or evaluation.batch_size"
-            )
+def _arithmetic(recipe: Recipe, stage: str) -> dict[str, Any]:
+    return computed_by(stage, this_worker(recipe.execution).arithmetic)
 
-    return checked
+
+def _windows_asked(windows: ArtifactRef, store: Store) -> ArtifactRef:
+    """The chunks of perplexity's windows."""
+
+    def make(folder: Path) -> None:
+        tokens = tokenized_data.load(windows, store)
+        save_requests(folder, chunks_of(asked_of_windows(tokens)), len(tokens))
+
+    key = digest({**computed_by("requests"), "windows": windows.sha256})
+    return store.get_or_make("requests", key, make)[0]
+
+
+def _suite_asked(suite: Suite, limit: int | None, encoder: Encoder, store: Store) -> ArtifactRef:
+    """The chunks of a suite."""
+
+    def make(folder: Path) -> None:
+        asked = encoder.requests_of(suite, limit)
+        about = asked.count, asked.truncated, asked.harness_tokens
+        save_requests(folder, chunks_of(asked.asked), *about)
+
+    about = {"suite": suite.digest, "limit": limit, **encoder.identity}
+    key = digest({**computed_by("requests"), **about})
+    return store.get_or_make("requests", key, make)[0]
 
 
 def _local_mirror(section: EvaluationSection, store: Store) -> Path | None:

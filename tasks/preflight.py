@@ -14,6 +14,7 @@ from dpq_core.calibration.reduction_tree import WINDOWS
 from dpq_core.calibration.required_tokens import CalibrationTokens
 from dpq_core.checkpoint.exports import check_exportable, planned_targets
 from dpq_core.checkpoint.exports.format import ExportError
+from dpq_core.evaluation.room import Room, Sizes
 from dpq_core.footprint import Footprint, footprint
 from dpq_core.layer.storage import stored_bytes
 from dpq_core.machine.device import DeviceError, resolve_device
@@ -22,9 +23,10 @@ from dpq_core.recipe import Recipe, RecipeError
 from dpq_core.recipe.layer_choices import chosen_scheme
 from infra.store import ArtifactRef, Store
 from tasks.evaluate import EvaluationData, prepare
+from tasks.score import memory_for_states
 from tasks.support import fitting, tokenized_data
 from tasks.support.activation_store import load_leaves
-from tasks.support.memory import check_room
+from tasks.support.memory import check_room, check_scoring_room
 from tasks.support.model import Model, inspect, load_tokenizer, stream_of
 from tasks.support.worker import Worker, about_worker, workers_here
 
@@ -32,8 +34,8 @@ from tasks.support.worker import Worker, about_worker, workers_here
 @dataclass(frozen=True)
 class Inputs:
     """What a run starts from, checked: a model, its plan and what that takes, tokens, and the
-    evaluation's data. worker: what the run's workers are. leaves: parts of the calibration samples
-    that tasks can share."""
+    evaluation's data and what that takes. worker: what the run's workers are. leaves: parts of the
+    calibration samples that tasks can share."""
 
     worker: Worker
     model: Model
@@ -42,6 +44,7 @@ class Inputs:
     calibration: ArtifactRef
     leaves: int
     evaluation: EvaluationData
+    scoring: Room
 
 
 @task(name="preflight", cache_policy=NO_CACHE)
@@ -69,12 +72,15 @@ def preflight(recipe: Recipe) -> Inputs:
     fitting.check_lengths(recipe, config)
     needed = _footprint(plan, recipe, worker, stream.reader.fp8)
     check_room(recipe, needed, store, worker)
+    scoring = Room.of(Sizes.of(stream), memory_for_states(recipe), worker.memory is not None)
+    if recipe.evaluation.perplexity or recipe.evaluation.suites:
+        check_scoring_room(recipe.execution, scoring, worker)
     tokenizer = load_tokenizer(model.folder, recipe.model.trust_remote_code)
     calibration = tokenized_data.store_calibration(
         recipe.calibration, tokenizer, model.folder, store
     )
     _check_tokens(recipe, plan, tokenized_data.count_tokens(calibration, store))
-    evaluation = prepare(recipe.evaluation, tokenizer, store)
+    evaluation = prepare(recipe.evaluation, tokenizer, config, store)
     read = {"calibration": calibration, "evaluation.perplexity": evaluation.perplexity}
     fitting.check_ids(config, tokenizer, read, store)
     return Inputs(
@@ -85,6 +91,7 @@ def preflight(recipe: Recipe) -> Inputs:
         calibration=calibration,
         leaves=_checked_leaves(recipe, calibration, store),
         evaluation=evaluation,
+        scoring=scoring,
     )
 
 

@@ -1,7 +1,9 @@
-"""What a model scores, document by document.
+"""What a model scores, document by document, and how far two models' predictions are apart.
 
-Import from its modules: `scores` (which needs no torch), `perplexity`, `harness` and `suites`
-(lm-evaluation-harness); and the scorer that takes their place when it is wired in: `requests` as a
-`forest` of shared prefixes, cut into `segments`, which a `walk` takes through a `subject` block by
-block (`attention`, `sharing`, `head`); `divergence` of two such walks.
+`suites` of lm-evaluation-harness and perplexity's windows become `requests`: a `forest` of shared
+prefixes, cut into chunks (`chunk_files` on disk). A `walk` takes chunks through a `subject` block
+by block, by `segments` that attend together (`attention`, proven for an architecture by `sharing`),
+as many at a time as there is `room` for; the `head` turns the last hidden states into
+log-likelihoods, `scorer` into answers, `results` into `scores` (which need no torch). `divergence`
+compares two models' states. `perplexity` is the definition in plain torch.
 """

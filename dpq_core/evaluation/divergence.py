@@ -10,13 +10,15 @@ near the largest a so far,
 whose sums grow tile by tile. They run in float64: the terms are large and cancel.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from dpq_core.evaluation.head import ROWS, RunningSums, Tiles
+from dpq_core.evaluation.head import ROWS, Predicted, RunningSums, Tiles
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,6 +53,25 @@ def joined(parts: Iterable[Divergence]) -> Divergence:
     return Divergence(torch.cat([p.nats for p in found]), torch.cat([p.agree for p in found]))
 
 
+def by_request(parts: Iterable[tuple[Tensor, Divergence]]) -> Divergence:
+    """The divergences of chunks' predictions in the order of the requests that these are for,
+    [predictions] int64; those of a request as they come."""
+    found = list(parts)
+    order = torch.cat([requests for requests, _ in found]).argsort(stable=True)
+    whole = joined(each for _, each in found)
+    return Divergence(whole.nats[order], whole.agree[order])
+
+
+def save_divergence(found: Divergence, path: Path) -> None:
+    """As safetensors."""
+    save_file({"nats": found.nats.contiguous(), "agree": found.agree.contiguous()}, path)
+
+
+def load_divergence(path: Path) -> Divergence:
+    """Inverse of `save_divergence`."""
+    return Divergence(**load_file(path))
+
+
 def divergence(
     reference: Tiles,  # `head.head_tiles` of the 16-bit model
     states: Tensor,  # [tokens, hidden], after its last block
@@ -62,36 +83,57 @@ def divergence(
     Raises:
         ValueError: not the same number of tokens.
     """
-    if len(states) != len(other_states):
-        raise ValueError(
-            f"hidden states of {len(states)} tokens and of {len(other_states)}: both models must be"
-            " run on the same chunks"
-        )
-    parts = []
+    (found,) = divergences(reference, states, [(other, other_states)])
+    return found
+
+
+def divergences(
+    reference: Tiles, states: Tensor, others: Sequence[tuple[Tiles, Tensor]]
+) -> list[Divergence]:
+    """`divergence` of several candidates; the reference's logits are made once for all of them."""
+    for _, each in others:
+        if len(states) != len(each):
+            raise ValueError(
+                f"hidden states of {len(states)} tokens and of {len(each)}: both models must be"
+                " run on the same chunks"
+            )
+    parts = list[list[Divergence]]()
     for start in range(0, len(states), ROWS):
         some = slice(start, start + ROWS)
-        tiles = zip(reference(states[some]), other(other_states[some]), strict=True)
-        parts.append(_of_tiles(((first, p, q) for (first, p), (_, q) in tiles)))
-    return joined(parts)
+        theirs = [tiles(each[some]) for tiles, each in others]
+        parts.append(_of_tiles(zip(reference(states[some]), *theirs, strict=True), len(others)))
+    return [joined(each) for each in zip(*parts, strict=True)]
 
 
-def _of_tiles(tiles: Iterable[tuple[int, Tensor, Tensor]]) -> Divergence:
-    """Divergences, from tiles of logits [tokens, pieces] fp32, and the number of their first
-    piece."""
-    expected, found, at = RunningSums(), RunningSums(), None
-    for first, p, q in tiles:
-        a, b = p.double(), q.double()
+def _of_tiles(tiles: Iterable[tuple[tuple[int, Tensor], ...]], others: int) -> list[Divergence]:
+    """Divergences, from tiles of logits [tokens, pieces] fp32 and the number of their first piece:
+    of the reference, and of so many others."""
+    expected, at = RunningSums(), None
+    found = [RunningSums() for _ in range(others)]
+    for (first, p), *rest in tiles:
+        a = p.double()
         expected.add(first, a)
-        found.add(first, b)
         largest = a.amax(-1).clamp(min=torch.finfo(a.dtype).min)  # of a tile of −∞
         if at is None:
-            at, weights, apart = largest, torch.zeros_like(largest), torch.zeros_like(largest)
+            at, weights = largest, torch.zeros_like(largest)
+            apart = [torch.zeros_like(largest) for _ in range(others)]
         moved = torch.maximum(at, largest)
         shrunk, at = (at - moved).exp(), moved
         shares = (a - at[:, None]).exp()
         weights = weights * shrunk + shares.sum(-1)
-        # A piece that p excludes (−∞) counts nothing, whatever q says of it.
-        apart = apart * shrunk + torch.where(shares > 0, shares * (a - b), 0.0).sum(-1)
-    theirs, ours = expected.finished(), found.finished()
-    nats = apart / weights - theirs.log_sums + ours.log_sums
+        for number, (_, q) in enumerate(rest):
+            b = q.double()
+            found[number].add(first, b)
+            # A piece that p excludes (−∞) counts nothing, whatever q says of it.
+            terms = torch.where(shares > 0, shares * (a - b), 0.0)
+            apart[number] = apart[number] * shrunk + terms.sum(-1)
+    theirs = expected.finished()
+    return [
+        _divergence(each / weights, theirs, ours.finished())
+        for each, ours in zip(apart, found, strict=True)
+    ]
+
+
+def _divergence(apart: Tensor, theirs: Predicted, ours: Predicted) -> Divergence:
+    nats = apart - theirs.log_sums + ours.log_sums
     return Divergence(nats.clamp(min=0).cpu(), (theirs.best == ours.best).cpu())

@@ -63,11 +63,10 @@ class Chunk:
 
     @property
     def digest(self) -> str:
-        """The name of what is computed: all but which requests it is for."""
+        """Of all of it, the requests that its sums are for among them."""
         content = hashlib.sha256()
         for field in fields(self):
-            if field.name != "requests":
-                content.update(getattr(self, field.name).numpy().tobytes() + b"|")
+            content.update(getattr(self, field.name).numpy().tobytes() + b"|")
         return content.hexdigest()
 
 

@@ -5,12 +5,11 @@
 for W windows of N tokens each: a window's first token is read and not predicted. This is the
 papers' number (GPTQ, section 5; DPQ, tables of WikiText-2). It is normalised by tokens, so it can
 be compared only between models that share a tokenizer, and never with lm-evaluation-harness's
-`word_perplexity`.
+`word_perplexity`. `perplexity_token` says it of a whole model, in plain torch, and the scorer
+(`dpq_core.evaluation.scorer`) is held against it.
 """
 
 import hashlib
-import math
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -18,7 +17,6 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from dpq_core.evaluation.scores import PERPLEXITY, Scores
-from dpq_core.model.finite import check_overflow
 
 
 @torch.inference_mode()
@@ -26,21 +24,18 @@ def perplexity_token(
     model: PreTrainedModel,
     windows: Tensor,  # [windows, sequence_length] int64
     batch_size: int,
-    on_progress: Callable[[int, int], None] | None = None,
     metric: str = PERPLEXITY,
 ) -> Scores:
     """Score `windows`, `batch_size` at a time, on the model's device; the model is put into `eval`.
 
     The result has an entry a window: its nats, and the tokens that were predicted. Its value is not
-    finite when any logit that counts is NaN, or the loss overflows. `on_progress` is called after
-    every batch with the windows scored so far and those in all. The result does not depend on
+    finite when any logit that counts is NaN, or the loss overflows. It does not depend on
     `batch_size` but by the rounding of the model's own products. Log-softmax runs in float32, one
     window at a time (its logits take sequence_length × vocabulary × 4 bytes); sums run in float64.
     `metric`: what the result is called, `scores.AFTER_BOS` where every window begins with the
     begin-of-text token: the two are never compared with one another.
 
     Raises:
-        NotFiniteError: a 16-bit model that overflows in one of its blocks.
         ValueError: no windows, or windows of fewer than two tokens.
     """
     if windows.ndim != 2 or windows.shape[0] == 0 or windows.shape[1] < 2:
@@ -54,10 +49,6 @@ def perplexity_token(
         tokens = batch.to(model.device)
         logits = model(input_ids=tokens, use_cache=False).logits  # [batch, sequence, vocabulary]
         nats += [_nats(*row) for row in zip(logits, tokens, strict=True)]
-        if not all(map(math.isfinite, nats[-len(batch) :])):
-            check_overflow(model, tokens)
-        if on_progress is not None:
-            on_progress(len(nats), len(windows))
     return window_scores(windows, nats, metric)
 
 

@@ -2,8 +2,8 @@
 
 Contexts, continuations, begin-of-text tokens, empty contexts and rolling windows are those of
 lm-evaluation-harness: its own `HFLM` encodes them here, without a model, and what it would run is
-taken down. Differences are those of `dpq_core.evaluation.harness`: no end-of-text token closes a
-context, and a token without a row in the embedding is refused.
+taken down. What we decide otherwise: no end-of-text token closes a context (ByT5's tokenizer puts
+one behind every text), and a token without a row in the embedding is refused.
 """
 
 import copy
@@ -16,6 +16,7 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from dpq_core.digests import digest
 from dpq_core.evaluation.forest import Asked
 from dpq_core.evaluation.open_texts import check_beginning, opened_by
 from dpq_core.evaluation.suites.definitions import Suite, SuiteError, quiet
@@ -53,6 +54,21 @@ class Encoder:
         self._config, self._tokenizer = config.get_text_config(), tokenizer
         self._harness = _encoding_harness(copy.deepcopy(tokenizer), self._config)
 
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What the tokens depend on besides the texts: part of a key."""
+        return {
+            "tokenizer": _fingerprint(self._tokenizer),
+            "window": self.window,
+            "rows": getattr(self._config, "vocab_size", None),
+        }
+
+    @property
+    def window(self) -> int:
+        """Tokens that the model reads at most."""
+        longest: int = self._harness.max_length
+        return longest
+
     def requests_of(self, suite: Suite, limit: int | None = None) -> SuiteRequests:
         """`limit`: the first documents of each of the suite's tasks. Raises as `encoded`."""
         for task in suite.tasks.values():
@@ -66,7 +82,7 @@ class Encoder:
             SuiteError: a continuation longer than the model's window.
             ContextError: a token that the model does not know.
         """
-        harness, longest = self._harness, self._harness.max_length
+        harness, longest = self._harness, self.window
         asked, truncated, count = list[Asked](), 0, 0
         for task in suite.tasks.values():
             for instance in task.instances:
@@ -84,6 +100,15 @@ class Encoder:
                 count += 1
         tokens = sum(map(len, {each.ids[:-1] for each in asked}))
         return SuiteRequests(asked, count, truncated, tokens)
+
+
+def _fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Digest of a tokenizer: its own description where it has one, else its pieces."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    pieces = sorted(tokenizer.get_vocab().items()) if backend is None else backend.to_str()
+    special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
+    # What it puts around a text is seen on one; `add_bos_token` may be set after it was made.
+    return digest([type(tokenizer).__name__, pieces, special, list(tokenizer("a").input_ids)])
 
 
 def asked_of_windows(windows: Tensor) -> list[Asked]:

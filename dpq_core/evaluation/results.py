@@ -17,9 +17,9 @@ Answer = tuple[float, bool]  # log-likelihood, and whether the continuation is t
 def suite_scores(
     suite: Suite, answers: Sequence[Answer], truncated: int = 0, limit: int | None = None
 ) -> Scores:
-    """Scores of a suite from the answer to each of its requests (`requests.Encoder`), as
-    `dpq_core.evaluation.harness` gives them: a document with a log-likelihood that is not finite is
-    NaN."""
+    """Scores of a suite from the answer to each of its requests (`requests.Encoder`). A document
+    with a log-likelihood that is not finite is NaN, and the accuracy with it: the harness takes the
+    first choice then, and a broken model scores what the first choice scores."""
     from lm_eval.evaluator import evaluate  # seconds
 
     quiet()

@@ -3,7 +3,7 @@
 All chunks that a worker has in hand go through a block before the next one is read. What a chunk
 scores depends on the chunk and the model alone: neither on the chunks beside it nor on who computes
 it. Memory: one block (all of a resident model), a pack's activations, and the hidden states of the
-chunks in hand, `bytes_in_hand`.
+chunks in hand: `dpq_core.evaluation.room`.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from dpq_core.evaluation.forest import Chunk
-from dpq_core.evaluation.head import head_tiles, predicted
+from dpq_core.evaluation.head import Tiles, head_tiles, predicted
 from dpq_core.evaluation.subject import Subject
 from dpq_core.evaluation.walk import rows_walk, spans_walk
 from dpq_core.model.finite import not_finite
@@ -40,6 +40,10 @@ class LastStates:
     places: Tensor
     hidden: Tensor
     computed: int
+
+    def rows(self, chunk: Chunk) -> Tensor:
+        """[predictions] int64: the row of `hidden` that each of the chunk's predictions is from."""
+        return torch.searchsorted(self.places, chunk.places)
 
 
 def last_states(
@@ -77,19 +81,18 @@ def score(
 ) -> list[ChunkScores]:
     """Scores of each chunk."""
     states = last_states(subject, chunks, on_block)
-    with torch.no_grad(), head_tiles(subject.stream) as tiles:
-        return [
-            _summed(chunk, state.computed, *predicted(tiles, state.hidden, rows, chunk.targets))
-            for chunk, state in zip(chunks, states, strict=True)
-            for rows in [torch.searchsorted(state.places, chunk.places)]
-        ]
+    with head_tiles(subject.stream) as tiles:
+        return [scores_of(tiles, *each) for each in zip(chunks, states, strict=True)]
 
 
-def _summed(chunk: Chunk, computed: int, logs: Tensor, likely: Tensor) -> ChunkScores:
+@torch.no_grad()
+def scores_of(tiles: Tiles, chunk: Chunk, states: LastStates) -> ChunkScores:
+    """A chunk's scores from its last hidden states. tiles: of the model's head."""
+    logs, likely = predicted(tiles, states.hidden, states.rows(chunk), chunk.targets)
     requests, own = chunk.requests.unique(return_inverse=True)
     sums = torch.zeros(len(requests), dtype=torch.float64).index_add(0, own, logs)
     missed = torch.zeros(len(requests), dtype=torch.int64).index_add(0, own, (~likely).long())
-    return ChunkScores(requests, sums, missed == 0, computed)
+    return ChunkScores(requests, sums, missed == 0, states.computed)
 
 
 def answers(scores: Iterable[ChunkScores], requests: int) -> list[tuple[float, bool]]:
@@ -110,8 +113,3 @@ def answers(scores: Iterable[ChunkScores], requests: int) -> list[tuple[float, b
             " give the scores of all chunks of the suite"
         )
     return list(zip(sums.tolist(), greedy.tolist(), strict=True))
-
-
-def bytes_in_hand(chunks: Iterable[Chunk], hidden: int, bytes_a_number: int) -> int:
-    """Bytes of the hidden states of chunks that go through the blocks together."""
-    return sum(len(chunk) for chunk in chunks) * hidden * bytes_a_number

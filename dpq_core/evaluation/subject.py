@@ -12,12 +12,14 @@ from typing import Any
 
 import torch
 
-from dpq_core.checkpoint.native import MANIFEST, QuantizedCheckpoint
+from dpq_core.checkpoint.native import MANIFEST, QuantizedCheckpoint, by_its_library, load_model
 from dpq_core.evaluation.attention import attend_by_spans
 from dpq_core.evaluation.sharing import why_not_shared
 from dpq_core.layer.records import QuantizedLinear
 from dpq_core.model.blocks import BlockStream
 from dpq_core.model.empty import empty_of
+from dpq_core.model.proof import InMemory
+from dpq_core.model.quantization import quantization_of, reads_fp8
 from dpq_core.model.reader import CheckpointReader
 from dpq_core.model.streaming import empty_model, load_config
 
@@ -42,7 +44,8 @@ class Subject:
         resident: bool = False,
     ) -> None:
         self.stream, self.unshared, self._layers = stream, unshared, layers or {}
-        stream.kept = {} if resident else None
+        if resident and stream.kept is None:
+            stream.kept = {}
         if self.unshared is None:
             attend_by_spans(stream.model)
 
@@ -74,14 +77,19 @@ def subject_of(
     resident: bool = False,
     dtype: torch.dtype | None = None,
     trust_remote_code: bool = False,
+    source: bool = False,
 ) -> Subject:
-    """A checkpoint in 16 bits (FP8 with scales is read as such) or a native one.
+    """Any checkpoint that `load_model` reads. Those in 16 bits (FP8 with scales is read as such)
+    and native ones are streamed; a third party's is loaded as its format says, and stays.
 
     dtype: that a model in 16 bits is run in instead of its own (FP32: to compare exactly).
+    source: as `load_model` has it.
 
     Raises:
-        CheckpointError, ArchitectureError: as `StreamedModel`.
+        CheckpointError, ArchitectureError: as `StreamedModel` and `load_model`.
     """
+    if not streamable(folder, source):
+        return in_memory(load_model(folder, device, trust_remote_code), device)
     if dtype is None:
         model = empty_model(folder, trust_remote_code)
     else:
@@ -94,6 +102,25 @@ def subject_of(
         layers = {name: _reading(checkpoint, name) for name in checkpoint.shapes}
     unshared = why_not_shared(model)
     return Subject(BlockStream(model, CheckpointReader(folder), device), unshared, layers, resident)
+
+
+def streamable(folder: Path, source: bool = False) -> bool:
+    """Whether a checkpoint's blocks are read one by one."""
+    quantization = None if (folder / MANIFEST).is_file() else quantization_of(folder)
+    if quantization is None:
+        return True
+    return reads_fp8(quantization) and (source or not by_its_library(folder))
+
+
+def in_memory(model: Any, device: torch.device | str = "cpu") -> Subject:
+    """A model of transformers that has its weights; it is taken apart, and stays."""
+    for config in (model.config, model.config.get_text_config()):
+        if hasattr(config, "quantization_config"):
+            del config.quantization_config  # a small instance of it has nothing quantized
+    unshared = why_not_shared(model)
+    stream = BlockStream(model.eval(), InMemory({}), device)
+    stream.keep_all()
+    return Subject(stream, unshared, resident=True)
 
 
 def _reading(checkpoint: QuantizedCheckpoint, name: str) -> Callable[[], QuantizedLinear]:

@@ -3,16 +3,13 @@
 import ctypes
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TypeVar
 
 import torch
 
 from dpq_core.errors import InputError
 from dpq_core.machine.device_kinds import index_of, kind_of
-
-_Result = TypeVar("_Result")
 
 
 class DeviceError(InputError):
@@ -122,29 +119,6 @@ def give_back_memory() -> None:
     libc = ctypes.CDLL(None)
     if hasattr(libc, "malloc_trim"):
         libc.malloc_trim(0)
-
-
-def halving_batches(run: Callable[[int], _Result], batch_size: int) -> _Result:
-    """`run(batch_size)`, started anew with half the batch whenever memory does not suffice.
-
-    Raises:
-        DeviceError: not even a batch of one fits.
-    """
-    from accelerate.utils.memory import clear_device_cache  # seconds
-
-    while True:
-        try:
-            return run(batch_size)
-        except Exception as error:
-            if not out_of_memory(error):
-                raise
-            if batch_size == 1:
-                raise DeviceError(
-                    "a batch of one does not fit into the device's memory: choose another"
-                    " execution.device, or shorter sequences"
-                ) from error
-        batch_size //= 2
-        clear_device_cache(garbage_collection=True)  # outside: the error keeps its frames' tensors
 
 
 def _keep_freed_blocks(below: int) -> None:

@@ -115,6 +115,10 @@ class BlockStream:
         for path, stand_in in self._stand_ins.items():
             model.set_submodule(path, stand_in)
 
+    def keep_all(self) -> None:
+        """The model came with its weights: all parts stay, and nothing is read."""
+        self.kept = {**self._empty_blocks, **self._empty}
+
     @property
     def block_count(self) -> int:
         return len(self._paths)

@@ -12,7 +12,6 @@ class PerplexitySection(Section):
     dataset: TextDataset
     sequence_length: int = Field(2048, ge=2, description="tokens a window")
     bos: Bos = Field("auto", description=BOS_DESCRIPTION + "; never: the papers' cut")
-    batch_size: int = Field(4, ge=1, description="windows a forward pass")
 
 
 class EvaluationSection(Section):
@@ -26,13 +25,11 @@ class EvaluationSection(Section):
         default_factory=dict, description="examples by suite; 0 where it is not named"
     )
     prefer_norm: bool = Field(True, description="acc_norm where a suite defines it, else acc")
-    batch_size: int = Field(
-        16, ge=1, description="requests a forward pass; halved where memory does not suffice"
-    )
     limit: int | None = Field(None, ge=1, description="first documents of each suite, for looking")
-    workers: int = Field(1, ge=1, description="suites scored at a time, each with its own model")
-    retries: int = Field(1, ge=0, description="of a suite that fails other than by bad input")
-    timeout: float | None = Field(None, gt=0, description="seconds a suite may take")
+    retries: int = Field(1, ge=0, description="of a task that fails other than by bad input")
+    timeout: float | None = Field(
+        None, gt=0, description="seconds a task may take; the chunks that it scored are kept"
+    )
 
     @model_validator(mode="after")
     def _examples_are_of_suites(self) -> Self:

@@ -16,7 +16,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
+from dpq_core.evaluation.divergence import divergences
+from dpq_core.evaluation.head import head_tiles
 from dpq_core.layer.records import QuantizedLinear
 from dpq_core.model.inputs import Batch
 from dpq_core.model.streaming import StreamedModel
@@ -58,29 +61,17 @@ def block_losses(
             for state in states.values():
                 stream.advance(state)
         on_progress()
-    reference = states.pop(None)
-    losses = _divergences(stream, reference, states)
+    reference = _flat(states.pop(None))
+    with head_tiles(stream) as tiles:
+        found = divergences(tiles, reference, [(tiles, _flat(states[trial])) for trial in trials])
     on_progress()
-    return {trial: losses[trial] for trial in trials}
+    if not torch.isfinite(reference).all() or not any(
+        torch.isfinite(each.nats).all() for each in found
+    ):
+        raise ValueError("the 16-bit model's predictions are not finite")
+    return {trial: each.nats.mean().item() for trial, each in zip(trials, found, strict=True)}
 
 
-def _divergences(
-    stream: StreamedModel,
-    reference: Sequence[Batch],
-    states: Mapping[Trial | None, Sequence[Batch]],
-) -> dict[Trial | None, float]:
-    """KL from the reference's predictions to each state's, a window's logits at a time."""
-    sums, tokens = dict.fromkeys(states, 0.0), 0
-    with stream.head() as logits_of:
-        for number, batch in enumerate(reference):
-            for window in range(len(batch.hidden)):
-                one = slice(window, window + 1)
-                expected = logits_of(batch.hidden[one]).float().log_softmax(-1)
-                if not torch.isfinite(expected).all():
-                    raise ValueError("the 16-bit model's predictions are not finite")
-                tokens += expected.shape[1]
-                for trial, state in states.items():
-                    found = logits_of(state[number].hidden[one]).float().log_softmax(-1)
-                    divergence = (expected.exp() * (expected - found)).sum(-1)
-                    sums[trial] += divergence.double().sum().item()
-    return {trial: max(total / tokens, 0.0) for trial, total in sums.items()}
+def _flat(batches: Sequence[Batch]) -> Tensor:
+    """[tokens, hidden] of all batches."""
+    return torch.cat([batch.hidden.flatten(0, 1) for batch in batches])

@@ -43,7 +43,7 @@ def show_release(release: Release) -> None:
     bits = 8 * release.manifest["bytes_per_weight"]
     console.print(
         f"{registration.name} version {registration.version}, {bits:.2f} bits a weight\n"
-        f"{release.memory.line}\n"
+        f"memory: {release.memory.line}; evaluation {release.scoring.line}\n"
         f"checkpoint {release.checkpoint}\nMLflow run {release.run_id}\n"
         f"report {release.report.address or f'failed: {release.report.error}'}",
         highlight=False,

@@ -11,10 +11,11 @@ from dpq_core.verdict.gates import Verdict, compare, judge
 from dpq_core.verdict.halves import ALL, CHOOSING, JUDGING, those
 from dpq_core.verdict.pairing import CONFIDENCE, Failure
 from flows.quantize import Candidate, make_candidate
-from flows.release.measurements import measure
-from infra.store import Store
-from tasks.evaluate import Measured, Subject, load_evaluation
+from flows.release.measurements import diverge, measure
+from infra.store import ArtifactRef, Store
+from tasks.evaluate import Measured, load_evaluation
 from tasks.preflight import Inputs
+from tasks.support.chunks import Comparison, Subject
 from tasks.support.model import content_digest
 
 
@@ -23,7 +24,8 @@ class Attempt:
     """A candidate, what was measured of it, and the verdict. With repair that is first a look at
     the documents that choose, and once nothing is chosen any more the verdict of the others; `look`
     stays. predicted: its increase of perplexity as planned; None for the first. ratios: of its
-    speed, by kind of device; None before it was timed."""
+    speed, by kind of device; None before it was timed. divergence: of its predictions from the
+    baseline's on the perplexity windows; None without such."""
 
     recipe: Recipe
     candidate: Candidate
@@ -32,6 +34,7 @@ class Attempt:
     verdict: Verdict
     predicted: float | None = None
     ratios: Mapping[str, float | Failure] | None = None
+    divergence: ArtifactRef | Failure | None = None
 
     @property
     def bits_per_weight(self) -> float:
@@ -52,9 +55,12 @@ def attempt(
         NotMeasuredError: a number is missing: no verdict.
     """
     candidate = make_candidate(recipe, inputs)
-    measured = measure(recipe, inputs.evaluation, subject_of(recipe, candidate, "candidate"))
+    data, reference = inputs.evaluation, baseline_of(inputs)
+    subject = subject_of(recipe, candidate, "candidate")
+    measured = measure(recipe, data, subject, Comparison(reference=reference))
+    diverged = diverge(recipe, data, subject, reference, measured)
     look = gate(recipe, baseline, measured, candidate, chooses=recipe.repair.enabled)
-    return Attempt(recipe, candidate, measured, look, look, predicted)
+    return Attempt(recipe, candidate, measured, look, look, predicted, divergence=diverged)
 
 
 def judged(attempt: Attempt, baseline: Measured) -> Attempt:
@@ -63,6 +69,11 @@ def judged(attempt: Attempt, baseline: Measured) -> Attempt:
         return attempt
     verdict = gate(attempt.recipe, baseline, attempt.measured, attempt.candidate, attempt.ratios)
     return replace(attempt, verdict=verdict)
+
+
+def baseline_of(inputs: Inputs) -> Subject:
+    """The original to measure, as what candidates are quantized from."""
+    return Subject("baseline", inputs.model.folder, inputs.model.digest, source=True)
 
 
 def subject_of(recipe: Recipe, candidate: Candidate, role: str) -> Subject:

@@ -1,51 +1,133 @@
-"""Run the measurements of a recipe on one checkpoint, a task each."""
+"""Run the measurements of a recipe on one checkpoint: all chunks of tokens first, in parts, a task
+each; then a task for each metric, which adds up what its chunks scored."""
 
-from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
+from typing import Any
 
-from prefect.client.schemas.objects import State
+from prefect.client.schemas.objects import State, TaskRun
 from prefect.futures import PrefectFuture
+from prefect.tasks import Task
 
+from dpq_core.errors import InputError
+from dpq_core.evaluation.scores import PERPLEXITY
 from dpq_core.recipe import Recipe
 from dpq_core.verdict.pairing import Failure
 from flows.quantize import worker_lost
-from infra.store import ArtifactRef, StoreError
-from tasks.evaluate import EvaluationData, Measured, Subject, measurements
+from infra.store import ArtifactRef, Store, StoreError
+from tasks.evaluate import (
+    EvaluationData,
+    Measured,
+    chunks_asked,
+    find_scores,
+    measure_divergence,
+    measure_perplexity,
+    measure_suite,
+)
+from tasks.score import portions_of, score
+from tasks.support.chunks import ChunkRef, Comparison, Kept, Subject
+from tasks.support.worker import this_worker
 
 
-def measure(recipe: Recipe, data: EvaluationData, subject: Subject) -> Measured:
+def measure(
+    recipe: Recipe, data: EvaluationData, subject: Subject, comparison: Comparison | None = None
+) -> Measured:
     """Scores of all that the recipe's evaluation names; one that fails says why, and the others go
-    on. To be called inside a flow with `task_runner(…)`.
+    on. To be called inside a flow with `task_runner(…)`. comparison: what is wanted of the
+    perplexity windows besides.
 
     Raises:
         StoreError: scores that could not be stored: a full disk is no failure of the model.
-
-    At most `evaluation.workers` run at a time: each loads the model.
     """
-    tasks = measurements(recipe, data)
-    waiting: deque[tuple[str, _Submit, PrefectFuture[ArtifactRef]]] = deque()
-    measured: dict[str, ArtifactRef | Failure] = {}
-
-    def finish_one() -> None:
-        name, submit, future = waiting.popleft()
-        measured[name] = _found(future, submit)
-
-    for name, (task, arguments) in tasks.items():
-        if len(waiting) == recipe.evaluation.workers:
-            finish_one()
-        submit = partial(task.submit, recipe, subject, *arguments)
-        waiting.append((name, submit, submit()))
-    while waiting:
-        finish_one()
-    return measured
+    comparison = comparison or Comparison()
+    failed = _score_chunks(recipe, data, subject, comparison)
+    submits: dict[str, _Submit] = {}
+    for metric in data.requests:
+        if metric not in failed:
+            one = [] if metric == PERPLEXITY else [metric]
+            measuring = _with_retries(recipe, measure_suite if one else measure_perplexity)
+            submits[metric] = partial(measuring.submit, recipe, subject, data, *one)
+    found = _all(submits)
+    return {metric: failed.get(metric) or found[metric] for metric in data.requests}
 
 
-_Submit = Callable[[], PrefectFuture[ArtifactRef]]
+def diverge(
+    recipe: Recipe, data: EvaluationData, subject: Subject, reference: Subject, measured: Measured
+) -> ArtifactRef | Failure | None:
+    """How far a measured candidate's predictions are from the reference's, whose states are kept;
+    None: no windows to compare them on."""
+    windows = measured.get(PERPLEXITY)
+    if windows is None or isinstance(windows, Failure):
+        return windows
+    submit = partial(measure_divergence.submit, recipe, subject, data, reference)
+    found: ArtifactRef | Failure = _found(submit(), submit)
+    return found
+
+
+def _score_chunks(
+    recipe: Recipe, data: EvaluationData, subject: Subject, comparison: Comparison
+) -> dict[str, Failure]:
+    """Have the chunks scored that are missing; the metrics of those that still are, and why."""
+    missing = list(_missing(recipe, data, subject, comparison))
+    portions = {each.title: each for each in portions_of(recipe, subject, missing)}
+    scoring = _with_retries(recipe, score)
+    outcomes = _all(
+        {
+            title: partial(scoring.submit, recipe, subject, portion, comparison)
+            for title, portion in portions.items()
+        }
+    )
+    kept = _kept(recipe, subject, comparison)
+    return {
+        chunk.metric: outcome
+        for title, outcome in outcomes.items()
+        if isinstance(outcome, Failure)
+        for chunk in portions[title].chunks
+        if kept.missing(chunk)
+    }
+
+
+def _missing(
+    recipe: Recipe, data: EvaluationData, subject: Subject, comparison: Comparison
+) -> Iterator[ChunkRef]:
+    kept = _kept(recipe, subject, comparison)
+    for metric in data.requests:
+        scored = find_scores(recipe, subject, data, metric) is not None
+        for chunk in chunks_asked(data, metric, comparison, kept.store):
+            if kept.missing(chunk, scores=not scored):
+                yield chunk
+
+
+def _kept(recipe: Recipe, subject: Subject, comparison: Comparison) -> Kept:
+    worker = this_worker(recipe.execution)
+    return Kept(Store(recipe.execution.store), subject, comparison, worker.arithmetic)
+
+
+def _with_retries(recipe: Recipe, task: Task[..., Any]) -> Task[..., Any]:
+    return task.with_options(
+        retries=recipe.evaluation.retries, retry_condition_fn=_may_pass_next_time
+    )
+
+
+def _may_pass_next_time(_task: Any, _run: TaskRun, state: State[Any]) -> bool:
+    """Whether a retry can help: not where the input is what is wrong, or time or space was not
+    enough."""
+    return not isinstance(
+        state.result(raise_on_failure=False), InputError | TimeoutError | StoreError
+    )
+
+
+def _all(submits: dict[str, "_Submit"]) -> dict[str, Any]:
+    """What tasks found, or why they did not, by name; all run at a time that the runner lets."""
+    futures = {name: submit() for name, submit in submits.items()}
+    return {name: _found(future, submits[name]) for name, future in futures.items()}
+
+
+_Submit = Callable[[], PrefectFuture[Any]]
 _STARTS = 3
 
 
-def _found(future: PrefectFuture[ArtifactRef], submit: _Submit) -> ArtifactRef | Failure:
+def _found(future: PrefectFuture[Any], submit: _Submit) -> Any:
     """What a task found, or why it did not; one whose worker was killed too."""
     try:
         return _outcome(_ended(future, submit))
@@ -53,12 +135,11 @@ def _found(future: PrefectFuture[ArtifactRef], submit: _Submit) -> ArtifactRef |
         if not worker_lost(error):
             raise
         return Failure(
-            "failed: its worker was killed, for lack of memory perhaps: lower evaluation.workers"
-            " or evaluation.batch_size"
+            "failed: its worker was killed, for lack of memory perhaps: lower execution.workers"
         )
 
 
-def _ended(future: PrefectFuture[ArtifactRef], submit: _Submit) -> State[ArtifactRef]:
+def _ended(future: PrefectFuture[Any], submit: _Submit) -> State[Any]:
     """How a task ended. One that found no server when it was to begin comes back as it was, and is
     submitted again."""
     for _ in range(_STARTS - 1):
@@ -70,14 +151,14 @@ def _ended(future: PrefectFuture[ArtifactRef], submit: _Submit) -> State[Artifac
     return future.state
 
 
-def _outcome(state: State[ArtifactRef]) -> ArtifactRef | Failure:
+def _outcome(state: State[Any]) -> Any:
     if not state.is_final():
         name = state.type.value.lower()
         return Failure(
             f"did not begin in {_STARTS} attempts, and is {name}: {state.message or '-'}"
         )
     result = state.result(raise_on_failure=False)
-    if isinstance(result, ArtifactRef):
+    if state.is_completed():
         return result
     if isinstance(result, StoreError):  # no fault of the model
         raise result

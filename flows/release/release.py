@@ -12,7 +12,7 @@ from dpq_core.recipe import Recipe, RecipeError
 from dpq_core.verdict.gates import Verdict
 from flows.benchmark import publish_times, with_benchmark
 from flows.release.approval import approved
-from flows.release.candidate import Attempt, attempt, check_baseline
+from flows.release.candidate import Attempt, attempt, baseline_of, check_baseline
 from flows.release.export_stage import with_exports, write_cards
 from flows.release.measurements import measure
 from flows.release.repair import repair, round_rows
@@ -20,21 +20,22 @@ from flows.release.repair_options import Options
 from flows.release.report_stage import Outcome, Report, report_or_error
 from flows.reporting.prefect_artifacts import publish, publish_parts
 from flows.running.liveness import attended
+from infra.memory import watched
 from infra.registry import Registry
 from infra.registry.tracking import PARENT, TrackedRun, tracked_run, tracking_store
 from infra.settings import home
-from tasks.evaluate import Subject
 from tasks.export import Export
 from tasks.log import log_evaluation, log_metrics, log_release, log_verdict
 from tasks.preflight import preflight
 from tasks.publish import destination_of, published
 from tasks.register import Registration, base_of, register
+from tasks.support.chunks import Comparison
 from tasks.support.memory import MemoryUse
 
 
 @dataclass(frozen=True)
 class Release:
-    """What came of a release."""
+    """What came of a release. memory: of quantizing. scoring: of the baseline's evaluation."""
 
     verdict: Verdict
     checkpoint: str
@@ -45,6 +46,7 @@ class Release:
     exports: list[Export]
     report: Report
     memory: MemoryUse
+    scoring: MemoryUse
 
     def as_dict(self) -> dict[str, Any]:
         """The object that `dpq release --json` prints."""
@@ -87,9 +89,9 @@ def release(recipe: Recipe) -> Release:
         inputs = preflight(recipe)
         base_of(recipe, inputs.model).check(registry, name, champion)
         model, data = inputs.model, inputs.evaluation
-        baseline = measure(
-            recipe, data, Subject("baseline", model.folder, model.digest, source=True)
-        )
+        with watched() as peaks:
+            baseline = measure(recipe, data, baseline_of(inputs), Comparison(kept=True))
+        scoring = MemoryUse.of(recipe, inputs.scoring, peaks, None)
         check_baseline(recipe, baseline)
         repaired = repair(recipe, inputs, baseline, attempt(recipe, inputs, baseline))
         timed, speeds = with_benchmark(baseline, repaired.last)
@@ -98,7 +100,7 @@ def release(recipe: Recipe) -> Release:
         checkpoint, manifest = last.candidate.checkpoint, last.candidate.manifest
         log_release(run, last.recipe, model, manifest, last.verdict.metrics)
         memory = repaired.attempts[0].candidate.memory  # later rounds quantize little
-        run.log_metrics(memory.as_metrics())
+        run.log_metrics(memory.as_metrics() | scoring.as_metrics("memory.evaluation"))
         publish_times(run, name, last.recipe, speeds)
         parts = log_evaluation(run, recipe, {"baseline": baseline, "candidate": last.measured})
         judged, approval = approved(last.verdict, recipe.gates)
@@ -134,7 +136,16 @@ def release(recipe: Recipe) -> Release:
         report = report_or_error(run, tracking_uri, outcome)
     folder = str(checkpoint.folder)
     return Release(
-        verdict, folder, run.run_id, registration, manifest, rounds, exports, report, memory
+        verdict=verdict,
+        checkpoint=folder,
+        run_id=run.run_id,
+        registration=registration,
+        manifest=manifest,
+        rounds=rounds,
+        exports=exports,
+        report=report,
+        memory=memory,
+        scoring=scoring,
     )
 
 

@@ -1,12 +1,13 @@
 """Memory and disk: whether there is enough before a run, and what was used beside what was said."""
 
 import shutil
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import psutil
 
 from dpq_core.errors import InputError
+from dpq_core.evaluation.room import Room
 from dpq_core.footprint import Footprint
 from dpq_core.recipe import ExecutionSection, Recipe
 from infra.care import stored
@@ -22,8 +23,8 @@ class RoomError(InputError):
 
 @dataclass(frozen=True)
 class MemoryUse:
-    """Peaks of quantizing in bytes, as predicted and as used; of a worker process: 0 where layers
-    are quantized in threads of the process itself, and the use None where they are elsewhere; of a
+    """Peaks of a stage in bytes, as predicted and as used; of a worker process: 0 where
+    threads of the process itself do the work, and the use None where that is elsewhere; of a
     worker's device: 0 and None where that has no memory of its own."""
 
     predicted: int
@@ -35,7 +36,7 @@ class MemoryUse:
 
     @classmethod
     def of(
-        cls, recipe: Recipe, needed: Footprint, peaks: Peaks, device_peak: int | None
+        cls, recipe: Recipe, needed: Footprint | Room, peaks: Peaks, device_peak: int | None
     ) -> "MemoryUse":
         """device_peak: the most that any worker had of its device, if anybody knows."""
         execution, device = recipe.execution, needed.device
@@ -59,23 +60,16 @@ class MemoryUse:
     @property
     def line(self) -> str:
         """For people."""
-        text = f"memory: {shown_bytes(self.used)} of {shown_bytes(self.predicted)} predicted"
+        text = f"{shown_bytes(self.used)} of {shown_bytes(self.predicted)} predicted"
         if self.worker_predicted:
             text += f"; a worker {_shown(self.worker_used)} of {shown_bytes(self.worker_predicted)}"
         if self.device_predicted:
             text += f"; a device {_shown(self.device_used)} of {shown_bytes(self.device_predicted)}"
         return text
 
-    def as_metrics(self) -> dict[str, float]:
+    def as_metrics(self, prefix: str = "memory") -> dict[str, float]:
         """For MLflow: megabytes, what is known."""
-        found = {
-            "memory.predicted_mb": self.predicted,
-            "memory.used_mb": self.used,
-            "memory.worker_predicted_mb": self.worker_predicted,
-            "memory.worker_used_mb": self.worker_used,
-            "memory.device_predicted_mb": self.device_predicted,
-            "memory.device_used_mb": self.device_used,
-        }
+        found = {f"{prefix}.{name}_mb": value for name, value in asdict(self).items()}
         return {name: value / 1e6 for name, value in found.items() if value}
 
 
@@ -116,6 +110,24 @@ def check_room(recipe: Recipe, needed: Footprint, store: Store, worker: Worker) 
             f" {shown_bytes(max(needed.block, needed.share))}, {shown_bytes(wanted)} in all,"
             f" and {shown_bytes(available)} are available: lower execution.workers,"
             " calibration.batch_size or calibration.samples"
+        )
+
+
+def check_scoring_room(execution: ExecutionSection, needed: Room, worker: Worker) -> None:
+    """Enough memory for the evaluation, here and on every worker's device. Raises RoomError."""
+    if worker.memory is not None and needed.device > worker.memory:
+        raise RoomError(
+            f"execution.device: {worker.name}: evaluating takes {shown_bytes(needed.device)} of it"
+            f" (a block, the output head), and {shown_bytes(worker.memory)} are there: choose"
+            " devices with more memory, or cpu"
+        )
+    workers, available = workers_here(execution), available_memory()
+    wanted = needed.together(workers)
+    if not execution.dask_address and wanted > available:
+        raise RoomError(
+            f"execution.workers: {workers}: evaluating takes {shown_bytes(needed.worker)} each,"
+            f" {shown_bytes(wanted)} in all, and {shown_bytes(available)} are available: lower"
+            " execution.workers"
         )
 
 

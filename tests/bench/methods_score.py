@@ -189,7 +189,7 @@ def _log_likelihoods(
 
 def _of_goals(model: Any, states: Tensor, goals: Tensor) -> tuple[Tensor, Tensor]:
     """Log-probability of each goal, and whether it is the likeliest; logits as the model rounds
-    them, softmax in FP32, as in `dpq_core.evaluation.harness`."""
+    them, softmax in FP32."""
     size = max(1, (1 << (28 if states.is_cuda else 26)) // len(model.lm_head.weight))
     logp, top = [], []
     for part, goal in zip(states.split(size), goals.split(size), strict=True):

@@ -1,13 +1,16 @@
-"""Memory that quantizing takes, beside preflight's prediction, for Llamas with random weights.
+"""Memory that quantizing takes, beside preflight's prediction, for Llamas with random weights; and
+that evaluating takes.
 
     python tests/bench/peak_memory.py [--models 150m 600m 1.1b] [--runner threads|processes]
                                       [--blocks N] [--windows N] [--shards N]
+    python tests/bench/peak_memory.py --evaluate [--models …]
 
 Models are made on the spot; each is quantized by one worker, in a process of its own. A row a
 model: predicted and used memory of the process and of the worker. `--blocks` cuts the models: a
 block is quantized as if the others were there. For a whole 1.1-billion-parameter model in threads
 the peak above the idle process (everything imported) has to stay below half of the BF16 checkpoint
-plus the calibration activations; the row says so.
+plus the calibration activations; the row says so. `--evaluate` has `dpq evaluate` score 32 windows
+of a model: its peak above the idle process, beside the checkpoint, of which it may be half.
 """
 
 import argparse
@@ -16,6 +19,8 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -123,6 +128,44 @@ def memory_of(recipe: Path, home: Path) -> dict[str, int]:
     return memory
 
 
+def peak_of_evaluation(work: Path) -> int:
+    """Most resident memory of `dpq evaluate` on 32 windows, a worker, bytes."""
+    text = work / "text.jsonl"
+    text.write_text(json.dumps({"text": "some words of a text, " * (32 * LENGTH // 22)}))
+    dataset = {"path": "json", "data_files": str(text)}
+    content = json.loads((work / "recipe.yaml").read_text())
+    content["evaluation"] = {"perplexity": {"dataset": dataset, "sequence_length": LENGTH}}
+    (work / "recipe.yaml").write_text(json.dumps(content))
+    asked = ["evaluate", str(work / "model"), "--recipe", str(work / "recipe.yaml"), "--json"]
+    command = [sys.executable, "-c", "from flows.cli.main import main; main()", *asked]
+    environment = {**os.environ, "DPQ_HOME": str(work / "home")}
+    run = psutil.Popen(command, env=environment, stdout=subprocess.PIPE)
+    peak = 0
+    while run.poll() is None:
+        with suppress(psutil.NoSuchProcess):
+            peak = max(peak, run.memory_info().rss)
+        time.sleep(0.05)
+    found = json.loads(run.stdout.read())["scores"][0]
+    assert found["documents"] >= 31, found
+    return peak
+
+
+def evaluated(names: list[str]) -> bool:
+    """A row a model; whether one took more than half of its checkpoint."""
+    far, idle = False, idle_bytes()
+    print("| model | checkpoint | evaluation above idle | share |")
+    for name in names:
+        with tempfile.TemporaryDirectory() as folder:
+            work = Path(folder)
+            checkpoint = make_model(work / "model", name, None)
+            write_recipe(work, "threads", 16, 1)
+            above = peak_of_evaluation(work) - idle
+        far |= above > checkpoint / 2
+        shown = f"{checkpoint / 2**20:.0f} MiB | {above / 2**20:.0f} MiB"
+        print(f"| {name} | {shown} | {above / checkpoint:.0%} |", flush=True)
+    return far
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
@@ -130,7 +173,10 @@ def main() -> None:
     parser.add_argument("--blocks", type=int)
     parser.add_argument("--windows", type=int, default=16)
     parser.add_argument("--shards", type=int, default=1)
+    parser.add_argument("--evaluate", action="store_true")
     arguments = parser.parse_args()
+    if arguments.evaluate:
+        raise SystemExit(evaluated(arguments.models))
     far = False
     print("| model | process predicted | used | off | worker predicted | used | off |")
     for name in arguments.models:

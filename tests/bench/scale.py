@@ -6,11 +6,14 @@ Measured (CPU time, so that a busy machine counts little): accumulating a Hessia
 layer by the default scheme, SHA-256 with writing and reading an artifact; and, in wall time, tasks
 a second through a Prefect server of its own. Computed: the same for Llama shapes, in operations
 and bytes. Operations of a layer [m, n]: Hessian 2 T n² and factor n³ once an input; column loop
-2 m n², and 4 m n² a pass of gradient-aware rounding. Then a simulation of releases on 1, 8 and 64
-GPUs, before and after what locality there is (`scale_simulation.py`).
+2 m n², and 4 m n² a pass of gradient-aware rounding. An evaluation of the ten suites and the
+papers' perplexity: what is in hand, on the device, and read (`dpq_core/evaluation/room.py`). Then a
+simulation of releases on 1, 8 and 64 GPUs, before and after what locality there is
+(`scale_simulation.py`).
 """
 
 import argparse
+import math
 import os
 import tempfile
 import time
@@ -21,9 +24,12 @@ import torch
 from scale_shapes import SHAPES, Shape
 from scale_simulation import Rates, table
 
+from dpq_core.data.mirrored_suites import MIRRORED
+from dpq_core.evaluation.room import Sizes
 from dpq_core.layer.hessian import InputStatistics
 from dpq_core.layer.quantize import quantize_layer
 from dpq_core.recipe.scheme import Scheme
+from flows.cli import forecast
 from infra.orchestration.services import services
 from infra.store import Store
 
@@ -55,6 +61,34 @@ def traffic(shape: Shape, tokens: int) -> dict[str, float]:
         "hidden states at every eighth block": 2 * hidden / 8,
         "layers written and read": 2 * 0.53 * shape.weights,
         "release written": 0.53 * shape.weights + 2 * shape.other,
+    }
+
+
+def asked_tokens() -> float:
+    """Of the ten suites (no examples) and the papers' WikiText-2, what is shared counted once."""
+    suites = sum(
+        characters * MIRRORED[name].splits[MIRRORED[name].scored]
+        for name, characters in forecast._CHARACTERS.items()
+    )
+    return (suites + sum(forecast._HUB.values())) / forecast._PER_TOKEN
+
+
+def evaluation(shape: Shape, host: int) -> dict[str, float]:
+    """Bytes of one worker that evaluates a model, on a host with so many."""
+    sizes = Sizes(
+        weights=shape.weights + shape.other,
+        block=shape.weights // shape.blocks,
+        embedding=shape.other // 2,
+        hidden=shape.hidden,
+        widest=shape.intermediate,
+    )
+    in_hand = sizes.tokens_in_hand(host // 8)
+    passes = math.ceil(asked_tokens() / in_hand)
+    return {
+        "the model": 2.0 * sizes.weights,
+        "on the device": sizes.bytes_of(0),
+        "hidden states on the host": sizes.bytes_of(in_hand) - sizes.bytes_of(0),
+        "read by all passes": 2.0 * sizes.weights * passes,
     }
 
 
@@ -124,6 +158,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tokens", type=int, default=128 * 2048)
     parser.add_argument("--passes", type=int, default=8)
+    parser.add_argument("--host", type=int, default=512, help="GiB, of an evaluation")
     parser.add_argument("--computed", action="store_true", help="measure nothing")
     arguments = parser.parse_args()
     print("| model | layers | forward, PFLOP | Hessians, PFLOP | layers, PFLOP |")
@@ -142,6 +177,13 @@ def main() -> None:
         largest = 4 * shape.intermediate**2
         cells = [*moved.values(), largest]
         print(f"| {shape.name} | " + " | ".join(f"{each / 1e9:,.1f}" for each in cells) + " |")
+    host = arguments.host << 30
+    names = list(evaluation(SHAPES[0], host))
+    print(f"\n{asked_tokens() / 1e6:.1f} million tokens asked; a host of {arguments.host} GiB")
+    print(f"| GB | {' | '.join(names)} |\n|---|{'---|' * len(names)}")
+    for shape in SHAPES:
+        cells = " | ".join(f"{each / 1e9:,.1f}" for each in evaluation(shape, host).values())
+        print(f"| {shape.name} | {cells} |")
     print()
     for line in table(SHAPES, arguments.tokens, arguments.passes, Rates()):
         print(line)

@@ -6,8 +6,8 @@ the linears' products for the distinct tokens alone (blocks), and of the head's 
 predict. Seconds are the process's own (`time.process_time`), so that other work on the machine
 counts less; both sides start from the texts of the requests.
 
-    python tests/bench/scorer.py ../shared/models/wiki-llama-12m --documents 200
-    python tests/bench/scorer.py FOLDER --suites mmlu --subjects 4 --documents 50   (of each)
+    PYTHONPATH=tests python tests/bench/scorer.py ../shared/models/wiki-llama-12m --documents 200
+    PYTHONPATH=tests python tests/bench/scorer.py FOLDER --suites mmlu --subjects 4 --documents 50
 """
 
 import argparse
@@ -18,11 +18,11 @@ from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import torch
+from reference_harness import harness_of
 from torch.nn.functional import linear
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dpq_core.evaluation.forest import Asked, chunks_of
-from dpq_core.evaluation.harness import _harness
 from dpq_core.evaluation.requests import Encoder
 from dpq_core.evaluation.scorer import answers, score
 from dpq_core.evaluation.subject import subject_of
@@ -37,7 +37,7 @@ ROWS = 2_048
 
 def by_harness(model, tokenizer, suite):
     """Seconds, tokens that ran (with padding), answers."""
-    harness, ran = _harness(model, tokenizer, 16), 0
+    harness, ran = harness_of(model, tokenizer, 16), 0
     call = harness._model_call
 
     def counted(inps, *args, **kwargs):
@@ -114,7 +114,7 @@ def main():
     )
     score(subject, list(chunks_of([Asked(tuple(range(40)), 3, 0)])))  # what is done once
     encoder = Encoder(tokenizer, subject.stream.model.config)
-    _harness(model, tokenizer, 16)
+    harness_of(model, tokenizer, 16)
     sums = [0.0, 0.0]
     examples = {"mmlu": asked.fewshot} if "mmlu" in asked.suites else {}
     sources = SuiteSources(mirror=asked.data)

@@ -13,10 +13,10 @@ from methods_score import Suites, reference, score_suites, score_windows
 from methods_suites import arrays_of
 from methods_table import wanted
 from methods_transforms import transform
+from reference_harness import evaluate_suite
 from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma3ForCausalLM, Gemma3TextConfig
 
 from dpq_core.calibration.statistics import InputRounding, TokenWeights, calibrate_block
-from dpq_core.evaluation.harness import evaluate_suite
 from dpq_core.evaluation.perplexity import perplexity_token
 from dpq_core.evaluation.suites.definitions import SuiteSources, loaded_suites
 from dpq_core.model.inputs import batches_of

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import lm_eval
 import pytest
+from reference_harness import evaluate_suite
 from transformers import AutoTokenizer
 
 from dpq_core.checkpoint.native import load_model
-from dpq_core.evaluation.harness import evaluate_suite
 from dpq_core.evaluation.suites.definitions import SuiteSources, loaded_suites
 
 SHARED = Path(__file__).parents[2].parent / "shared"

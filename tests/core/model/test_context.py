@@ -5,8 +5,7 @@ import torch
 from model_families import IDS, VOCABULARY, save, tokenizer
 from transformers import Gemma3TextConfig, LlamaConfig, MambaConfig, MistralConfig, Qwen2Config
 
-from dpq_core.checkpoint.native import load_model
-from dpq_core.evaluation.harness import evaluate_suite
+from dpq_core.evaluation.requests import Encoder
 from dpq_core.evaluation.suites.definitions import SuiteSources, loaded_suites
 from dpq_core.model.context import (
     ContextError,
@@ -15,6 +14,7 @@ from dpq_core.model.context import (
     check_tokenizer,
     context_of,
 )
+from dpq_core.model.streaming import load_config
 from dpq_core.pipeline import quantize_checkpoint
 from dpq_core.recipe import CalibrationSection, TextDataset
 from dpq_core.recipe.scheme import Scheme
@@ -115,12 +115,10 @@ def test_plain_quantization_refuses_windows_that_the_model_cannot_read(tmp_path,
 
 
 def test_a_suite_with_such_tokens_is_refused_before_anything_runs(tmp_path):
-    """Its texts are tokenised by the harness: here, and not in preflight."""
-    model = load_model(save("llama-2", tmp_path))
-    model.config.vocab_size = 100
-    model.forward = None  # nothing may run
+    config = load_config(save("llama-2", tmp_path))
+    config.vocab_size = 100
     with (
         loaded_suites(["python_docs"], SuiteSources()) as suites,
-        pytest.raises(ContextError, match=r"a suite: the texts hold token 220 .* has 100 rows"),
+        pytest.raises(ContextError, match=r"python_docs: the texts hold token 220 .* has 100 rows"),
     ):
-        evaluate_suite(model, tokenizer(), suites["python_docs"], limit=4)
+        Encoder(tokenizer(), config).requests_of(suites["python_docs"], 4)

@@ -7,10 +7,9 @@ import pytest
 import torch
 from model_families import VOCABULARY, save, tokenizer
 from safetensors.torch import load_file, save_file
+from scoring import evaluate_suite, perplexity
 
 from dpq_core.checkpoint.native import load_model, load_quantized
-from dpq_core.evaluation.harness import evaluate_suite
-from dpq_core.evaluation.perplexity import perplexity_token
 from dpq_core.evaluation.suites.definitions import SuiteSources, loaded_suites
 from dpq_core.model.finite import NotFiniteError
 from dpq_core.pipeline import quantize_checkpoint
@@ -57,12 +56,11 @@ def test_in_calibration(overflowing, tmp_path):
     quantize(overflowing, tmp_path / "out")
 
 
-@pytest.mark.parametrize("batch_size", [1, 4])
-def test_in_perplexity(overflowing, batch_size):
+def test_in_perplexity(overflowing):
     with pytest.raises(NotFiniteError, match=NAMED):
-        perplexity_token(load_model(overflowing), WINDOWS, batch_size)
+        perplexity(load_model(overflowing), WINDOWS)
     in_bf16(overflowing)
-    assert math.isfinite(perplexity_token(load_model(overflowing), WINDOWS, batch_size).value)
+    assert math.isfinite(perplexity(load_model(overflowing), WINDOWS).value)
 
 
 def test_in_a_suite(overflowing):
@@ -77,7 +75,7 @@ def test_of_a_bf16_model_texts_and_weights_are_suspected(overflowing):
     model = load_model(overflowing)
     model.model.layers[0].mlp.up_proj.weight.data[3, 5] = math.inf
     with pytest.raises(NotFiniteError, match=r"layers\.0: the bfloat16 .* look at the texts"):
-        perplexity_token(model, WINDOWS, 4)
+        perplexity(model, WINDOWS)
 
 
 def test_a_quantized_model_s_nan_is_its_verdict(overflowing, tmp_path):
@@ -85,7 +83,7 @@ def test_a_quantized_model_s_nan_is_its_verdict(overflowing, tmp_path):
     quantize(overflowing, tmp_path / "out")
     model = load_quantized(tmp_path / "out")
     model.model.layers[0].mlp.up_proj.channel_scale[3] = math.nan
-    assert math.isnan(perplexity_token(model, WINDOWS, 4).value)
+    assert math.isnan(perplexity(model, WINDOWS).value)
 
 
 def test_a_head_that_is_not_finite_is_no_overflow(overflowing):
@@ -93,4 +91,4 @@ def test_a_head_that_is_not_finite_is_no_overflow(overflowing):
     in_bf16(overflowing)
     model = load_model(overflowing)
     model.lm_head.weight.data[5] = math.nan
-    assert math.isnan(perplexity_token(model, WINDOWS, 4).value)
+    assert math.isnan(perplexity(model, WINDOWS).value)

@@ -1,18 +1,16 @@
 import json
 import math
 import os
-import threading
-import time
 from pathlib import Path
 
 import lm_eval
 import pytest
 import torch
-from accelerate import init_empty_weights
+from scoring import evaluate_suite
 from transformers import AutoTokenizer, ByT5Tokenizer, LlamaConfig, LlamaForCausalLM
 
 from dpq_core.data import python_corpus
-from dpq_core.evaluation import harness
+from dpq_core.evaluation.open_texts import opened_by
 from dpq_core.evaluation.suites import definitions, python_docs
 from dpq_core.evaluation.suites.definitions import (
     SuiteError,
@@ -20,8 +18,6 @@ from dpq_core.evaluation.suites.definitions import (
     check_suites,
     loaded_suites,
 )
-from dpq_core.machine import device
-from dpq_core.model.empty import building
 
 SHARED = Path(__file__).parents[3].parent / "shared"
 SHIPPED = Path(lm_eval.__file__).parent / "tasks"
@@ -100,7 +96,7 @@ def evaluate_suites(model, tokenizer, names, suites_path=None, num_fewshot=None,
     sources = SuiteSources(definitions=suites_path)
     with loaded_suites(names, sources, num_fewshot, prefer_norm) as suites:
         return {
-            name: harness.evaluate_suite(model, tokenizer, suite, **keywords)
+            name: evaluate_suite(model, tokenizer, suite, **keywords)
             for name, suite in suites.items()
         }
 
@@ -119,10 +115,9 @@ def log_likelihood(model, context, continuation):
     return sum(logits[place, token].item() for place, token in zip(places, after, strict=True))
 
 
-@pytest.mark.parametrize("batch_size", [1, 16])
-def test_answers_are_those_of_a_loop_by_hand(batch_size):
+def test_answers_are_those_of_a_loop_by_hand():
     model = tiny()
-    result = evaluate_suites(model, BYTES, ["python_docs"], limit=12, batch_size=batch_size)
+    result = evaluate_suites(model, BYTES, ["python_docs"], limit=12)
     by_hand = []
     for question in python_docs.questions()[:12]:
         scores = [log_likelihood(model, question["context"], c) for c in question["choices"]]
@@ -145,26 +140,6 @@ def test_two_models_differ_on_the_same_documents_and_nothing_is_cached():
     assert first.values != second.values
     assert first == again
     assert {path for path in site.rglob("*") if "__pycache__" not in path.parts} == before
-
-
-def test_a_model_is_tied_while_another_thread_builds_one():
-    """On a head that became empty, PyTorch multiplies with whatever is in memory."""
-    model = tiny(tie_word_embeddings=True)
-    expected = evaluate_suites(model, BYTES, ["python_docs"], limit=8)
-    inside = threading.Event()
-
-    def build():
-        with building, init_empty_weights():
-            inside.set()
-            time.sleep(2)
-
-    builder = threading.Thread(target=build)
-    builder.start()
-    inside.wait()
-    found = evaluate_suites(model, BYTES, ["python_docs"], limit=8)
-    builder.join()
-    assert not model.lm_head.weight.is_meta
-    assert found == expected
 
 
 def test_a_broken_model_has_no_accuracy():
@@ -305,16 +280,12 @@ def test_word_perplexity_is_that_of_the_text_read_once(folder):
         ROLLING.format(shipped=SHIPPED / "wikitext/wikitext.yaml", data=data)
     )
     model = tiny()
-    seen = []
-    found = evaluate_suites(model, BYTES, ["rolling"], path, on_progress=lambda *p: seen.append(p))[
-        "rolling"
-    ]
+    found = evaluate_suites(model, BYTES, ["rolling"], path)["rolling"]
     by_hand = [-log_likelihood(model, "</s>", text) for text in texts]
     assert found.values == pytest.approx(by_hand, rel=1e-5)
     assert found.weights == [4, 2, 31]
     assert found.metric == "perplexity_word"
     assert found.value == pytest.approx(math.exp(sum(by_hand) / 37), rel=1e-5)
-    assert seen[-1] == (3, 3)
 
 
 def test_a_suite_without_a_score_we_know_is_refused(folder):
@@ -336,39 +307,6 @@ def test_requests_cut_to_the_window_are_counted(folder):
     assert evaluate_suites(model, BYTES, ["suite"], path)["suite"].truncated == 0
     model.config.max_position_embeddings = 12
     assert evaluate_suites(model, BYTES, ["suite"], path)["suite"].truncated == 4  # "a b c", "e e"
-
-
-def test_progress_counts_every_sequence(folder):
-    path, write = folder
-    write("suite", [0, 1, 2])
-    seen = []
-    evaluate_suites(
-        tiny(), BYTES, ["suite"], path, batch_size=2, on_progress=lambda *p: seen.append(p)
-    )
-    assert seen == [(2, 9), (4, 9), (6, 9), (8, 9), (9, 9)]
-
-
-def test_memory_that_does_not_suffice_halves_the_batch(folder):
-    path, write = folder
-    write("suite", [0, 1, 2])
-    model, sizes = tiny(), []
-
-    def refuse(_, arguments):
-        sizes.append(len(arguments[0]))
-        if sizes[-1] > limit:
-            raise torch.OutOfMemoryError("CUDA out of memory.")
-
-    def run(batch_size):
-        return evaluate_suites(model, BYTES, ["suite"], path, batch_size=batch_size)["suite"]
-
-    expected = run(8)
-    with model.model.embed_tokens.register_forward_pre_hook(refuse):
-        limit = 3
-        assert device.halving_batches(run, 8).values == expected.values
-        assert sizes == [8, 4, 2, 2, 2, 2, 1]
-        limit = 0
-        with pytest.raises(device.DeviceError, match="a batch of one"):
-            device.halving_batches(run, 8)
 
 
 def test_a_redefined_subject_leaves_the_group_its_others(folder, tmp_path):
@@ -393,12 +331,10 @@ def test_the_harness_s_own_suites_are_known():
 @pytest.mark.skipif(not STORIES.exists(), reason="needs ../shared/models")
 def test_a_tokenizer_that_opens_texts_still_opens_them():
     tokenizer = AutoTokenizer.from_pretrained(STORIES)
-    torch.manual_seed(0)
-    model = LlamaForCausalLM.from_pretrained(STORIES)
-    opening = harness._harness(model, tokenizer, 4)
-    assert opening.tok_encode("hello") == tokenizer("hello").input_ids
-    assert opening.tok_encode("hello")[0] == tokenizer.bos_token_id
-    assert harness._harness(tiny(), BYTES, 4).tok_encode("a") == [100]
+    hello = tokenizer("hello").input_ids
+    assert hello[0] == tokenizer.bos_token_id
+    assert opened_by(tokenizer)(hello) == hello
+    assert opened_by(BYTES)(BYTES("a").input_ids) == [100]
 
 
 def none_left(path):

@@ -1,0 +1,86 @@
+"""How much of a model and of its tokens a worker has in hand, and the bytes of it.
+
+A pass over the blocks reads the model once for the tokens in hand. Their hidden states may take a
+quarter of the model's bytes: 4 · hidden · 2 bytes are read a token then, against 2 · weights
+operations, a tenth of the time on any machine (`docs/scale.md`). A model of up to `RESIDENT` bytes
+stays, and its chunks go one by one.
+"""
+
+from dataclasses import dataclass
+from math import prod
+
+from dpq_core.evaluation.forest import CHUNK
+from dpq_core.evaluation.head import COLUMNS, ROWS
+from dpq_core.evaluation.segments import PACK
+from dpq_core.model.blocks import BlockStream
+
+RESIDENT = 1 << 30  # bytes
+_PASSES = 4  # arrays of a pack's widest product that are alive at a time
+_FLOAT32, _SIXTEEN = 4, 2
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Of a model, in weights: all, the largest block, the embedding or the head. hidden: of a
+    token. widest: outputs of a linear."""
+
+    weights: int
+    block: int
+    embedding: int
+    hidden: int
+    widest: int
+
+    @classmethod
+    def of(cls, stream: BlockStream) -> "Sizes":
+        """From shapes alone."""
+        sizes = {name: prod(shape) for name, shape in stream.parameters.items()}
+        paths = [stream.block_name(index) for index in range(stream.block_count)]
+        blocks = [_under(path, sizes) for path in paths]
+        rows, hidden = stream.parameters[f"{stream.anatomy.parts.embedding}.weight"]
+        outputs = (shape[0] for shape in stream.parameters.values() if len(shape) == 2)
+        return cls(sum(sizes.values()), max(blocks), rows * hidden, hidden, max(outputs))
+
+    @property
+    def resident(self) -> bool:
+        """Whether a worker keeps all of the model."""
+        return _SIXTEEN * self.weights <= RESIDENT
+
+    def tokens_in_hand(self, available: int) -> int:
+        """Tokens that go through the blocks together. available: bytes that a worker may have for
+        their hidden states."""
+        allowed = min(self.weights * _SIXTEEN // 4, available)
+        return CHUNK if self.resident else max(CHUNK, allowed // (self.hidden * _SIXTEEN))
+
+    def bytes_of(self, tokens: int) -> int:
+        """Bytes of a worker that has so many tokens in hand, above its process."""
+        held = self.weights if self.resident else self.block + self.embedding
+        pack = PACK * max(self.widest, 4 * self.hidden) * _FLOAT32 * _PASSES
+        tiles = ROWS * COLUMNS * _FLOAT32 * _PASSES
+        states = 2 * tokens * self.hidden * _SIXTEEN  # as they go, and those that predict
+        return held * _SIXTEEN + pack + tiles + states
+
+
+@dataclass(frozen=True)
+class Room:
+    """What evaluating takes above a process that has imported everything, bytes. worker: of each.
+    device: of each worker's, where that has memory of its own; else 0."""
+
+    worker: int
+    device: int
+
+    @classmethod
+    def of(cls, sizes: Sizes, available: int, on_device: bool) -> "Room":
+        """available: as `Sizes.tokens_in_hand` has it."""
+        tokens = sizes.tokens_in_hand(available)
+        whole, computing = sizes.bytes_of(tokens), sizes.bytes_of(0)
+        if on_device:
+            return cls(whole - computing + sizes.block * _SIXTEEN, computing)
+        return cls(whole, 0)
+
+    def together(self, workers: int) -> int:
+        """Bytes of so many workers in one process."""
+        return workers * self.worker
+
+
+def _under(path: str, sizes: dict[str, int]) -> int:
+    return sum(size for name, size in sizes.items() if name.startswith(f"{path}."))
