@@ -12,7 +12,7 @@ from dpq_core.evaluation.scores import PERPLEXITY
 from dpq_core.machine.device import share_machine
 from dpq_core.recipe import Recipe, RecipeError
 from dpq_core.recipe.scheme import Scheme
-from dpq_core.verdict.gates import compare as compare_scores
+from dpq_core.verdict.comparison import compare as compare_scores
 from dpq_core.verdict.pairing import Difference, Evaluation
 from flows.quantize import make_candidate
 from flows.release.candidate import subject_of

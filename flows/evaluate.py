@@ -9,8 +9,10 @@ from prefect.artifacts import create_table_artifact
 from dpq_core.machine.device import share_machine
 from dpq_core.model.streaming import load_config
 from dpq_core.recipe import Recipe, RecipeError
-from dpq_core.verdict.gates import Metric, compare, judge
+from dpq_core.verdict.comparison import compare
+from dpq_core.verdict.gates import judge
 from dpq_core.verdict.pairing import CONFIDENCE, Evaluation, Failure
+from dpq_core.verdict.standing import Metric
 from flows.release.measurements import measure
 from flows.reporting.prefect_artifacts import gate_rows, publish_parts, score_rows
 from flows.running.liveness import attended

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.table import Table
 
-from dpq_core.verdict.gates import Metric
+from dpq_core.verdict.standing import Metric
 from flows.benchmark import Benchmark
 from flows.evaluate import EvaluationReport
 from flows.release.release import Release

@@ -7,7 +7,8 @@ from prefect import task
 from prefect.cache_policies import NO_CACHE
 
 from dpq_core.recipe import Recipe
-from dpq_core.verdict.gates import Verdict, compare, judge
+from dpq_core.verdict.comparison import compare
+from dpq_core.verdict.gates import Verdict, judge
 from dpq_core.verdict.halves import ALL, CHOOSING, JUDGING, those
 from dpq_core.verdict.pairing import CONFIDENCE, Failure
 from flows.quantize import Candidate, make_candidate

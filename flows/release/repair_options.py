@@ -19,7 +19,7 @@ from dpq_core.repair.allocation import (
     predicted_increase,
     total,
 )
-from dpq_core.verdict.gates import Metric
+from dpq_core.verdict.standing import Metric
 from flows.quantize import Candidate
 from flows.release.candidate import Attempt
 from tasks.preflight import Inputs

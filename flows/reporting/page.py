@@ -12,7 +12,7 @@ from typing import Any
 from dpq_core.calibration.required_tokens import CalibrationTokens
 from dpq_core.checkpoint.exports.card import shown_scheme
 from dpq_core.data.texts import label_of
-from dpq_core.verdict.gates import THROUGHPUT_RATIO
+from dpq_core.verdict.ratios import THROUGHPUT_RATIO
 from flows.reporting.charts import history_chart, layers_chart, speed_charts
 from flows.reporting.html import rendered
 from flows.reporting.page_tables import (

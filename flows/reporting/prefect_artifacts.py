@@ -9,8 +9,9 @@ from prefect.artifacts import create_link_artifact, create_markdown_artifact, cr
 
 from dpq_core.calibration.required_tokens import CalibrationTokens
 from dpq_core.model.plan import kept_lines
-from dpq_core.verdict.gates import Metric, Verdict
+from dpq_core.verdict.gates import Verdict
 from dpq_core.verdict.pairing import Difference, Evaluation, Failure
+from dpq_core.verdict.standing import Metric
 from tasks.log import layer_rows
 from tasks.register import Registration
 

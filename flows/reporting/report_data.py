@@ -7,7 +7,8 @@ from typing import Any
 
 from dpq_core.benchmark.throughput import Times
 from dpq_core.recipe import Recipe
-from dpq_core.verdict.gates import THROUGHPUT_RATIO, Verdict
+from dpq_core.verdict.gates import Verdict
+from dpq_core.verdict.ratios import THROUGHPUT_RATIO
 from infra.registry.history import PastVersion
 
 

@@ -36,7 +36,7 @@ STAGES = {
     "integrity": Stage(1, _FORWARD),
     "exports": Stage(1, _ANY),
     "perplexity": Stage(1, _ANY),
-    "suite": Stage(1, (*_ANY, "tokenizers")),
+    "suite": Stage(2, (*_ANY, "tokenizers")),
     "sensitivity": Stage(1, _FORWARD),
     "images": Stage(1, ("datasets", "pillow", "scikit-learn")),
     "float-networks": Stage(1, ("torch", "transformers")),

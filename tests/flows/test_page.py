@@ -13,7 +13,9 @@ from lxml.html import HTMLParser, document_fromstring
 from dpq_core.benchmark.throughput import Cell, Times
 from dpq_core.recipe import parse_recipe
 from dpq_core.recipe.scheme import Scheme
-from dpq_core.verdict.gates import Metric, Verdict, ratio_metric
+from dpq_core.verdict.gates import Verdict
+from dpq_core.verdict.ratios import ratio_metric
+from dpq_core.verdict.standing import Metric
 from flows.reporting.page import THROUGHPUT, page
 from flows.reporting.report_data import ReportData
 from infra.registry.history import PastVersion

@@ -12,8 +12,9 @@ from conftest import dpq_process, run_flow
 
 from dpq_core.model.plan import PlannedLayer
 from dpq_core.recipe import parse_recipe
-from dpq_core.verdict.gates import Metric, NotMeasuredError, Verdict
+from dpq_core.verdict.gates import NotMeasuredError, Verdict
 from dpq_core.verdict.halves import ALL, JUDGING
+from dpq_core.verdict.standing import Metric
 from flows.release import repair_options
 from flows.release.candidate import Attempt
 from flows.release.release import release
