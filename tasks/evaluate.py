@@ -30,6 +30,7 @@ from dpq_core.evaluation.suites.definitions import (
     check_suites,
     loaded_suites,
 )
+from dpq_core.evaluation.text_divergence import DIVERGENCE
 from dpq_core.machine.device import halving_batches, whole_machine
 from dpq_core.recipe import EvaluationSection, Recipe
 from dpq_core.verdict.pairing import Evaluation, Failure
@@ -42,7 +43,7 @@ from tasks.support.worker import this_worker
 
 _FILE = "scores.parquet"
 
-Measured = Mapping[str, ArtifactRef | Failure]  # by suite, or perplexity_token
+Measured = Mapping[str, ArtifactRef | Failure]  # by suite, or perplexity_token, or divergence
 
 
 @dataclass(frozen=True)
@@ -173,10 +174,12 @@ def measurements(
 
 
 def load_evaluation(measured: Measured, store: Store) -> Evaluation:
-    """The scores themselves."""
+    """The scores themselves; not the divergence that may lie beside them
+    (`tasks.support.divergences`)."""
     return {
         name: found if isinstance(found, Failure) else load_scores(store.open(found) / _FILE)
         for name, found in measured.items()
+        if name != DIVERGENCE
     }
 
 

@@ -12,7 +12,13 @@ from flows.benchmark import Benchmark
 from flows.evaluate import EvaluationReport
 from flows.release.release import Release
 from flows.reporting.ladder import Row, cells, columns
-from flows.reporting.prefect_artifacts import gate_rows, model_notes, notes, score_rows
+from flows.reporting.prefect_artifacts import (
+    gate_rows,
+    model_notes,
+    notes,
+    score_rows,
+    standings,
+)
 from tasks.support.speeds import conditions, shown
 
 if TYPE_CHECKING:
@@ -32,6 +38,7 @@ def show_release(release: Release) -> None:
     console.print(f"[bold {_COLOURS[verdict.verdict]}]{verdict.verdict}[/]", highlight=False)
     for reason in verdict.reasons:
         console.print(f"  {reason}", highlight=False, markup=False)
+    console.print(f"  {standings(verdict.metrics)}", highlight=False)
     console.print(f"  judged on {verdict.judged_on}", highlight=False)
     for line in model_notes(release.manifest):
         console.print(f"  {line}", highlight=False, markup=False)

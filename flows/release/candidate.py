@@ -16,6 +16,7 @@ from flows.release.measurements import measure
 from infra.store import Store
 from tasks.evaluate import Measured, Subject, load_evaluation
 from tasks.preflight import Inputs
+from tasks.support.divergences import divergence_of
 from tasks.support.model import content_digest
 
 
@@ -97,9 +98,12 @@ def check_baseline(recipe: Recipe, baseline: Measured) -> None:
     Raises:
         NotMeasuredError: a number is missing.
     """
-    _judge(recipe, baseline, baseline, {}).or_error("the baseline")
+    # It has no divergence, of which it would be none.
+    gates = recipe.gates.model_copy(update={"divergence": None, "top1_agreement": None})
+    own = recipe.model_copy(update={"gates": gates})
+    _judge(own, baseline, baseline, {}).or_error("the baseline")
     if recipe.repair.enabled:
-        _judge(recipe, baseline, baseline, {}, chooses=True).or_error("the baseline")
+        _judge(own, baseline, baseline, {}, chooses=True).or_error("the baseline")
 
 
 def _judge(
@@ -114,6 +118,7 @@ def _judge(
     if recipe.repair.enabled:
         judged_on = CHOOSING if chooses else JUDGING
     before, after = (those(load_evaluation(m, store), judged_on) for m in (baseline, measured))
-    differences = compare(before, after, recipe.gates.confidence or CONFIDENCE)
+    divergence = divergence_of(measured, store, judged_on)
+    differences = compare(before, after, recipe.gates.confidence or CONFIDENCE, divergence)
     limited = "evaluation.limit" if recipe.evaluation.limit is not None else None
     return judge(differences, integrity, recipe.gates, limited, ratios, judged_on)
