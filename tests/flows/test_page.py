@@ -377,9 +377,9 @@ def test_divergence_and_where_the_text_is_farthest():
     tree = tree_of(APART)
     table = tree.xpath("//h2[text()='Divergence']/following::table")[0]
     assert [[text_of(cell) for cell in row] for row in table.xpath("tbody/tr")] == [
-        ["KL in nats a token, mean", "0.03120", "−0.06880 to +0.13120"],
+        ["KL in nats a token, mean", "0.03120", "−0.06880 to 0.13120"],
         ["largest", "9.50000", "–"],
-        ["share of tokens with the same most likely", "0.96000", "+0.86000 to +1.06000"],
+        ["share of tokens with the same most likely", "0.96000", "0.86000 to 1.06000"],
     ]
     spots = tree.xpath("//ol[@class='spots']/li")
     assert text_of(spots[0]) == (
