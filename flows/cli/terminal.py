@@ -66,6 +66,8 @@ def show_evaluation(report: EvaluationReport) -> None:
         _show_metrics(console, report.metrics)
     else:
         _show(console, score_rows(report.scores))
+    if report.metrics:
+        console.print(f"  {standings(report.metrics)}", highlight=False)
     for reason in report.reasons:
         console.print(f"  {reason}", highlight=False, markup=False)
     console.print(f"MLflow run {report.run_id}", highlight=False)

@@ -79,7 +79,7 @@ def suites_table(data: ReportData) -> Table:
             "delta": number(metric.delta, f"+{spec}"),
             "interval of delta": interval(metric, spec),
             "answers turned": turned(metric),
-            "margin, turned / all": _margins(metric),
+            "margins": _margins(metric),
             "metric": metric.metric,
             "documents": f"{metric.documents:,}",
             "few-shot": str(few_shot),

@@ -112,7 +112,7 @@ def gate_rows(metrics: Mapping[str, Metric]) -> list[dict[str, str]]:
             "interval": interval(metric, spec),
             "right/wrong": turned(metric),
             "limit": "–" if metric.limit is None else f"{metric.limit:g}",
-            "result": standing(metric),
+            "result": metric.standing or ("failed" if metric.wrong else "no gate"),
         }
         for name, metric in metrics.items()
         for spec in [".5f" if metric.metric == NATS else ".4f"]
@@ -172,20 +172,15 @@ def turned(metric: Metric) -> str:
     return f"+{metric.turned_right} −{metric.turned_wrong}{other}, p {metric.p_value:.2g}"
 
 
-def standing(metric: Metric) -> str:
-    """One of the three words, and what would show what is not shown."""
-    if metric.standing is None:
-        return "failed" if metric.wrong else "no gate"
-    return f"{metric.standing}; {metric.way_out}" if metric.way_out else metric.standing
-
-
 def standings(metrics: Mapping[str, Metric]) -> str:
-    """How many gates came out how, and which are not shown or failed, in a line."""
+    """How many gates came out how, in a line; which failed, which are not shown, and how many
+    documents would show these."""
     words = []
     for word in ("shown", "not shown", "failed"):
-        names = [name for name, metric in metrics.items() if metric.standing == word]
-        which = f" ({', '.join(names)})" if names and word != "shown" else ""
-        words.append(f"{len(names)} {word}{which}")
+        found = {name: metric for name, metric in metrics.items() if metric.standing == word}
+        named = [f"{n}: {m.way_out}" if m.way_out else n for n, m in found.items()]
+        which = f" ({'; '.join(named)})" if named and word != "shown" else ""
+        words.append(f"{len(found)} {word}{which}")
     return f"gates: {', '.join(words)}"
 
 

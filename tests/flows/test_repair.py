@@ -120,6 +120,20 @@ def test_layers_are_tried_alone_without_a_correction(content, correction, monkey
     assert set(made) == {(0.0, correction > 0, "statistics")}
 
 
+@pytest.mark.parametrize(("confidence", "most"), [(None, 0.9 * 0.5), (0.95, 0.9 * 0.4)])
+def test_a_missed_divergence_says_how_much_loss_is_left(content, confidence, most):
+    """Half of it may stay, and less where the interval's end is judged."""
+    gates = content.get("gates", {}) | {"divergence": 0.05, "confidence": confidence}
+    recipe = parse_recipe(content | {"gates": gates})
+    missed = Metric("nats a token", 0.0, 0.1, 0.1, (0.09, 0.11), 50, limit=0.05)
+    look = Verdict("rejected", ("divergence: …",), {"divergence": missed})
+    found = SimpleNamespace(recipe=recipe, look=look)
+    assert repair_options.Options._loss_to_aim_at(None, found, 2.0, 1.0) == pytest.approx(2 * most)
+    passed = replace(look, metrics={"divergence": replace(missed, passed=True)})
+    found = SimpleNamespace(recipe=recipe, look=passed)
+    assert repair_options.Options._loss_to_aim_at(None, found, 2.0, 1.0) == pytest.approx(2 * 0.7)
+
+
 @pytest.mark.parametrize("judged", ["promoted", "rejected"])
 def test_the_half_that_judges_has_the_last_word(content, judged, monkeypatch):
     """And no round follows it: it is looked at once."""
