@@ -12,12 +12,14 @@ from dpq_core.evaluation.scores import PERPLEXITY
 from dpq_core.machine.device import share_machine
 from dpq_core.recipe import Recipe, RecipeError
 from dpq_core.recipe.scheme import Scheme
-from dpq_core.verdict.gates import compare as compare_scores
+from dpq_core.verdict.comparison import compare as compare_scores
+from dpq_core.verdict.gates import judge
+from dpq_core.verdict.halves import ALL
 from dpq_core.verdict.pairing import Difference, Evaluation
 from flows.quantize import make_candidate
 from flows.release.candidate import baseline_of, subject_of
 from flows.release.measurements import measure
-from flows.reporting.ladder import Row, as_records, html, markdown
+from flows.reporting.ladder import DISTANCES, Row, as_records, html, markdown
 from flows.reporting.prefect_artifacts import shown_name
 from flows.running.liveness import attended
 from infra.registry.tracking import tracked_run, tracking_store
@@ -26,6 +28,9 @@ from infra.store import Store
 from tasks.evaluate import Measured, load_evaluation
 from tasks.preflight import Inputs, preflight, replanned
 from tasks.support.chunks import Comparison
+from tasks.support.divergences import divergence_of
+
+Differences = Mapping[str, Difference]
 
 _PLAIN = {"order": "none", "rounding": "nearest", "scale_search": "minmax"}
 _W4A16 = {"inner": "none", "activations": "none", "group_scale": "bf16"}
@@ -110,7 +115,7 @@ def _row(name: str, recipe: Recipe, inputs: Inputs, baseline: Evaluation) -> Row
             return Row(name, error="; ".join(wrong))
         data, subject = inputs.evaluation, subject_of(recipe, candidate, name)
         measured = measure(recipe, data, subject, Comparison(reference=baseline_of(inputs)))
-        found = compare_scores(baseline, _load(recipe, measured))
+        found = _differences(recipe, baseline, measured)
     except Exception as error:  # of any stage: the other variants go on
         return Row(name, error=f"{type(error).__name__}: {error}")
     perplexity = found[PERPLEXITY]
@@ -123,17 +128,41 @@ def _row(name: str, recipe: Recipe, inputs: Inputs, baseline: Evaluation) -> Row
         bits_per_weight=8 * candidate.manifest["bytes_per_weight"],
         layer_error=sum(row["error"] for row in layers) / len(layers),
         accuracy=_accuracies(found),
+        distances=_distances(found),
+        gates=_worst_word(found, recipe),
         error="; ".join(f"{name}: {d.wrong}" for name, d in found.items() if d.wrong) or None,
     )
 
 
-def _accuracies(found: Mapping[str, Difference]) -> dict[str, float]:
-    """What is no perplexity per token, by its shown name."""
+def _differences(recipe: Recipe, baseline: Evaluation, measured: Measured) -> Differences:
+    divergence = divergence_of(measured, Store(recipe.execution.store), ALL)
+    return compare_scores(baseline, _load(recipe, measured), divergence=divergence)
+
+
+def _accuracies(found: Differences) -> dict[str, float]:
+    """What is neither perplexity per token nor a distance, by its shown name."""
     return {
         shown_name(name, difference): difference.candidate
         for name, difference in found.items()
-        if name != PERPLEXITY and difference.candidate is not None
+        if name.partition(".")[0] not in (PERPLEXITY, *DISTANCES)
+        and difference.candidate is not None
     }
+
+
+def _distances(found: Differences) -> dict[str, float]:
+    """How far the variant's predictions and answers are from the 16-bit model's."""
+    values = {name: found[name].candidate for name in DISTANCES if name in found}
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def _worst_word(found: Differences, recipe: Recipe) -> str | None:
+    """The worst of what the gates say, and of which; None where none looks."""
+    metrics = judge(found, {}, recipe.gates, None).metrics
+    for word in ("failed", "not shown", "shown"):
+        names = [name for name, metric in metrics.items() if metric.standing == word]
+        if names:
+            return word if word == "shown" else f"{word}: {', '.join(names)}"
+    return None
 
 
 def _load(recipe: Recipe, measured: Measured) -> Evaluation:

@@ -7,11 +7,15 @@ from prefect import flow
 from prefect.artifacts import create_table_artifact
 
 from dpq_core.evaluation.scores import PERPLEXITY
+from dpq_core.evaluation.text_divergence import TextDivergence
 from dpq_core.machine.device import share_machine
 from dpq_core.model.streaming import load_config
 from dpq_core.recipe import Recipe, RecipeError
-from dpq_core.verdict.gates import Metric, compare, judge
+from dpq_core.verdict.comparison import compare
+from dpq_core.verdict.gates import judge
+from dpq_core.verdict.halves import ALL
 from dpq_core.verdict.pairing import CONFIDENCE, Evaluation, Failure
+from dpq_core.verdict.standing import Metric
 from flows.release.measurements import measure
 from flows.reporting.prefect_artifacts import gate_rows, publish_parts, score_rows
 from flows.running.liveness import attended
@@ -22,6 +26,7 @@ from tasks.evaluate import EvaluationData, Measured, load_evaluation, prepare
 from tasks.log import log_evaluation, log_metrics, log_scores
 from tasks.support import fitting
 from tasks.support.chunks import Comparison, Subject
+from tasks.support.divergences import divergence_of
 from tasks.support.model import inspect_any, load_tokenizer
 from tasks.support.worker import about_worker
 
@@ -79,7 +84,8 @@ def evaluate(recipe: Recipe, checkpoint: str, against: str | None = None) -> Eva
         measured = _measured(recipe, found)
         store = Store(recipe.execution.store)
         scores = {role: load_evaluation(each, store) for role, each in measured.items()}
-        metrics, reasons, complete = _compared(recipe, scores)
+        divergence = divergence_of(measured["candidate"], store, ALL)
+        metrics, reasons, complete = _compared(recipe, scores, divergence)
         log_scores(run, scores)
         log_metrics(run, metrics)
         parts = log_evaluation(run, recipe, measured)
@@ -120,7 +126,7 @@ def _inspect(recipe: Recipe, role: str, checkpoint: str) -> tuple[Subject, Evalu
 
 
 def _compared(
-    recipe: Recipe, scores: dict[str, Evaluation]
+    recipe: Recipe, scores: dict[str, Evaluation], divergence: TextDivergence | Failure | None
 ) -> tuple[dict[str, Metric], tuple[str, ...], bool]:
     """Differences, why the gates would not let them pass, and whether all was measured. Without a
     baseline: what failed."""
@@ -129,7 +135,7 @@ def _compared(
         reasons = tuple(f"{name}: {failure.reason}" for name, failure in failed.items())
         return {}, reasons, not failed
     confidence = recipe.gates.confidence or CONFIDENCE
-    differences = compare(scores["baseline"], scores["candidate"], confidence)
+    differences = compare(scores["baseline"], scores["candidate"], confidence, divergence)
     limited = "evaluation.limit" if recipe.evaluation.limit is not None else None
     verdict = judge(differences, {}, recipe.gates, limited)
     return verdict.metrics, verdict.reasons, verdict.verdict != "error"

@@ -19,7 +19,6 @@ from dpq_core.data import mirror
 from dpq_core.data.texts import opening_token
 from dpq_core.digests import digest
 from dpq_core.evaluation.chunk_files import load_requests, save_requests
-from dpq_core.evaluation.divergence import Divergence, load_divergence, save_divergence
 from dpq_core.evaluation.forest import chunks_of
 from dpq_core.evaluation.requests import Encoder, asked_of_windows
 from dpq_core.evaluation.results import Answer, perplexity_scores, suite_scores
@@ -32,18 +31,25 @@ from dpq_core.evaluation.suites.definitions import (
     check_suites,
     loaded_suites,
 )
+from dpq_core.evaluation.text_divergence import (
+    DIVERGENCE,
+    FILE,
+    save_divergence,
+    text_divergence,
+)
 from dpq_core.recipe import EvaluationSection, Recipe
 from dpq_core.verdict.pairing import Evaluation, Failure
 from infra.store import ArtifactRef, Store
 from tasks.support import chunks, tokenized_data
 from tasks.support.chunks import Comparison, Kept, Subject
+from tasks.support.model import load_tokenizer
 from tasks.support.progress import stepper
 from tasks.support.stages import computed_by
 from tasks.support.worker import this_worker
 
-_FILE, _DIVERGENCE = "scores.parquet", "divergence.safetensors"
+_FILE = "scores.parquet"
 
-Measured = Mapping[str, ArtifactRef | Failure]  # by suite, or perplexity_token
+Measured = Mapping[str, ArtifactRef | Failure]  # by suite, or perplexity_token, or divergence
 
 
 @dataclass(frozen=True)
@@ -144,8 +150,8 @@ def measure_suite(
 def measure_divergence(
     recipe: Recipe, subject: Subject, data: EvaluationData, reference: Subject
 ) -> ArtifactRef:
-    """How far a candidate's predictions on the perplexity windows are from the reference's: a token
-    a prediction, window after window."""
+    """How far a candidate's predictions on the perplexity windows are from the reference's, token
+    by token, and the worst spots of the text."""
     store, comparison = Store(recipe.execution.store), Comparison(reference=reference)
     about = {
         **_arithmetic(recipe, "divergence"),
@@ -157,22 +163,22 @@ def measure_divergence(
     def make(folder: Path) -> None:
         asked = chunks_asked(data, PERPLEXITY, comparison, store)
         kept = Kept(store, subject, comparison, this_worker(recipe.execution).arithmetic)
-        save_divergence(kept.divergence(asked), folder / _DIVERGENCE)
+        assert data.perplexity is not None
+        windows = tokenized_data.load(data.perplexity, store)
+        tokenizer = load_tokenizer(subject.folder, recipe.model.trust_remote_code)
+        save_divergence(text_divergence(kept.divergence(asked), windows, tokenizer), folder / FILE)
 
     return store.get_or_make("divergence", digest(about), make)[0]
 
 
 def load_evaluation(measured: Measured, store: Store) -> Evaluation:
-    """The scores themselves."""
+    """The scores themselves; not the divergence that may lie beside them
+    (`tasks.support.divergences`)."""
     return {
         name: found if isinstance(found, Failure) else load_scores(store.open(found) / _FILE)
         for name, found in measured.items()
+        if name != DIVERGENCE
     }
-
-
-def load_measured_divergence(artifact: ArtifactRef, store: Store) -> Divergence:
-    """What `measure_divergence` made."""
-    return load_divergence(store.open(artifact) / _DIVERGENCE)
 
 
 def _scored(

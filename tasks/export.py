@@ -60,6 +60,7 @@ def cards(
     exports: Sequence[Export],
     verdict: str,
     gates: Sequence[Mapping[str, str]],
+    standings: str = "",
 ) -> None:
     """README.md of the checkpoint (in the MLflow run as well) and of its exports.
 
@@ -67,11 +68,11 @@ def cards(
     released again, under other gates.
     """
     native = QuantizedCheckpoint(checkpoint.folder)
-    card = model_card(native, None, verdict, gates)
+    card = model_card(native, None, verdict, gates, standings)
     (checkpoint.folder / CARD).write_text(card, "utf-8")
     run.log_text(card, CARD)
     for each in exports:
         if each.wrong:
             continue
-        card = model_card(native, each.manifest, verdict, gates)
+        card = model_card(native, each.manifest, verdict, gates, standings)
         (each.artifact.folder / CARD).write_text(card, "utf-8")

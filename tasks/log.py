@@ -12,11 +12,13 @@ from prefect.cache_policies import NO_CACHE
 from pyarrow import parquet
 
 from dpq_core.evaluation.scores import Scores
+from dpq_core.evaluation.text_divergence import DIVERGENCE, FILE
 from dpq_core.recipe import Recipe
 from dpq_core.verdict.gates import Verdict
 from dpq_core.verdict.pairing import Difference, Evaluation, Failure, breakdown
+from dpq_core.verdict.standing import Metric
 from infra.registry.tracking import TrackedRun
-from infra.store import Store
+from infra.store import ArtifactRef, Store
 from tasks.evaluate import Measured, load_evaluation
 from tasks.support.model import Model
 
@@ -45,14 +47,19 @@ def log_verdict(run: TrackedRun, verdict: Verdict) -> None:
     run.log_dict(verdict.as_dict(), "verdict.json")
     reasons = "; ".join(verdict.reasons)
     tags = {"verdict": verdict.verdict, "reasons": reasons, "judged_on": verdict.judged_on}
+    for name, metric in verdict.metrics.items():
+        if metric.standing:
+            tags[f"gate.{name}"] = "; ".join(filter(None, (metric.standing, metric.way_out)))
     run.set_tags(tags)
 
 
 def log_metrics(run: TrackedRun, metrics: Mapping[str, Difference]) -> None:
-    """Differences: `<name>.baseline`, `.candidate` and `.delta`, and all that is known as a table;
-    `metric` is acc, acc_norm, …"""
+    """Differences: `<name>.baseline`, `.candidate` and `.delta`, `.needed` of what is not shown,
+    and all that is known as a table; `metric` is acc, acc_norm, …"""
     for name, metric in metrics.items():
         values = {"baseline": metric.baseline, "candidate": metric.candidate, "delta": metric.delta}
+        if isinstance(metric, Metric) and metric.needed is not None:
+            values["needed"] = metric.needed
         run.log_metrics({f"{name}.{side}": value for side, value in values.items()})
     rows = [
         {"name": name, **asdict(metric) | {"interval": str(metric.interval or "")}}
@@ -60,6 +67,14 @@ def log_metrics(run: TrackedRun, metrics: Mapping[str, Difference]) -> None:
     ]
     if rows:
         run.log_table(rows, "metrics")
+
+
+def log_divergence(run: TrackedRun, recipe: Recipe, measured: Measured) -> None:
+    """The candidate's divergence of every token, a row a window, as `divergence.parquet`; nothing
+    where it was not measured."""
+    found = measured.get(DIVERGENCE)
+    if isinstance(found, ArtifactRef):
+        run.log_file(Store(recipe.execution.store).open(found) / FILE)
 
 
 def log_scores(run: TrackedRun, evaluations: Mapping[str, Evaluation]) -> None:
@@ -80,6 +95,7 @@ def log_evaluation(
     and, where there is a baseline, the parts of suites that have any (MMLU's subjects) as tables,
     which are returned by suite."""
     store = Store(recipe.execution.store)
+    log_divergence(run, recipe, evaluations["candidate"])
     loaded = {role: load_evaluation(measured, store) for role, measured in evaluations.items()}
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "documents.parquet"
@@ -95,7 +111,8 @@ def log_evaluation(
 
 def document_table(evaluations: Mapping[str, Evaluation]) -> pyarrow.Table:
     """A row for every document of every suite that has scores: `<role>` is its value, null where
-    that role has none for it."""
+    that role has none for it; `<role>.pick` and `<role>.margin` the number of the choice that was
+    picked and its margin above the next in nats, where there are choices."""
     columns = ("suite", "metric", "part", "group", "document", "weight")
     rows: dict[tuple[str, str, int], dict[str, Any]] = {}
     for role, evaluation in evaluations.items():
@@ -103,13 +120,9 @@ def document_table(evaluations: Mapping[str, Evaluation]) -> pyarrow.Table:
             if not isinstance(scores, Scores):
                 continue
             seen: dict[str, int] = {}  # a document may occur twice
-            for document, part, group, value, weight in zip(
-                scores.documents,
-                scores.parts,
-                scores.groups,
-                scores.values,
-                scores.weights,
-                strict=True,
+            columns_of = (scores.documents, scores.parts, scores.groups, scores.values)
+            for place, (document, part, group, value, weight) in enumerate(
+                zip(*columns_of, scores.weights, strict=True)
             ):
                 seen[document] = seen.get(document, 0) + 1
                 about = (suite, scores.metric, part, group, document, weight)
@@ -117,7 +130,12 @@ def document_table(evaluations: Mapping[str, Evaluation]) -> pyarrow.Table:
                     (suite, document, seen[document]), dict(zip(columns, about, strict=True))
                 )
                 row[role] = value
-    names = [*columns, *evaluations]
+                if place < len(scores.picks):
+                    row[f"{role}.pick"] = scores.picks[place]
+                    row[f"{role}.margin"] = scores.margins[place]
+    chosen = [f"{role}.{kind}" for role in evaluations for kind in ("pick", "margin")]
+    known = {name for row in rows.values() for name in row}
+    names = [*columns, *evaluations, *(name for name in chosen if name in known)]
     return pyarrow.table({name: [row.get(name) for row in rows.values()] for name in names})
 
 

@@ -13,9 +13,11 @@ from dpq_core.convnet.artifact import WeightSizes
 from dpq_core.convnet.recipe import ConvGates
 from dpq_core.evaluation.scores import Scores
 from dpq_core.recipe import GatesSection
-from dpq_core.verdict.gates import ACCURACY, Verdict, judge, ratio_metric
+from dpq_core.verdict.gates import Verdict, judge
 from dpq_core.verdict.halves import ALL, those
 from dpq_core.verdict.pairing import CONFIDENCE, Difference, difference
+from dpq_core.verdict.ratios import ratio_metric
+from dpq_core.verdict.standing import ACCURACY
 
 SIZE = "size_ratio"
 

@@ -61,12 +61,19 @@ def window_scores(
     count, length = windows.shape
     return Scores(
         metric=metric,
-        documents=[hashlib.sha256(row.numpy().tobytes()).hexdigest() for row in windows.cpu()],
+        documents=window_names(windows),
         parts=[""] * count,
         groups=[""] * count,
         values=nats,
         weights=[float(length - 1)] * count,
     )
+
+
+def window_names(
+    windows: Tensor,  # [windows, sequence_length] int64
+) -> list[str]:
+    """SHA-256 of each window's tokens."""
+    return [hashlib.sha256(row.numpy().tobytes()).hexdigest() for row in windows.cpu()]
 
 
 def _nats(

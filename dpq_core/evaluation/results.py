@@ -4,6 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 from torch import Tensor
 
 from dpq_core.evaluation.perplexity import window_scores
@@ -42,6 +43,8 @@ def in_order(suite: Suite, samples: Mapping[str, list[Sample]]) -> list[tuple[st
 def scores_of(suite: Suite, ordered: Sequence[tuple[str, Sample]], truncated: int) -> Scores:
     """Scores of documents in order. One with a log-likelihood that is not finite is NaN."""
     pairs = [_value(sample, suite) for _, sample in ordered]
+    picks = [_pick(sample, suite.tasks[name], suite.kind) for name, sample in ordered]
+    kept = [pick for pick in picks if pick is not None] if all(picks) else []
     groups = {name: _label(task) for name, task in suite.tasks.items()}
     return Scores(
         metric=suite.kind,
@@ -51,6 +54,8 @@ def scores_of(suite: Suite, ordered: Sequence[tuple[str, Sample]], truncated: in
         groups=[groups[name] for name, _ in ordered],
         values=[value for value, _ in pairs],
         weights=[weight for _, weight in pairs],
+        picks=[pick for pick, _ in kept],
+        margins=[margin for _, margin in kept],
     )
 
 
@@ -93,6 +98,22 @@ def _value(sample: Mapping[str, Any], suite: Suite) -> tuple[float, float]:
         return -float(log_likelihood), float(words)
     finite = all(math.isfinite(response[0]) for response in sample["filtered_resps"])
     return (float(sample[suite.metric]) if finite else math.nan), 1.0
+
+
+def _pick(sample: Sample, task: Any, kind: str) -> tuple[int, float] | None:
+    """The number of the choice that was picked, the first of equals, and its margin above the next:
+    by log-likelihoods as lm-eval's `acc` and `acc_norm` compare them. -1 and NaN where one is not
+    finite; None where a document has no choices, or its task has a rule of its own."""
+    if task.OUTPUT_TYPE != "multiple_choice" or task.config.process_results:
+        return None
+    choices = task.doc_to_choice(sample["doc"])
+    found = np.array([response[0] for response in sample["filtered_resps"][: len(choices)]])
+    if kind == "acc_norm":
+        found = found / [len(choice) for choice in choices]
+    if len(found) < 2 or not np.isfinite(found).all():
+        return -1, math.nan
+    highest, next_one = np.sort(found)[::-1][:2]
+    return int(np.argmax(found)), float(highest - next_one)
 
 
 def _label(task: Any) -> str:

@@ -6,10 +6,14 @@
 The values stay with the result, in the order of the documents and with the documents' names, so
 that two models can be compared document by document (`dpq_core.verdict.pairing`). A value that is
 NaN (a log-likelihood that was not finite) makes the number NaN: nothing is averaged over.
+
+Of a suite of choices each document keeps which one was picked, and its margin above the next: the
+difference of their log-likelihoods, each normalised as the metric does (`acc`: not at all;
+`acc_norm`: by the characters of the choice), in nats. Other scores have neither column.
 """
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 PERPLEXITY = "perplexity_token"
@@ -19,6 +23,7 @@ PERPLEXITIES = (PERPLEXITY, AFTER_BOS, PERPLEXITY_WORD)
 ACCURACIES = ("acc", "acc_norm")
 
 _METADATA = ("metric", "truncated")
+_OPTIONAL = ("picks", "margins")
 
 
 @dataclass(frozen=True)
@@ -32,6 +37,8 @@ class Scores:
     values: list[float]
     weights: list[float]
     truncated: int = 0  # requests that were cut to the model's window
+    picks: list[int] = field(default_factory=list)  # number of the choice, -1: none is the largest
+    margins: list[float] = field(default_factory=list)  # nats, of the pick above the next
 
     def __post_init__(self) -> None:
         lengths = {len(column) for column in self._columns().values()}
@@ -46,8 +53,10 @@ class Scores:
         """Percent, or perplexity; NaN where there is no document."""
         return aggregate(self.metric, math.fsum(self.values), math.fsum(self.weights))
 
-    def _columns(self) -> dict[str, list[str] | list[float]]:
-        return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in _METADATA}
+    def _columns(self) -> dict[str, list[str] | list[float] | list[int]]:
+        """All that there are: what is optional may be empty."""
+        columns = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in _METADATA}
+        return {name: c for name, c in columns.items() if c or name not in _OPTIONAL}
 
 
 def aggregate(metric: str, value: float, weight: float) -> float:

@@ -17,7 +17,27 @@ class GatesSection(Section):
         None,
         gt=0,
         lt=1,
-        description="judge the worse end of this interval (0.95, say), not the difference itself",
+        description="judge the worse end of this interval (0.95, say), not the difference itself:"
+        " what is not shown is rejected",
+    )
+    divergence: float | None = Field(
+        None,
+        gt=0,
+        description="nats a token, mean over perplexity's text; candidate must stay below",
+    )
+    top1_agreement: float | None = Field(
+        None,
+        gt=0,
+        le=1,
+        description="share of perplexity's tokens whose most likely one is the same; must be"
+        " reached",
+    )
+    flips: float | None = Field(
+        None,
+        gt=0,
+        le=100,
+        description="percent of the suites' documents whose answer changed, either way; must stay"
+        " below",
     )
     throughput_ratio: float | None = Field(
         None,

@@ -22,6 +22,7 @@ from dpq_core.recipe.section import Section
 # Rows of `dpq_core.checkpoint.exports.EXPORTS`, which is slow to import.
 ExportName = Literal["compressed-tensors", "gptq", "inc", "fp8_to_int"]
 
+_OPTIONAL_GATES = ("divergence", "top1_agreement", "flips")
 OURS = "Value error, "  # what pydantic puts before a message of our own
 
 
@@ -102,12 +103,32 @@ class Recipe(Section):
             )
         return self
 
+    @model_validator(mode="after")
+    def _gates_have_data(self) -> Self:
+        for gate, measured, what in (
+            ("divergence", self.evaluation.perplexity, "perplexity"),
+            ("top1_agreement", self.evaluation.perplexity, "perplexity"),
+            ("flips", self.evaluation.suites, "suites"),
+        ):
+            limit = getattr(self.gates, gate)
+            if limit is not None and not measured:
+                raise ValueError(
+                    f"gates.{gate} is {limit:g}, and the evaluation would not measure it: add"
+                    f" evaluation.{what}, or leave the gate out"
+                )
+        return self
+
     @property
     def digest(self) -> str:
         """Identity of the run's instructions: everything but how and where it is executed."""
         left_out: dict[str, Any] = {"execution": True, "variants": True}
-        if not self.benchmark.devices:  # a release is not timed: as in recipes without the section
-            left_out |= {"benchmark": True, "gates": {"throughput_ratio"}}
+        # What is not asked for leaves the digest of a recipe that knows nothing of it.
+        unasked = {gate for gate in _OPTIONAL_GATES if getattr(self.gates, gate) is None}
+        if not self.benchmark.devices:  # a release is not timed
+            left_out["benchmark"] = True
+            unasked.add("throughput_ratio")
+        if unasked:
+            left_out["gates"] = unasked
         return digest(self.model_dump(mode="json", exclude=left_out))
 
     @property

@@ -17,6 +17,7 @@ from dataclasses import fields, replace
 from typing import Any
 
 from dpq_core.evaluation.scores import Scores
+from dpq_core.evaluation.text_divergence import TextDivergence
 from dpq_core.verdict.pairing import Evaluation
 
 ALL = "all documents and windows"
@@ -39,6 +40,15 @@ def those(evaluation: Evaluation, which: str) -> Evaluation:
     }
 
 
+def windows_of(found: TextDivergence, which: str) -> TextDivergence:
+    """The divergence of those windows."""
+    if which == ALL:
+        return found
+    choosing = which == CHOOSING
+    places = [n for n, name in enumerate(found.windows) if chooses(name) == choosing]
+    return found.some(places)
+
+
 def _some(scores: Scores, choosing: bool) -> Scores:
     """`truncated` stays that of all: requests are counted, not named."""
     places = [place for place, name in enumerate(scores.documents) if chooses(name) == choosing]
@@ -46,6 +56,6 @@ def _some(scores: Scores, choosing: bool) -> Scores:
     chosen: dict[str, Any] = {
         name: [column[place] for place in places]
         for name, column in columns.items()
-        if isinstance(column, list)
+        if isinstance(column, list) and column
     }
     return replace(scores, **chosen)

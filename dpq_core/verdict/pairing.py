@@ -27,13 +27,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dpq_core.evaluation.scores import ACCURACIES, Scores
+from dpq_core.verdict.resampling import FEWEST, RESAMPLES, SEED, ends, resampled_sums
 
 CONFIDENCE = 0.95
 
-_RESAMPLES = 10_000
-_AT_ONCE = 500  # resamples of windows: their counts take _AT_ONCE × windows × 8 bytes
-SEED = 0  # of the bootstrap
-_FEWEST = 10  # windows: fewer say nothing of their own spread
 _ROUNDING = 1e-9  # points: of sums that are equal
 
 
@@ -65,6 +62,10 @@ class Difference:
     turned_right: int | None = None
     turned_wrong: int | None = None
     p_value: float | None = None
+    turned_other: int | None = None  # wrong → another wrong; None where choices were not kept
+    margin: float | None = None  # nats: median of the baseline's margins; see `verdict.flips`
+    margin_candidate: float | None = None
+    margin_turned: float | None = None  # of the baseline's, where the answer changed
     wrong: str | None = None  # why delta is missing
     unmeasured: bool = False  # not for what the candidate's scores are: nothing can be judged
 
@@ -177,21 +178,21 @@ def _with_turned_answers(
     paired: Difference, pairs: Sequence[tuple[Scores, Scores]], confidence: float
 ) -> Difference:
     rng = np.random.default_rng(SEED)
-    deltas, flipped = np.zeros(_RESAMPLES), np.zeros(_RESAMPLES)
+    deltas, flipped = np.zeros(RESAMPLES), np.zeros(RESAMPLES)
     right = wrong = 0
     for before, after in pairs:
         changes = np.subtract(after.values, before.values)
         counts = [int((changes == change).sum()) for change in (-1, 0, 1)]
         shares = np.add(counts, [0.5, 0, 0.5]) / (len(changes) + 1)
-        draws = rng.multinomial(len(changes), shares, size=_RESAMPLES)
+        draws = rng.multinomial(len(changes), shares, size=RESAMPLES)
         deltas += 100 * (draws[:, 2] - draws[:, 0]) / len(changes) / len(pairs)
         wrong, right = wrong + counts[0], right + counts[2]
         turned = counts[0] + counts[2]
-        flips = 2 * rng.binomial(turned, 0.5, size=_RESAMPLES) - turned
+        flips = 2 * rng.binomial(turned, 0.5, size=RESAMPLES) - turned
         flipped += 100 * flips / len(changes) / len(pairs)
     return replace(
         paired,
-        interval=_interval(deltas, confidence),
+        interval=ends(deltas, confidence),
         turned_right=right,
         turned_wrong=wrong,
         p_value=_exact_p(right, wrong) if len(pairs) == 1 else _flipped_p(flipped, paired.delta),
@@ -215,24 +216,10 @@ def _flipped_p(flipped: NDArray[np.float64], delta: float | None) -> float:
 def _perplexity_interval(
     before: Scores, after: Scores, confidence: float
 ) -> tuple[float, float] | None:
-    count = len(before)
-    if count < _FEWEST:
+    if len(before) < FEWEST:
         return None
     columns = np.stack([before.values, after.values, before.weights], axis=1)  # [windows, 3]
-    rng = np.random.default_rng(SEED)
-    even = np.full(count, 1 / count)
-    sums = np.concatenate(
-        [
-            rng.multinomial(count, even, size=_AT_ONCE) @ columns
-            for _ in range(_RESAMPLES // _AT_ONCE)
-        ]
-    )  # [resamples, 3]
+    sums = resampled_sums(columns)
     with np.errstate(over="ignore"):
         deltas = np.exp(sums[:, 1] / sums[:, 2]) - np.exp(sums[:, 0] / sums[:, 2])
-    return _interval(deltas, confidence)
-
-
-def _interval(deltas: NDArray[np.float64], confidence: float) -> tuple[float, float]:
-    tail = (1 - confidence) / 2
-    low, high = np.quantile(deltas, [tail, 1 - tail])
-    return float(low), float(high)
+    return ends(deltas, confidence)

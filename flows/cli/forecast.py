@@ -189,6 +189,14 @@ def _gates(recipe: Recipe) -> str:
     if recipe.evaluation.suites:
         points = percent or " points"
         parts.append(f"accuracy falls by less than {gates.accuracy_drop:g}{points}")
+    if gates.divergence is not None:
+        parts.append(f"divergence below {gates.divergence:g} nats a token")
+    if gates.top1_agreement is not None:
+        parts.append(f"the same most likely token at {gates.top1_agreement:.4g} of all or more")
+    if gates.flips is not None:
+        parts.append(f"fewer than {gates.flips:g} % of the answers changed")
+    if gates.confidence is not None:
+        parts.append(f"shown at {gates.confidence:.4g}")
     parts += [f"speed on {', '.join(recipe.benchmark.devices)}"] if recipe.benchmark.devices else []
     parts += [f"exports {', '.join(recipe.export)}"] if recipe.export else []
     parts += ["repair where a gate is missed, which takes longer"] if recipe.repair.enabled else []

@@ -7,12 +7,18 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.table import Table
 
-from dpq_core.verdict.gates import Metric
+from dpq_core.verdict.standing import Metric
 from flows.benchmark import Benchmark
 from flows.evaluate import EvaluationReport
 from flows.release.release import Release
 from flows.reporting.ladder import Row, cells, columns
-from flows.reporting.prefect_artifacts import gate_rows, model_notes, notes, score_rows
+from flows.reporting.prefect_artifacts import (
+    gate_rows,
+    model_notes,
+    notes,
+    score_rows,
+    standings,
+)
 from tasks.support.speeds import conditions, shown
 
 if TYPE_CHECKING:
@@ -32,6 +38,7 @@ def show_release(release: Release) -> None:
     console.print(f"[bold {_COLOURS[verdict.verdict]}]{verdict.verdict}[/]", highlight=False)
     for reason in verdict.reasons:
         console.print(f"  {reason}", highlight=False, markup=False)
+    console.print(f"  {standings(verdict.metrics)}", highlight=False)
     console.print(f"  judged on {verdict.judged_on}", highlight=False)
     for line in model_notes(release.manifest):
         console.print(f"  {line}", highlight=False, markup=False)
@@ -59,6 +66,8 @@ def show_evaluation(report: EvaluationReport) -> None:
         _show_metrics(console, report.metrics)
     else:
         _show(console, score_rows(report.scores))
+    if report.metrics:
+        console.print(f"  {standings(report.metrics)}", highlight=False)
     for reason in report.reasons:
         console.print(f"  {reason}", highlight=False, markup=False)
     console.print(f"MLflow run {report.run_id}", highlight=False)

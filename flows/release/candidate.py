@@ -7,15 +7,17 @@ from prefect import task
 from prefect.cache_policies import NO_CACHE
 
 from dpq_core.recipe import Recipe
-from dpq_core.verdict.gates import Verdict, compare, judge
+from dpq_core.verdict.comparison import compare
+from dpq_core.verdict.gates import Verdict, judge
 from dpq_core.verdict.halves import ALL, CHOOSING, JUDGING, those
 from dpq_core.verdict.pairing import CONFIDENCE, Failure
 from flows.quantize import Candidate, make_candidate
-from flows.release.measurements import diverge, measure
-from infra.store import ArtifactRef, Store
+from flows.release.measurements import measure
+from infra.store import Store
 from tasks.evaluate import Measured, load_evaluation
 from tasks.preflight import Inputs
 from tasks.support.chunks import Comparison, Subject
+from tasks.support.divergences import divergence_of
 from tasks.support.model import content_digest
 
 
@@ -24,8 +26,7 @@ class Attempt:
     """A candidate, what was measured of it, and the verdict. With repair that is first a look at
     the documents that choose, and once nothing is chosen any more the verdict of the others; `look`
     stays. predicted: its increase of perplexity as planned; None for the first. ratios: of its
-    speed, by kind of device; None before it was timed. divergence: of its predictions from the
-    baseline's on the perplexity windows; None without such."""
+    speed, by kind of device; None before it was timed."""
 
     recipe: Recipe
     candidate: Candidate
@@ -34,7 +35,6 @@ class Attempt:
     verdict: Verdict
     predicted: float | None = None
     ratios: Mapping[str, float | Failure] | None = None
-    divergence: ArtifactRef | Failure | None = None
 
     @property
     def bits_per_weight(self) -> float:
@@ -58,9 +58,8 @@ def attempt(
     data, reference = inputs.evaluation, baseline_of(inputs)
     subject = subject_of(recipe, candidate, "candidate")
     measured = measure(recipe, data, subject, Comparison(reference=reference))
-    diverged = diverge(recipe, data, subject, reference, measured)
     look = gate(recipe, baseline, measured, candidate, chooses=recipe.repair.enabled)
-    return Attempt(recipe, candidate, measured, look, look, predicted, divergence=diverged)
+    return Attempt(recipe, candidate, measured, look, look, predicted)
 
 
 def judged(attempt: Attempt, baseline: Measured) -> Attempt:
@@ -107,9 +106,12 @@ def check_baseline(recipe: Recipe, baseline: Measured) -> None:
     Raises:
         NotMeasuredError: a number is missing.
     """
-    _judge(recipe, baseline, baseline, {}).or_error("the baseline")
+    # It has no divergence, of which it would be none.
+    gates = recipe.gates.model_copy(update={"divergence": None, "top1_agreement": None})
+    own = recipe.model_copy(update={"gates": gates})
+    _judge(own, baseline, baseline, {}).or_error("the baseline")
     if recipe.repair.enabled:
-        _judge(recipe, baseline, baseline, {}, chooses=True).or_error("the baseline")
+        _judge(own, baseline, baseline, {}, chooses=True).or_error("the baseline")
 
 
 def _judge(
@@ -124,6 +126,7 @@ def _judge(
     if recipe.repair.enabled:
         judged_on = CHOOSING if chooses else JUDGING
     before, after = (those(load_evaluation(m, store), judged_on) for m in (baseline, measured))
-    differences = compare(before, after, recipe.gates.confidence or CONFIDENCE)
+    divergence = divergence_of(measured, store, judged_on)
+    differences = compare(before, after, recipe.gates.confidence or CONFIDENCE, divergence)
     limited = "evaluation.limit" if recipe.evaluation.limit is not None else None
     return judge(differences, integrity, recipe.gates, limited, ratios, judged_on)

@@ -6,7 +6,7 @@ from prefect.artifacts import create_table_artifact
 
 from dpq_core.verdict.gates import Verdict
 from flows.release.candidate import Attempt, gate
-from flows.reporting.prefect_artifacts import gate_rows
+from flows.reporting.prefect_artifacts import gate_rows, standings
 from infra.registry.tracking import TrackedRun
 from infra.store import ArtifactRef
 from tasks.evaluate import Measured
@@ -41,7 +41,8 @@ def write_cards(
     run: TrackedRun, checkpoint: ArtifactRef, exports: list[Export], verdict: Verdict
 ) -> None:
     """Model cards with the gate table; the exports as a table on the run page and in MLflow."""
-    cards(run, checkpoint, exports, verdict.verdict, gate_rows(verdict.metrics))
+    metrics = verdict.metrics
+    cards(run, checkpoint, exports, verdict.verdict, gate_rows(metrics), standings(metrics))
     rows = [each.as_row() for each in exports]
     if rows:
         create_table_artifact(rows, key="exports", description="Other formats, and their checks")

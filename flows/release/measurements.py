@@ -11,10 +11,11 @@ from prefect.tasks import Task
 
 from dpq_core.errors import InputError
 from dpq_core.evaluation.scores import PERPLEXITY
+from dpq_core.evaluation.text_divergence import DIVERGENCE
 from dpq_core.recipe import Recipe
 from dpq_core.verdict.pairing import Failure
 from flows.quantize import worker_lost
-from infra.store import ArtifactRef, Store, StoreError
+from infra.store import Store, StoreError
 from tasks.evaluate import (
     EvaluationData,
     Measured,
@@ -34,7 +35,7 @@ def measure(
 ) -> Measured:
     """Scores of all that the recipe's evaluation names; one that fails says why, and the others go
     on. To be called inside a flow with `task_runner(…)`. comparison: what is wanted of the
-    perplexity windows besides.
+    perplexity windows besides: a divergence stands beside the scores, under its name.
 
     Raises:
         StoreError: scores that could not be stored: a full disk is no failure of the model.
@@ -47,21 +48,13 @@ def measure(
             one = [] if metric == PERPLEXITY else [metric]
             measuring = _with_retries(recipe, measure_suite if one else measure_perplexity)
             submits[metric] = partial(measuring.submit, recipe, subject, data, *one)
+    other = comparison.reference
+    if other and PERPLEXITY in submits:
+        diverging = _with_retries(recipe, measure_divergence)
+        submits[DIVERGENCE] = partial(diverging.submit, recipe, subject, data, other)
     found = _all(submits)
-    return {metric: failed.get(metric) or found[metric] for metric in data.requests}
-
-
-def diverge(
-    recipe: Recipe, data: EvaluationData, subject: Subject, reference: Subject, measured: Measured
-) -> ArtifactRef | Failure | None:
-    """How far a measured candidate's predictions are from the reference's, whose states are kept;
-    None: no windows to compare them on."""
-    windows = measured.get(PERPLEXITY)
-    if windows is None or isinstance(windows, Failure):
-        return windows
-    submit = partial(measure_divergence.submit, recipe, subject, data, reference)
-    found: ArtifactRef | Failure = _found(submit(), submit)
-    return found
+    names = [*data.requests, *([DIVERGENCE] if DIVERGENCE in found else [])]
+    return {name: failed.get(name) or found[name] for name in names}
 
 
 def _score_chunks(

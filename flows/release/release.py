@@ -18,18 +18,20 @@ from flows.release.measurements import measure
 from flows.release.repair import repair, round_rows
 from flows.release.repair_options import Options
 from flows.release.report_stage import Outcome, Report, report_or_error
-from flows.reporting.prefect_artifacts import publish, publish_parts
+from flows.reporting.prefect_artifacts import publish, publish_parts, publish_spots
 from flows.running.liveness import attended
 from infra.memory import watched
 from infra.registry import Registry
 from infra.registry.tracking import PARENT, TrackedRun, tracked_run, tracking_store
 from infra.settings import home
+from infra.store import Store
 from tasks.export import Export
 from tasks.log import log_evaluation, log_metrics, log_release, log_verdict
 from tasks.preflight import preflight
 from tasks.publish import destination_of, published
 from tasks.register import Registration, base_of, register
 from tasks.support.chunks import Comparison
+from tasks.support.divergences import spots_of
 from tasks.support.memory import MemoryUse
 
 
@@ -132,7 +134,9 @@ def release(recipe: Recipe) -> Release:
             create_table_artifact(rounds, key="rounds", description="Repair: what each bit bought")
             run.log_table(rounds, "rounds")
             _log_rounds(run, repaired.attempts, rounds, tracking_uri, artifact_root)
-        outcome = Outcome(model, last, registration, exports, parts, rounds, speeds)
+        spots = spots_of(last.measured, Store(recipe.execution.store), verdict.judged_on)
+        publish_spots(spots)
+        outcome = Outcome(model, last, registration, exports, parts, rounds, speeds, spots)
         report = report_or_error(run, tracking_uri, outcome)
     folder = str(checkpoint.folder)
     return Release(

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from dpq_core.evaluation.scores import PERPLEXITY
+from dpq_core.evaluation.text_divergence import DIVERGENCE
 from dpq_core.layer.storage import stored_bytes
 from dpq_core.model.plan import PlannedLayer
 from dpq_core.recipe import Recipe
@@ -19,7 +20,7 @@ from dpq_core.repair.allocation import (
     predicted_increase,
     total,
 )
-from dpq_core.verdict.gates import Metric
+from dpq_core.verdict.standing import Metric
 from flows.quantize import Candidate
 from flows.release.candidate import Attempt
 from tasks.preflight import Inputs
@@ -108,6 +109,9 @@ class Options:
             limit = _limit_left(perplexity, attempt.recipe)
             assert perplexity.baseline is not None
             most = min(most, loss_allowed(perplexity.baseline, _AIM * limit, gain))
+        divergence = attempt.look.metrics.get(DIVERGENCE)
+        if divergence is not None and not divergence.passed:  # the layers' losses are of its kind
+            most = min(most, _AIM * loss * _share_left(divergence, attempt.recipe))
         return most
 
     def _groups(self) -> dict[str, list[PlannedLayer]]:
@@ -209,6 +213,16 @@ def _gain(perplexity: Metric | None, loss: float) -> float:
         return 1.0
     rise = math.log(perplexity.candidate / perplexity.baseline)
     return rise / loss if rise > 0 else 1.0
+
+
+def _share_left(divergence: Metric, recipe: Recipe) -> float:
+    """Of a divergence the share that passes, less what the interval adds where that is judged."""
+    assert divergence.limit is not None
+    assert divergence.candidate is not None
+    limit = divergence.limit
+    if recipe.gates.confidence is not None and divergence.interval:
+        limit -= divergence.interval[1] - divergence.candidate
+    return max(limit, 0.1 * divergence.limit) / divergence.candidate
 
 
 def _limit_left(perplexity: Metric, recipe: Recipe) -> float:

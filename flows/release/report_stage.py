@@ -13,6 +13,7 @@ from prefect.logging import get_run_logger
 
 from dpq_core.benchmark.throughput import Times
 from dpq_core.errors import one_line
+from dpq_core.evaluation.text_divergence import Spot
 from dpq_core.model.reader import CheckpointReader
 from flows.release.candidate import Attempt
 from infra.orchestration.services import mlflow_server
@@ -42,6 +43,7 @@ class Outcome:
     parts: Mapping[str, Sequence[Mapping[str, Any]]]
     rounds: Sequence[Mapping[str, Any]]
     speeds: Sequence[Times] = ()
+    spots: Sequence[Spot] = ()
 
 
 @dataclass(frozen=True)
@@ -106,6 +108,7 @@ def _gathered(run: TrackedRun, tracking_uri: str, outcome: Outcome) -> "ReportDa
         rounds=outcome.rounds,
         parts=outcome.parts,
         speeds=outcome.speeds,
+        spots=outcome.spots,
         environment={
             "Random seeds": seeds(recipe),
             "Versions": versions(),

@@ -33,6 +33,8 @@ class Row:
     bits_per_weight: float | None = None
     layer_error: float | None = None  # relative output error, mean over the layers
     accuracy: Mapping[str, float] = field(default_factory=dict)  # by metric, percent
+    distances: Mapping[str, float] = field(default_factory=dict)  # of DISTANCES, where measured
+    gates: str | None = None  # the worst of the words that the recipe's gates say
     error: str | None = None
 
     def __post_init__(self) -> None:
@@ -40,11 +42,19 @@ class Row:
             raise ValueError(f"{self.variant}: a row without perplexity needs an error")
 
 
+DISTANCES = {  # by metric: title, and how it is shown
+    "divergence": ("KL, nats", ".5f"),
+    "top1_agreement": ("top-1", ".4f"),
+    "flips": ("flips, %", ".2f"),
+}
+
+
 def columns(rows: Sequence[Row]) -> list[str]:
     """Titles: one for every metric that any row has."""
+    distances = [DISTANCES[name][0] for name in _distances(rows)]
     interval = f"{100 * CONFIDENCE:g} % interval"
     numbers = ["perplexity", "increase", interval, "bits/w", "layer error"]
-    return ["variant", *numbers, *_metrics(rows)]
+    return ["variant", *numbers, *distances, *_gates(rows), *_metrics(rows)]
 
 
 def cells(row: Row, rows: Sequence[Row]) -> list[str]:
@@ -57,6 +67,8 @@ def cells(row: Row, rows: Sequence[Row]) -> list[str]:
         " … ".join(ends) or _ABSENT,
         _shown(row.bits_per_weight, ".2f"),
         _shown(row.layer_error, ".5f"),
+        *(_shown(row.distances.get(name), DISTANCES[name][1]) for name in _distances(rows)),
+        *((row.gates or _ABSENT) for _ in _gates(rows)),
         *(_shown(row.accuracy.get(metric), ".2f") for metric in _metrics(rows)),
     ]
 
@@ -73,10 +85,12 @@ def as_records(rows: Sequence[Row]) -> list[dict[str, str | float | None]]:
             "interval_high": high,
             "bits_per_weight": row.bits_per_weight,
             "layer_error": row.layer_error,
+            **{name: row.distances.get(name) for name in _distances(rows)},
             **{metric: row.accuracy.get(metric) for metric in _metrics(rows)},
         }
         finite = {name: value if _finite(value) else None for name, value in numbers.items()}
-        records.append({"variant": row.variant, **finite, "error": row.error})
+        said = {"gates": row.gates, "error": row.error}
+        records.append({"variant": row.variant, **finite, **said})
     return records
 
 
@@ -119,6 +133,15 @@ def html(
 
 def _metrics(rows: Sequence[Row]) -> list[str]:
     return list(dict.fromkeys(metric for row in rows for metric in row.accuracy))
+
+
+def _distances(rows: Sequence[Row]) -> list[str]:
+    return [name for name in DISTANCES if any(name in row.distances for row in rows)]
+
+
+def _gates(rows: Sequence[Row]) -> list[str]:
+    """The title of the column, where there is one."""
+    return ["gates"] if any(row.gates for row in rows) else []
 
 
 def _finite(value: float | None) -> TypeGuard[float]:

@@ -12,10 +12,13 @@ from typing import Any
 from dpq_core.calibration.required_tokens import CalibrationTokens
 from dpq_core.checkpoint.exports.card import shown_scheme
 from dpq_core.data.texts import label_of
-from dpq_core.verdict.gates import THROUGHPUT_RATIO
+from dpq_core.evaluation.text_divergence import DIVERGENCE
+from dpq_core.verdict.closeness import TOP1
+from dpq_core.verdict.ratios import THROUGHPUT_RATIO
 from flows.reporting.charts import history_chart, layers_chart, speed_charts
 from flows.reporting.html import rendered
 from flows.reporting.page_tables import (
+    divergence_table,
     exports_table,
     gates_table,
     parts_table,
@@ -25,7 +28,7 @@ from flows.reporting.page_tables import (
     versions_table,
     worst_table,
 )
-from flows.reporting.prefect_artifacts import model_notes, notes, number
+from flows.reporting.prefect_artifacts import model_notes, notes, number, spot_rows, standings
 from flows.reporting.report_data import ReportData
 from flows.reporting.tables import table
 from tasks.benchmark import THROUGHPUT
@@ -43,6 +46,8 @@ def page(data: ReportData) -> str:
         champion=_champion(data),
         gates=gates_table(data),
         judged=_judged(data),
+        divergence=divergence_table(data),
+        spots=spot_rows(data.spots),
         suites=suites_table(data),
         failures={n: m.wrong for n, m in data.verdict.metrics.items() if m.wrong},
         parts=[parts_table(suite, rows) for suite, rows in data.parts.items()],
@@ -79,6 +84,8 @@ def skipped(data: ReportData) -> list[str]:
         lines.append("Other text for calibration: none, it reads the text that perplexity judges")
     if perplexity is None:
         lines.append("Perplexity: not measured, the recipe names no data set")
+    if perplexity and DIVERGENCE not in metrics:
+        lines.append("Divergence from the 16-bit model: not measured")
     if not any(THROUGHPUT in v.metrics for v in data.past if v.number == data.version):
         lines.append("Throughput: not measured in this release")
     if not recipe.export:
@@ -117,22 +124,22 @@ def _champion(data: ReportData) -> dict[str, Any]:
 
 
 def _judged(data: ReportData) -> str:
-    """How many gates passed, and what the limits are limits of."""
+    """How the gates came out, and what the limits are limits of."""
     gates = data.recipe.gates
-    judged = [metric for metric in data.verdict.metrics.values() if metric.limit is not None]
-    passed = sum(metric.passed for metric in judged)
     what = "the difference itself"
     if gates.confidence is not None:
         what = f"the worse end of the {gates.confidence:.0%} interval"
     unit = "absolute, of accuracies in points"
     if gates.mode == "relative":
         unit = "in percent of the baseline"
+    counted = standings(data.verdict.metrics)
     said = (
-        f"{passed} of {len(judged)} gates passed. Judged on {data.verdict.judged_on}, by {what};"
-        f" limits are {unit}, and what reaches one fails."
+        f"{counted[:1].upper()}{counted[1:]}. Judged on {data.verdict.judged_on}, by {what}; limits"
+        f" are {unit}, and what reaches one fails."
     )
-    if gates.throughput_ratio is not None:
-        said += f" Of {THROUGHPUT_RATIO} what reaches its limit passes."
+    floors = [n for n in (THROUGHPUT_RATIO, TOP1) if getattr(gates, n) is not None]
+    if floors:
+        said += f" Of {' and '.join(floors)} what reaches its limit passes."
     return said
 
 

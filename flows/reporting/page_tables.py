@@ -6,6 +6,7 @@ from typing import Any
 from dpq_core.checkpoint.exports.card import shown_scheme
 from dpq_core.evaluation.scores import PERPLEXITIES
 from dpq_core.recipe.scheme import Scheme
+from dpq_core.verdict.standing import Metric
 from flows.reporting.charts import WORST
 from flows.reporting.prefect_artifacts import gate_rows, interval, number, turned
 from flows.reporting.report_data import ReportData
@@ -20,13 +21,44 @@ def gates_table(data: ReportData) -> Table:
     """What was judged, and what is missing although it was to be shown."""
     judged = {n: m for n, m in data.verdict.metrics.items() if m.limit is not None or m.wrong}
     keys = ("metric", "baseline", "candidate", "delta", "interval", "limit", "result")
-    titles = ("metric", "baseline", "candidate", "delta", "interval of delta", "limit", "pass")
+    titles = ("metric", "baseline", "candidate", "delta", "interval of delta", "limit", "result")
     return table(
         "Candidate against 16-bit baseline",
         gate_rows(judged),
         dict(zip(keys, titles, strict=True)),
         cards=True,
     )
+
+
+def divergence_table(data: ReportData) -> Table:
+    """How far the predictions are apart; no rows where nobody measured it."""
+    rows = [
+        {
+            "what": what,
+            "candidate": number(metric.candidate, ".5f"),
+            "interval": _interval_of_the_value(metric),
+        }
+        for name, what in _DIVERGENCE.items()
+        if (metric := data.verdict.metrics.get(name)) and not metric.wrong
+    ]
+    return table("Over perplexity's text, windows resampled", rows)
+
+
+_DIVERGENCE = {
+    "divergence": "KL in nats a token, mean",
+    "divergence.median": "median",
+    "divergence.p99": "99 % of the tokens are below",
+    "divergence.p99_9": "99.9 % are below",
+    "divergence.max": "largest",
+    "top1_agreement": "share of tokens with the same most likely",
+}
+
+
+def _interval_of_the_value(metric: Metric) -> str:
+    """Of the candidate's value; in a metric it is the difference's."""
+    if metric.interval is None:
+        return "–"
+    return " … ".join(number(end + (metric.baseline or 0), ".5f") for end in metric.interval)
 
 
 def suites_table(data: ReportData) -> Table:
@@ -47,12 +79,21 @@ def suites_table(data: ReportData) -> Table:
             "delta": number(metric.delta, f"+{spec}"),
             "interval of delta": interval(metric, spec),
             "answers turned": turned(metric),
+            "margins": _margins(metric),
             "metric": metric.metric,
             "documents": f"{metric.documents:,}",
             "few-shot": str(few_shot),
         }
         rows.append(row)
     return table("Each suite by itself, accuracies in percent", rows)
+
+
+def _margins(metric: Metric) -> str:
+    """Medians of the 16-bit model's margins, of the answers that turned beside all."""
+    if metric.margin is None:
+        return "–"
+    turned_at = "–" if metric.margin_turned is None else number(metric.margin_turned, ".2g")
+    return f"{turned_at} / {number(metric.margin, '.2g')}"
 
 
 def _is_one_suite(name: str) -> bool:

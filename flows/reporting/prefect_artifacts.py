@@ -8,9 +8,12 @@ from typing import Any
 from prefect.artifacts import create_link_artifact, create_markdown_artifact, create_table_artifact
 
 from dpq_core.calibration.required_tokens import CalibrationTokens
+from dpq_core.evaluation.text_divergence import Spot
 from dpq_core.model.plan import kept_lines
-from dpq_core.verdict.gates import Metric, Verdict
+from dpq_core.verdict.closeness import NATS
+from dpq_core.verdict.gates import Verdict
 from dpq_core.verdict.pairing import Difference, Evaluation, Failure
+from dpq_core.verdict.standing import Metric
 from tasks.log import layer_rows
 from tasks.register import Registration
 
@@ -52,6 +55,33 @@ def publish_parts(tables: Mapping[str, list[dict[str, Any]]]) -> None:
         create_table_artifact(rows, key=key, description=f"Parts of {suite}, percent")
 
 
+def publish_spots(spots: Sequence[Spot]) -> None:
+    """Where the candidate's predictions are farthest from the 16-bit model's, as a table; nothing
+    where nothing was measured."""
+    if spots:
+        description = "Text at which the candidate is farthest from the 16-bit model"
+        create_table_artifact(spot_rows(spots), key="spots", description=description)
+
+
+def spot_rows(spots: Sequence[Spot]) -> list[dict[str, str]]:
+    """A row a spot: nats, whether both thought the same most likely, the text around it."""
+    return [
+        {
+            "nats": number(spot.nats, ".3f"),
+            "most likely": "the same" if spot.agree else "another",
+            "before": printable(spot.before),
+            "token": printable(spot.token),
+            "after": printable(spot.after),
+        }
+        for spot in spots
+    ]
+
+
+def printable(text: str) -> str:
+    """On one line, and all of it seen: ends of lines as ⏎, what has no shape as ·."""
+    return "".join(c if c.isprintable() else "⏎" if c == "\n" else "·" for c in text)
+
+
 def score_rows(evaluation: Evaluation) -> list[dict[str, Any]]:
     """A row for each suite of one checkpoint; value None where it failed or is not finite."""
     rows: list[dict[str, Any]] = []
@@ -76,15 +106,16 @@ def gate_rows(metrics: Mapping[str, Metric]) -> list[dict[str, str]]:
     return [
         {
             "metric": shown_name(name, metric),
-            "baseline": number(metric.baseline, ".4f"),
-            "candidate": number(metric.candidate, ".4f"),
-            "delta": number(metric.delta, "+.4f"),
-            "interval": interval(metric),
+            "baseline": number(metric.baseline, spec),
+            "candidate": number(metric.candidate, spec),
+            "delta": number(metric.delta, f"+{spec}"),
+            "interval": interval(metric, spec),
             "right/wrong": turned(metric),
             "limit": "–" if metric.limit is None else f"{metric.limit:g}",
-            "result": _result(metric),
+            "result": metric.standing or ("failed" if metric.wrong else "no gate"),
         }
         for name, metric in metrics.items()
+        for spec in [".5f" if metric.metric == NATS else ".4f"]
     ]
 
 
@@ -133,17 +164,24 @@ def interval(metric: Metric, spec: str = ".4f") -> str:
 
 
 def turned(metric: Metric) -> str:
-    """How many answers turned right and wrong, and how likely such a mean is of equals."""
+    """How many answers turned right, wrong, and into another wrong one where that is known, and how
+    likely such a mean is of equals."""
     if metric.turned_right is None:
         return "–"
-    return f"+{metric.turned_right} −{metric.turned_wrong}, p {metric.p_value:.2g}"
+    other = "" if metric.turned_other is None else f" ~{metric.turned_other}"
+    return f"+{metric.turned_right} −{metric.turned_wrong}{other}, p {metric.p_value:.2g}"
 
 
-def _result(metric: Metric) -> str:
-    if metric.limit is None:
-        return "FAIL" if metric.wrong else "shown"
-    result = "pass" if metric.passed else "FAIL"
-    return f"{result}; too few documents to tell {metric.limit:g}" if metric.too_few else result
+def standings(metrics: Mapping[str, Metric]) -> str:
+    """How many gates came out how, in a line; which failed, which are not shown, and how many
+    documents would show these."""
+    words = []
+    for word in ("shown", "not shown", "failed"):
+        found = {name: metric for name, metric in metrics.items() if metric.standing == word}
+        named = [f"{n}: {m.way_out}" if m.way_out else n for n, m in found.items()]
+        which = f" ({'; '.join(named)})" if named and word != "shown" else ""
+        words.append(f"{len(found)} {word}{which}")
+    return f"gates: {', '.join(words)}"
 
 
 def _summary(
@@ -157,7 +195,7 @@ def _summary(
         + ("No champion before." if previous is None else f"Champion before: {previous}."),
         "",
         *(f"- {line}" for line in [*verdict.reasons, *notes(verdict.metrics)]),
-        f"- judged on {verdict.judged_on}",
+        f"- {standings(verdict.metrics)}; judged on {verdict.judged_on}",
         *(f"- {line}" for line in about),
     ]
     return "\n".join(lines)

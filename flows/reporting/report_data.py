@@ -6,8 +6,10 @@ from datetime import datetime
 from typing import Any
 
 from dpq_core.benchmark.throughput import Times
+from dpq_core.evaluation.text_divergence import Spot
 from dpq_core.recipe import Recipe
-from dpq_core.verdict.gates import THROUGHPUT_RATIO, Verdict
+from dpq_core.verdict.gates import Verdict
+from dpq_core.verdict.ratios import THROUGHPUT_RATIO
 from infra.registry.history import PastVersion
 
 
@@ -15,7 +17,8 @@ from infra.registry.history import PastVersion
 class ReportData:
     """What a report tells of a release. sizes: bytes of weights, 16-bit model and candidate.
     past: versions of the registered model with this one, the oldest first. parts: tables of suites'
-    categories and subjects. checks: of integrity, None where passed."""
+    categories and subjects. checks: of integrity, None where passed. spots: of the text, the
+    farthest from the 16-bit model first."""
 
     made: datetime
     recipe: Recipe
@@ -35,6 +38,7 @@ class ReportData:
     parts: Mapping[str, Sequence[Mapping[str, Any]]] = field(default_factory=dict)
     environment: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     speeds: Sequence[Times] = ()
+    spots: Sequence[Spot] = ()
 
     @property
     def errors(self) -> dict[str, float]:

@@ -13,7 +13,7 @@ from dpq_core.evaluation.suites import definitions
 from dpq_core.kernels import products
 from dpq_core.machine.device import resolve_device
 from dpq_core.recipe import Recipe
-from dpq_core.verdict import pairing
+from dpq_core.verdict import resampling
 
 _PACKAGES = (
     "torch",
@@ -42,7 +42,7 @@ def seeds(recipe: Recipe) -> dict[str, str]:
     """Seeds of all that draws random numbers in a release, and what draws none."""
     found = {
         "calibration windows": "none: evenly spaced over the data",
-        "bootstrap of intervals": str(pairing.SEED),
+        "bootstrap of intervals": str(resampling.SEED),
     }
     if any(recipe.evaluation.num_fewshot.values()):
         found["few-shot examples"] = str(definitions.SEED)

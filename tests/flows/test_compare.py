@@ -25,6 +25,8 @@ def test_rows_and_a_failing_variant(dpq):
     assert rows["dpq"]["layer_error"] < rows["rtn"]["layer_error"]
     assert rows["dpq"]["bits_per_weight"] <= 8 * 0.54
     assert rows["dpq"]["increase"] == rows["dpq"]["perplexity"] - rows["bf16"]["perplexity"]
+    assert rows["dpq"]["gates"].startswith(("shown", "not shown", "failed"))
+    assert rows["bf16"]["gates"] is None
     assert rows["too-wide"]["perplexity"] is None
     assert "4096" in rows["too-wide"]["error"]
 

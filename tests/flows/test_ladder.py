@@ -77,6 +77,24 @@ def test_every_row_has_a_cell_for_every_column():
     ]
 
 
+def test_distances_and_gates_are_columns_where_any_row_has_them():
+    apart = replace(
+        DPQ,
+        distances={"divergence": 0.0312, "top1_agreement": 0.9512, "flips": 3.0},
+        gates="not shown: perplexity_token",
+    )
+    rows = [BASELINE, apart]
+    assert columns(rows)[6:10] == ["KL, nats", "top-1", "flips, %", "gates"]
+    assert cells(apart, rows)[6:10] == [
+        *("0.03120", "0.9512", "3.00"),
+        "not shown: perplexity_token",
+    ]
+    assert cells(BASELINE, rows)[6:10] == ["–"] * 4
+    assert as_records(rows)[1]["divergence"] == 0.0312
+    assert as_records(rows)[0]["flips"] is None
+    assert as_records(rows)[1]["gates"] == "not shown: perplexity_token"
+
+
 def test_a_row_without_perplexity_says_why():
     with pytest.raises(ValueError, match="dpq: a row without perplexity"):
         Row("dpq")

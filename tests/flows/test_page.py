@@ -11,9 +11,13 @@ import pytest
 from lxml.html import HTMLParser, document_fromstring
 
 from dpq_core.benchmark.throughput import Cell, Times
+from dpq_core.evaluation.text_divergence import Spot
 from dpq_core.recipe import parse_recipe
 from dpq_core.recipe.scheme import Scheme
-from dpq_core.verdict.gates import Metric, Verdict, ratio_metric
+from dpq_core.verdict.closeness import NATS, SHARE, TOP1
+from dpq_core.verdict.gates import Verdict
+from dpq_core.verdict.ratios import ratio_metric
+from dpq_core.verdict.standing import Metric
 from flows.reporting.page import THROUGHPUT, page
 from flows.reporting.report_data import ReportData
 from infra.registry.history import PastVersion
@@ -41,7 +45,12 @@ def recipe_of(**sections):
 def metric(name, baseline, delta, limit=None, **changes):
     interval = (delta - 0.1, delta + 0.1)
     found = Metric(name, baseline, baseline + delta, delta, interval, documents=1838, limit=limit)
-    return replace(found, passed=limit is None or abs(delta) < limit, **changes)
+    if limit is None:
+        return replace(found, passed=True, **changes)
+    shown = abs(delta) + 0.1 < limit
+    needed = None if shown else 2 * found.documents
+    word = "shown" if shown else "not shown"
+    return replace(found, passed=True, standing=word, needed=needed, **changes)
 
 
 METRICS = {
@@ -155,6 +164,23 @@ NOT_FINITE = replace(
         ]
     },
 )
+APART = replace(
+    FULL,
+    verdict=Verdict(
+        "rejected",
+        ("top1_agreement: less",),
+        METRICS
+        | {
+            "divergence": metric(NATS, 0.0, 0.0312),
+            "divergence.max": replace(metric(NATS, 0.0, 9.5), interval=None),
+            TOP1: replace(metric(SHARE, 1.0, -0.04, 0.98), passed=False, standing="failed"),
+        },
+    ),
+    spots=[
+        Spot("ab" * 32, 20, 9.5, False, "the first\nline of ", "text", " goes\x00 on"),
+        Spot("ab" * 32, 40, math.inf, True, "", "token 5", ""),
+    ],
+)
 BARE = replace(
     FULL,
     verdict=Verdict("rejected", ("integrity: tensors: one is missing",), {}),
@@ -182,7 +208,12 @@ class Example:
     scope="module",
     params=[
         pytest.param(data, id=name)
-        for name, data in (("full", FULL), ("not-finite", NOT_FINITE), ("bare", BARE))
+        for name, data in (
+            ("full", FULL),
+            ("not-finite", NOT_FINITE),
+            ("apart", APART),
+            ("bare", BARE),
+        )
     ],
 )
 def example(request):
@@ -322,10 +353,10 @@ def test_the_gate_table_and_the_suites():
     tree = tree_of(FULL)
     gates, suites = tree.xpath("//table")[:2]
     assert [text_of(cell) for cell in gates.xpath("thead//th")] == [
-        *("metric", "baseline", "candidate", "delta", "interval of delta", "limit", "pass")
+        *("metric", "baseline", "candidate", "delta", "interval of delta", "limit", "result")
     ]
-    assert [text_of(cell) for cell in gates.xpath("tbody/tr")[0]] == [
-        *("perplexity_token", "5.4721", "5.5133", "+0.0412", "−0.0588 to +0.1412", "0.05", "pass")
+    assert [text_of(cell) for cell in gates.xpath("tbody/tr")[0]][:-1] == [
+        *("perplexity_token", "5.4721", "5.5133", "+0.0412", "−0.0588 to +0.1412", "0.05")
     ]
     assert [text_of(row[0]) for row in gates.xpath("tbody/tr")] == [
         *("perplexity_token", "accuracy_average (acc)", "accuracy.mmlu (acc)")
@@ -333,8 +364,43 @@ def test_the_gate_table_and_the_suites():
     assert [text_of(cell) for cell in suites.xpath("tbody/tr")[0]][:6] == [
         *("piqa", "78.10", "77.90", "−0.20", "−0.30 to −0.10", "+8 −12, p 0.5")
     ]
-    assert "3 of 3 gates passed. Judged on all documents and windows" in section(tree, "Gates")
+    unshown = "1 not shown (perplexity_token: about 3,700 windows would show it)"
+    said = f"Gates: 2 shown, {unshown}, 0 failed. Judged on all documents"
+    assert said in section(tree, "Gates")
+    results = [text_of(row[-1]) for row in gates.xpath("tbody/tr")]
+    assert results == ["not shown", "shown", "shown"]
+    colours = [row[-1].get("class").split()[-1] for row in gates.xpath("tbody/tr")]
+    assert colours == ["unsure", "passed", "passed"]
     assert "it reads the text that perplexity judges" in section(tree, "Skipped")
+
+
+def test_divergence_and_where_the_text_is_farthest():
+    tree = tree_of(APART)
+    table = tree.xpath("//h2[text()='Divergence']/following::table")[0]
+    assert [[text_of(cell) for cell in row] for row in table.xpath("tbody/tr")] == [
+        ["KL in nats a token, mean", "0.03120", "−0.06880 to 0.13120"],
+        ["largest", "9.50000", "–"],
+        ["share of tokens with the same most likely", "0.96000", "0.86000 to 1.06000"],
+    ]
+    spots = tree.xpath("//ol[@class='spots']/li")
+    assert text_of(spots[0]) == (
+        "9.500 nats, most likely token another: the first⏎line of text goes· on"
+    )
+    assert text_of(spots[0].xpath(".//mark")[0]) == "text"
+    assert text_of(spots[1]) == "infinite nats, most likely token the same: token 5"
+    assert "divergence" not in section(tree, "Gates")  # no gate looks
+    assert not tree_of(FULL).xpath("//h2[text()='Divergence']")
+    assert "Divergence from the 16-bit model: not measured" in section(tree_of(FULL), "Skipped")
+
+
+@pytest.mark.parametrize("text", [*HOSTILE, "\u202egnp.exe", "</mark></q>"])
+def test_any_spot_of_the_text_is_shown_as_it_is(text):
+    spot = Spot("ab", 3, 1.0, True, text, text, text)
+    tree = tree_of(replace(APART, spots=[spot]))
+    assert not tree.xpath("//script | //img | //b")
+    (mark,) = tree.xpath("//mark")
+    assert mark.text == text.replace("\u202e", "·")
+    assert mark.getparent().text_content() == 3 * mark.text
 
 
 def test_a_failed_suite_is_shown_as_failed():
@@ -413,7 +479,7 @@ def test_a_speed_gate_is_in_the_gate_table_and_no_measure_of_quality():
     )
     row = [text_of(cell) for cell in tree.xpath("//table")[0].xpath("tbody/tr")[1]]
     assert row[:4] == ["throughput_ratio.cpu (decoding)", "1.0000", "2.5000", "+1.5000"]
-    assert row[-2:] == ["1.8", "pass"]
+    assert row[-2:] == ["1.8", "shown"]
     assert "Of throughput_ratio what reaches its limit passes" in section(tree, "Gates")
     versions = section(tree, "Versions of this model")
     assert "perplexity_token, candidate minus baseline against tokens per second" in versions

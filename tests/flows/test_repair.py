@@ -12,8 +12,9 @@ from conftest import dpq_process, run_flow
 
 from dpq_core.model.plan import PlannedLayer
 from dpq_core.recipe import parse_recipe
-from dpq_core.verdict.gates import Metric, NotMeasuredError, Verdict
+from dpq_core.verdict.gates import NotMeasuredError, Verdict
 from dpq_core.verdict.halves import ALL, JUDGING
+from dpq_core.verdict.standing import Metric
 from flows.release import repair_options
 from flows.release.candidate import Attempt
 from flows.release.release import release
@@ -117,6 +118,20 @@ def test_layers_are_tried_alone_without_a_correction(content, correction, monkey
     assert [trials["k"][repair_options.OWN] for trials in measured] == [f"{own} k"]
     assert len(made) == (3 if correction else 2)
     assert set(made) == {(0.0, correction > 0, "statistics")}
+
+
+@pytest.mark.parametrize(("confidence", "most"), [(None, 0.9 * 0.5), (0.95, 0.9 * 0.4)])
+def test_a_missed_divergence_says_how_much_loss_is_left(content, confidence, most):
+    """Half of it may stay, and less where the interval's end is judged."""
+    gates = content.get("gates", {}) | {"divergence": 0.05, "confidence": confidence}
+    recipe = parse_recipe(content | {"gates": gates})
+    missed = Metric("nats a token", 0.0, 0.1, 0.1, (0.09, 0.11), 50, limit=0.05)
+    look = Verdict("rejected", ("divergence: …",), {"divergence": missed})
+    found = SimpleNamespace(recipe=recipe, look=look)
+    assert repair_options.Options._loss_to_aim_at(None, found, 2.0, 1.0) == pytest.approx(2 * most)
+    passed = replace(look, metrics={"divergence": replace(missed, passed=True)})
+    found = SimpleNamespace(recipe=recipe, look=passed)
+    assert repair_options.Options._loss_to_aim_at(None, found, 2.0, 1.0) == pytest.approx(2 * 0.7)
 
 
 @pytest.mark.parametrize("judged", ["promoted", "rejected"])

@@ -61,10 +61,11 @@ def model_card(
     export: Mapping[str, Any] | None = None,
     verdict: str | None = None,
     gates: Sequence[Mapping[str, str]] = (),
+    standings: str = "",
 ) -> str:
     """README.md of a native checkpoint, or of its export where `export` is that one's manifest.
 
-    gates: the rows of the gate table, as they are shown.
+    gates: the rows of the gate table, as they are shown. standings: how they came out, in a line.
     """
     native = checkpoint.manifest
     name = export["format"] if export else "native"
@@ -85,6 +86,7 @@ def model_card(
         layers=_layer_rows(checkpoint),
         skipped=list(native["skipped"]),
         gates=list(gates),
+        standings=f" {standings[:1].upper()}{standings[1:]}." if standings else "",
         uses=_uses(name, checkpoint),
         checks=export["checks"] if export else {},
         reader=export["reader"] if export else "",

@@ -118,12 +118,16 @@ def log_likelihood(model, context, continuation):
 def test_answers_are_those_of_a_loop_by_hand():
     model = tiny()
     result = evaluate_suites(model, BYTES, ["python_docs"], limit=12)
-    by_hand = []
+    by_hand, picks, margins = [], [], []
     for question in python_docs.questions()[:12]:
         scores = [log_likelihood(model, question["context"], c) for c in question["choices"]]
         by_hand.append(float(scores.index(max(scores)) == question["gold"]))
+        picks.append(scores.index(max(scores)))
+        margins.append(max(scores) - sorted(scores)[-2])
     found = result["python_docs"]
     assert found.values == by_hand
+    assert found.picks == picks
+    assert found.margins == pytest.approx(margins, rel=1e-4, abs=1e-4)
     assert found.value == pytest.approx(100 * sum(by_hand) / 12)
     assert (found.metric, set(found.parts), set(found.weights)) == ("acc", {"python_docs"}, {1})
     assert len(set(found.documents)) == 12

@@ -1,7 +1,10 @@
+import math
+
 import pytest
 import yaml
 from pydantic import ValidationError
 
+from dpq_core.digests import digest
 from dpq_core.recipe import Recipe, RecipeError, load_recipe, parse_recipe
 
 CONTENT = {
@@ -337,3 +340,42 @@ def test_layers_of_eight_bits_can_be_kept_in_sixteen(recipe_file):
 def test_names_too_long_for_a_file_are_an_error_of_ours(recipe_file):
     assert "name too long" in message_of("x" * 300).lower()
     assert load_recipe(recipe_file, [f"model.id={'x' * 300}"]).model.id == "x" * 300
+
+
+@pytest.mark.parametrize(
+    ("gate", "value", "section"),
+    [
+        ("divergence", 0.02, "perplexity"),
+        ("top1_agreement", 0.97, "perplexity"),
+        ("flips", 3, "suites"),
+    ],
+)
+def test_a_gate_needs_what_it_judges(gate, value, section):
+    there = {"perplexity": {"dataset": {"path": "json"}}, "suites": ["piqa"]}
+    asked = CONTENT | {"gates": {gate: value}, "evaluation": there}
+    assert getattr(parse_recipe(asked).gates, gate) == value
+    without = {name: found for name, found in there.items() if name != section}
+    said = rf"gates\.{gate} is {value:g}, .* add evaluation\.{section}, or leave the gate out"
+    with pytest.raises(RecipeError, match=said):
+        parse_recipe(asked | {"evaluation": without})
+
+
+@pytest.mark.parametrize("gate", ["divergence", "top1_agreement", "flips"])
+@pytest.mark.parametrize("value", [0, -1, "much", math.inf])
+def test_a_gate_out_of_bounds_is_refused(gate, value):
+    with pytest.raises(RecipeError, match=rf"gates\.{gate}"):
+        parse_recipe(CONTENT | {"gates": {gate: value}})
+
+
+def test_gates_that_nobody_asks_for_leave_the_digest_as_it_was():
+    """Recipes of before these gates keep their releases."""
+    plain = parse_recipe(CONTENT)
+    left_out = {"execution", "variants", "benchmark"}
+    content = plain.model_dump(mode="json", exclude=left_out)
+    known = {"perplexity_increase", "accuracy_drop", "mode", "confidence", "allow_limited"}
+    known |= {"approval", "approval_timeout"}
+    content["gates"] = {name: v for name, v in content["gates"].items() if name in known}
+    assert plain.digest == digest(content)
+    there = {"perplexity": {"dataset": {"path": "json"}}}
+    asked = parse_recipe(CONTENT | {"evaluation": there, "gates": {"divergence": 0.02}})
+    assert asked.digest != parse_recipe(CONTENT | {"evaluation": there}).digest

@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 
 from dpq_core.evaluation.scores import PERPLEXITY, Scores
 from dpq_core.recipe import GatesSection
-from dpq_core.verdict.gates import COMMONSENSE, NotMeasuredError, compare, judge
+from dpq_core.verdict.comparison import COMMONSENSE, compare
+from dpq_core.verdict.gates import NotMeasuredError, judge
 from dpq_core.verdict.pairing import Difference, Failure
 
 ACCURACY = "commonsense_accuracy"
@@ -131,6 +132,7 @@ def test_the_names_of_what_is_compared():
     judged = {name for name, metric in result.metrics.items() if metric.limit is not None}
     assert judged == {PERPLEXITY, ACCURACY, "accuracy.mmlu"}
     shown = {f"accuracy.{suite}" for suite in COMMONSENSE} | {"perplexity_word"}
+    shown |= {"flips", "flips.mmlu"}
     assert set(result.metrics) == judged | shown
     assert result.metrics[ACCURACY].baseline == 75
     assert result.metrics[PERPLEXITY].baseline == pytest.approx(math.exp(2))
@@ -204,6 +206,7 @@ def test_confidence_judges_the_worse_end(spread, confidence, expected):
     assert (result.verdict == "promoted") is expected
     assert all(metric.passed is expected for metric in result.metrics.values())
     assert all("95% interval" in reason for reason in result.reasons)
+    assert all("not shown to be within" in reason for reason in result.reasons)
 
 
 def test_confidence_without_an_interval_says_nothing():
@@ -212,14 +215,7 @@ def test_confidence_without_an_interval_says_nothing():
     result = of_evaluations(few, few, gates=GatesSection(confidence=0.9))
     assert result.verdict == "error"
     assert "too few windows" in result.reasons[0]
-    assert result.metrics[PERPLEXITY].too_few
-
-
-@pytest.mark.parametrize(("spread", "too_few"), [(0.4, False), (0.6, True)])
-def test_too_few_documents_are_told(spread, too_few):
-    result = verdict({}, gates=EXACT, spread=spread)
-    assert result.metrics[ACCURACY].too_few is too_few
-    assert result.verdict == "promoted"
+    assert result.metrics[PERPLEXITY].standing == "not shown"
 
 
 finite = st.floats(1e-3, 1e4)

@@ -8,7 +8,8 @@ import pytest
 
 from dpq_core.evaluation.scores import Scores
 from dpq_core.recipe import GatesSection
-from dpq_core.verdict.gates import compare, judge
+from dpq_core.verdict.comparison import compare
+from dpq_core.verdict.gates import judge
 from dpq_core.verdict.halves import ALL, CHOOSING, JUDGING, chooses, those
 from dpq_core.verdict.pairing import Failure
 
