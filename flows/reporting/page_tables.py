@@ -5,7 +5,9 @@ from typing import Any
 
 from dpq_core.checkpoint.exports.card import shown_scheme
 from dpq_core.evaluation.scores import PERPLEXITIES
+from dpq_core.evaluation.text_divergence import DIVERGENCE
 from dpq_core.recipe.scheme import Scheme
+from dpq_core.verdict.closeness import TOP1
 from dpq_core.verdict.flips import FLIPS
 from dpq_core.verdict.standing import Metric
 from flows.reporting.charts import WORST
@@ -210,6 +212,7 @@ def exports_table(data: ReportData) -> Table:
 def versions_table(data: ReportData) -> Table:
     speeds = any(THROUGHPUT in past.metrics for past in data.past)
     judged = data.judged
+    unmoved = {DIVERGENCE, TOP1, *(name for name in judged if name.startswith(FLIPS))}  # 0, 1, 0
     champion = data.version if data.verdict.verdict == "promoted" else data.previous_champion
     rows = []
     for past in reversed(data.past):
@@ -231,7 +234,8 @@ def versions_table(data: ReportData) -> Table:
         if speeds:
             row["tokens per second"] = measured(past, THROUGHPUT, ",.0f")
         for side, spec in (("delta", "+.4f"), ("baseline", ".4f")):
-            row |= {f"{n}, {side}": measured(past, f"{n}.{side}", spec) for n in judged}
+            shown = judged if side == "delta" else [n for n in judged if n not in unmoved]
+            row |= {f"{n}, {side}": measured(past, f"{n}.{side}", spec) for n in shown}
         rows.append(row)
     return table("Versions, the newest first", rows)
 

@@ -419,6 +419,16 @@ def test_any_spot_of_the_text_is_shown_as_it_is(text):
     assert mark.getparent().text_content() == 3 * mark.text
 
 
+def test_a_gate_on_agreement_is_no_accuracy_of_the_history():
+    past = [replace(v, metrics={**v.metrics, THROUGHPUT: 100.0}) for v in FULL.past]
+    tree = tree_of(replace(APART, past=past))
+    history = section(tree, "Versions of this model")
+    assert "accuracy_average against tokens per second" in history
+    titles = [text_of(cell) for cell in tree.xpath("//table[.//th='registered']/thead//th")]
+    assert "top1_agreement, delta" in titles
+    assert "top1_agreement, baseline" not in titles
+
+
 def test_a_failed_suite_is_shown_as_failed():
     tree = tree_of(NOT_FINITE)
     row = tree.xpath("//table")[1].xpath("tbody/tr")[0]
