@@ -26,7 +26,8 @@ FILE = "divergence.parquet"
 
 _VERSION = "1"
 _SPOTS = 64  # that are kept: of those of one half still more than are shown
-_BEFORE, _AFTER = 16, 8  # tokens around a spot
+_BEFORE, _AFTER = 24, 12  # tokens around a spot
+_NEAR = 8  # tokens, within which the worst alone is told
 
 
 @dataclass(frozen=True)
@@ -145,7 +146,7 @@ def _worst(nats: NDArray[np.float32]) -> Iterator[tuple[int, int]]:
     for number in np.argsort(-flat, kind="stable"):
         row, place = divmod(int(number), nats.shape[1])
         near = told.setdefault(row, [])
-        if any(abs(place - other) <= _AFTER for other in near):
+        if any(abs(place - other) <= _NEAR for other in near):
             continue
         near.append(place)
         yield row, place

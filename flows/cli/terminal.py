@@ -103,6 +103,7 @@ def show_convnet(release: "ConvRelease") -> None:
     for reason in release.verdict.reasons:
         console.print(f"  {reason}", highlight=False, markup=False)
     console.print(
+        f"  {standings(release.verdict.metrics)}\n"
         f"  judged on {release.verdict.judged_on}\n"
         f"{release.registration.name} version {release.registration.version}\n"
         f"classifier {release.classifier}\nMLflow run {release.run_id}",

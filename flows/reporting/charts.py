@@ -72,7 +72,7 @@ def history_chart(data: ReportData) -> Chart | None:
 
 def _throughput_chart(data: ReportData) -> Chart | None:
     judged = data.judged
-    accuracies = [name for name in judged if not name.startswith("perplexity")]
+    accuracies = [name for name in judged if "accuracy" in name]
     name = (accuracies or judged or [""])[0]
     key = f"{name}.{'candidate' if accuracies else 'delta'}"
     points = [

@@ -20,6 +20,8 @@ from flows.reporting.html import rendered
 from flows.reporting.page_tables import (
     divergence_table,
     exports_table,
+    flips_lines,
+    flips_table,
     gates_table,
     parts_table,
     rounds_table,
@@ -49,6 +51,8 @@ def page(data: ReportData) -> str:
         divergence=divergence_table(data),
         spots=spot_rows(data.spots),
         suites=suites_table(data),
+        flips=flips_table(data),
+        changed=flips_lines(data),
         failures={n: m.wrong for n, m in data.verdict.metrics.items() if m.wrong},
         parts=[parts_table(suite, rows) for suite, rows in data.parts.items()],
         layers=layers_chart(data),

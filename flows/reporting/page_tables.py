@@ -5,7 +5,10 @@ from typing import Any
 
 from dpq_core.checkpoint.exports.card import shown_scheme
 from dpq_core.evaluation.scores import PERPLEXITIES
+from dpq_core.evaluation.text_divergence import DIVERGENCE
 from dpq_core.recipe.scheme import Scheme
+from dpq_core.verdict.closeness import TOP1
+from dpq_core.verdict.flips import FLIPS
 from dpq_core.verdict.standing import Metric
 from flows.reporting.charts import WORST
 from flows.reporting.prefect_artifacts import gate_rows, interval, number, turned
@@ -78,8 +81,7 @@ def suites_table(data: ReportData) -> Table:
             "candidate": number(metric.candidate, spec),
             "delta": number(metric.delta, f"+{spec}"),
             "interval of delta": interval(metric, spec),
-            "answers turned": turned(metric),
-            "margins": _margins(metric),
+            "answers turned": turned(metric, other_too=False),
             "metric": metric.metric,
             "documents": f"{metric.documents:,}",
             "few-shot": str(few_shot),
@@ -88,12 +90,38 @@ def suites_table(data: ReportData) -> Table:
     return table("Each suite by itself, accuracies in percent", rows)
 
 
-def _margins(metric: Metric) -> str:
-    """Medians of the 16-bit model's margins, of the answers that turned beside all."""
-    if metric.margin is None:
-        return "–"
-    turned_at = "–" if metric.margin_turned is None else number(metric.margin_turned, ".2g")
-    return f"{turned_at} / {number(metric.margin, '.2g')}"
+def flips_table(data: ReportData) -> Table:
+    """The answers that changed, of each suite of choices; no rows where none was measured."""
+    rows = [
+        {
+            "suite": name.removeprefix("accuracy."),
+            "to right": str(metric.turned_right),
+            "to wrong": str(metric.turned_wrong),
+            "to another wrong": str(metric.turned_other),
+            "margin of these": _margin(metric.margin_turned),
+            "margin of all": _margin(metric.margin),
+            "candidate's, of all": _margin(metric.margin_candidate),
+        }
+        for name, metric in data.verdict.metrics.items()
+        if name.startswith("accuracy.") and metric.turned_other is not None
+    ]
+    return table("Answers that changed", rows)
+
+
+def _margin(nats: float | None) -> str:
+    return "–" if nats is None else number(nats, ".3f")
+
+
+def flips_lines(data: ReportData) -> list[str]:
+    """How many answers changed, a sentence each for the mean over suites and for MMLU."""
+    lines = []
+    for name, metric in data.verdict.metrics.items():
+        if not name.startswith(FLIPS) or metric.candidate is None:
+            continue
+        of = "MMLU's" if name != FLIPS else "the suites'"
+        ends = interval(metric, ".2f").replace("+", "").replace(" … ", " to ")
+        lines.append(f"{number(metric.candidate, '.2f')} % of {of} answers changed ({ends}).")
+    return lines
 
 
 def _is_one_suite(name: str) -> bool:
@@ -184,6 +212,7 @@ def exports_table(data: ReportData) -> Table:
 def versions_table(data: ReportData) -> Table:
     speeds = any(THROUGHPUT in past.metrics for past in data.past)
     judged = data.judged
+    unmoved = {DIVERGENCE, TOP1, *(name for name in judged if name.startswith(FLIPS))}  # 0, 1, 0
     champion = data.version if data.verdict.verdict == "promoted" else data.previous_champion
     rows = []
     for past in reversed(data.past):
@@ -205,7 +234,8 @@ def versions_table(data: ReportData) -> Table:
         if speeds:
             row["tokens per second"] = measured(past, THROUGHPUT, ",.0f")
         for side, spec in (("delta", "+.4f"), ("baseline", ".4f")):
-            row |= {f"{n}, {side}": measured(past, f"{n}.{side}", spec) for n in judged}
+            shown = judged if side == "delta" else [n for n in judged if n not in unmoved]
+            row |= {f"{n}, {side}": measured(past, f"{n}.{side}", spec) for n in shown}
         rows.append(row)
     return table("Versions, the newest first", rows)
 

@@ -163,12 +163,13 @@ def interval(metric: Metric, spec: str = ".4f") -> str:
     return f"{number(low, f'+{spec}')} … {number(high, f'+{spec}')}"
 
 
-def turned(metric: Metric) -> str:
+def turned(metric: Metric, other_too: bool = True) -> str:
     """How many answers turned right, wrong, and into another wrong one where that is known, and how
     likely such a mean is of equals."""
     if metric.turned_right is None:
         return "–"
-    other = "" if metric.turned_other is None else f" ~{metric.turned_other}"
+    known = other_too and metric.turned_other is not None
+    other = f" ~{metric.turned_other}" if known else ""
     return f"+{metric.turned_right} −{metric.turned_wrong}{other}, p {metric.p_value:.2g}"
 
 

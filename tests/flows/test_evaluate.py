@@ -264,6 +264,12 @@ def test_every_document_is_in_mlflow(recipe, services_home, tmp_path):
         mean = sum(row[role] for row in answers.values()) / 40
         metric = result.verdict.metrics["accuracy.first"]
         assert getattr(metric, name) == pytest.approx(100 * mean)
+        picks = [row[f"{role}.pick"] for row in answers.values()]
+        assert set(picks) <= {0, 1, 2}
+        assert all(row[f"{role}.margin"] >= 0 for row in answers.values())
+    changed = [r["baseline.pick"] != r["candidate.pick"] for r in answers.values()]
+    turned = metric.turned_right + metric.turned_wrong + metric.turned_other
+    assert sum(changed) == turned
     assert {row["metric"] for row in table.to_pylist()} == {"acc", "perplexity_token"}
 
 
@@ -275,7 +281,8 @@ def test_against_another_checkpoint(evaluate, recipe, quickstart_model, services
     assert report["passed"] is True
     assert report["reasons"] == []
     for name, metric in released.verdict.as_dict()["metrics"].items():
-        assert report["metrics"][name] == metric | {"interval": list(metric["interval"])}
+        ends = metric["interval"] and list(metric["interval"])  # a maximum has none
+        assert report["metrics"][name] == metric | {"interval": ends}
     worse = evaluate(
         released.checkpoint,
         *("--against", str(quickstart_model), "--set", "gates.perplexity_increase=0.000001"),

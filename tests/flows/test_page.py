@@ -15,6 +15,7 @@ from dpq_core.evaluation.text_divergence import Spot
 from dpq_core.recipe import parse_recipe
 from dpq_core.recipe.scheme import Scheme
 from dpq_core.verdict.closeness import NATS, SHARE, TOP1
+from dpq_core.verdict.flips import OF_ANSWERS
 from dpq_core.verdict.gates import Verdict
 from dpq_core.verdict.ratios import ratio_metric
 from dpq_core.verdict.standing import Metric
@@ -174,6 +175,15 @@ APART = replace(
             "divergence": metric(NATS, 0.0, 0.0312),
             "divergence.max": replace(metric(NATS, 0.0, 9.5), interval=None),
             TOP1: replace(metric(SHARE, 1.0, -0.04, 0.98), passed=False, standing="failed"),
+            "accuracy.piqa": replace(
+                METRICS["accuracy.piqa"],
+                turned_other=3,
+                margin=7.6,
+                margin_candidate=7.5,
+                margin_turned=0.63,
+            ),
+            "flips": metric(OF_ANSWERS, 0.0, 3.59),
+            "flips.mmlu": metric(OF_ANSWERS, 0.0, 2.0),
         },
     ),
     spots=[
@@ -388,6 +398,12 @@ def test_divergence_and_where_the_text_is_farthest():
     )
     assert text_of(spots[0].xpath(".//mark")[0]) == "text"
     assert text_of(spots[1]) == "infinite nats, most likely token the same: token 5"
+    assert "3.59 % of the suites' answers changed (3.49 to 3.69)." in section(tree, "Accuracy")
+    assert "2.00 % of MMLU's answers changed (1.90 to 2.10)." in section(tree, "Accuracy")
+    flips = tree.xpath("//table[caption='Answers that changed']/tbody/tr")
+    assert [[text_of(cell) for cell in row] for row in flips] == [
+        ["piqa", "8", "12", "3", "0.630", "7.600", "7.500"]
+    ]
     assert "divergence" not in section(tree, "Gates")  # no gate looks
     assert not tree_of(FULL).xpath("//h2[text()='Divergence']")
     assert "Divergence from the 16-bit model: not measured" in section(tree_of(FULL), "Skipped")
@@ -401,6 +417,16 @@ def test_any_spot_of_the_text_is_shown_as_it_is(text):
     (mark,) = tree.xpath("//mark")
     assert mark.text == text.replace("\u202e", "·")
     assert mark.getparent().text_content() == 3 * mark.text
+
+
+def test_a_gate_on_agreement_is_no_accuracy_of_the_history():
+    past = [replace(v, metrics={**v.metrics, THROUGHPUT: 100.0}) for v in FULL.past]
+    tree = tree_of(replace(APART, past=past))
+    history = section(tree, "Versions of this model")
+    assert "accuracy_average against tokens per second" in history
+    titles = [text_of(cell) for cell in tree.xpath("//table[.//th='registered']/thead//th")]
+    assert "top1_agreement, delta" in titles
+    assert "top1_agreement, baseline" not in titles
 
 
 def test_a_failed_suite_is_shown_as_failed():

@@ -60,9 +60,9 @@ def test_spots_are_the_worst_first_and_not_one_twice():
     told = [(found.windows.index(s.window), s.position, s.nats) for s in found.spots]
     assert told[:3] == [(2, 20, 3.0), (0, 5, 2.0), (1, 39, pytest.approx(0.7))]  # 22 is near 20
     first, early, last = found.spots[:3]
-    assert first.before.split() == [str(n) for n in range(84, 100)]
+    assert first.before.split() == [str(n) for n in range(80, 100)]
     assert (first.token, first.agree) == (" 100", False)
-    assert first.after.split() == [str(n) for n in range(101, 109)]
+    assert first.after.split() == [str(n) for n in range(101, 113)]
     assert early.before.split() == [str(n) for n in range(5)]
     assert last.after == ""
 
