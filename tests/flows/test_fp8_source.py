@@ -8,9 +8,12 @@ import torch
 from conftest import run_flow
 from safetensors.torch import load_file, save_file
 
-from dpq_core.checkpoint.native import load_model
 from dpq_core.data.texts import load_texts, token_windows
-from dpq_core.evaluation.perplexity import perplexity_token
+from dpq_core.evaluation.forest import chunks_of
+from dpq_core.evaluation.requests import asked_of_windows
+from dpq_core.evaluation.results import perplexity_scores
+from dpq_core.evaluation.scorer import answers, score
+from dpq_core.evaluation.subject import subject_of
 from dpq_core.recipe import parse_recipe
 from flows.release.release import release
 from tasks.support.model import load_tokenizer
@@ -57,9 +60,10 @@ def test_release(content, services_home, in_fp8):
     found = result.verdict.metrics["perplexity_token"]
     section = recipe.evaluation.perplexity
     windows = token_windows(load_texts(section.dataset), load_tokenizer(in_fp8), 128)
+    chunks = list(chunks_of(asked_of_windows(windows)))
     source, measured = (
-        perplexity_token(load_model(in_fp8, source=source), windows, 4).value
-        for source in (True, False)
+        perplexity_scores(windows, answers(score(subject, chunks), len(windows))).value
+        for subject in (subject_of(in_fp8, source=True), subject_of(in_fp8))
     )
     assert found.baseline == pytest.approx(source, rel=1e-6)
     assert found.baseline != pytest.approx(measured, rel=1e-6)
