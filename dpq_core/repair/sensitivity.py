@@ -14,6 +14,7 @@ text, and losses of different layers add up as long as they are small
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 
 import torch
 
@@ -39,7 +40,8 @@ def block_losses(
 ) -> dict[Trial, float]:
     """The loss of each trial of a block's layers, in nats a token.
 
-    Memory: a copy of the hidden states for each trial and one more. `on_progress` is called after
+    Memory: a copy of the hidden states for each trial and one more, and five tensors of `_LOGITS`
+    in FP32. `on_progress` is called after
     each block that was passed, the output head included.
 
     Raises:
@@ -69,18 +71,25 @@ def _divergences(
     reference: Sequence[Batch],
     states: Mapping[Trial | None, Sequence[Batch]],
 ) -> dict[Trial | None, float]:
-    """KL from the reference's predictions to each state's, a window's logits at a time."""
+    """KL from the reference's predictions to each state's, of a window or a part of it at a
+    time."""
     sums, tokens = dict.fromkeys(states, 0.0), 0
+    vocabulary = stream.parameters[f"{stream.anatomy.parts.embedding}.weight"][0]
+    rows = max(1, _LOGITS // vocabulary)
     with stream.head() as logits_of:
         for number, batch in enumerate(reference):
-            for window in range(len(batch.hidden)):
-                one = slice(window, window + 1)
-                expected = logits_of(batch.hidden[one]).float().log_softmax(-1)
+            windows, length = batch.hidden.shape[:2]
+            for window, first in product(range(windows), range(0, length, rows)):
+                some = slice(window, window + 1), slice(first, first + rows)
+                expected = logits_of(batch.hidden[some]).float().log_softmax(-1)
                 if not torch.isfinite(expected).all():
                     raise ValueError("the 16-bit model's predictions are not finite")
                 tokens += expected.shape[1]
                 for trial, state in states.items():
-                    found = logits_of(state[number].hidden[one]).float().log_softmax(-1)
+                    found = logits_of(state[number].hidden[some]).float().log_softmax(-1)
                     divergence = (expected.exp() * (expected - found)).sum(-1)
                     sums[trial] += divergence.double().sum().item()
     return {trial: max(total / tokens, 0.0) for trial, total in sums.items()}
+
+
+_LOGITS = 1 << 25  # at a time, for a vocabulary of 262,144 those of 128 tokens
