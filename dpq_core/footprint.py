@@ -132,7 +132,7 @@ _MUCH_WORK = 2e11  # multiplications and additions: of a core, 2 s (AMX) to 10 s
 
 
 def _leaves(calibration: CalibrationSection) -> int:
-    return leaf_count(calibration.samples, _batch_size(calibration))
+    return leaf_count(calibration.all_samples, _batch_size(calibration))
 
 
 def _batch_size(calibration: CalibrationSection) -> int:
@@ -151,7 +151,7 @@ _MUCH, _MANY_BLOCKS = 1 << 30, 8
 
 def _hidden(plan: Plan, calibration: CalibrationSection) -> int:
     """Bytes of the hidden states of all samples before a block."""
-    tokens = calibration.samples * calibration.sequence_length
+    tokens = calibration.all_samples * calibration.sequence_length
     return tokens * plan.layers[0].features * _BFLOAT16
 
 
@@ -186,7 +186,7 @@ def _passes(
     statistics, a leaf's hidden states before and after, those of the one before it that are being
     written, and what a batch's activations take."""
     layers, length = plan.of_block(block), calibration.sequence_length
-    leaf = min(calibration.samples, batch_size * leaf_size(batch_size)) * length
+    leaf = min(calibration.all_samples, batch_size * leaf_size(batch_size)) * length
     corrected = calibration.correction > 0
     a_weight = _BFLOAT16 + (calibration.propagation == "groups") + _BFLOAT16 * corrected
     states = 3 * leaf * plan.layers[0].features * _BFLOAT16  # of the first layer of a block
