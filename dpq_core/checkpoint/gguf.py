@@ -7,7 +7,6 @@ K-quants are products of a scale of 11 significant bits and a code, which have m
 hold: such a file is refused, or its model rounded to BF16 where that is asked for.
 """
 
-import os
 import shutil
 import tempfile
 from collections import Counter
@@ -70,7 +69,7 @@ def import_gguf(file: Path, folder: Path, rounded: bool = False) -> Imported:
         tokenizer.save_pretrained(made)
         check_source(made)
         shutil.rmtree(folder, ignore_errors=True)  # it is empty
-        os.replace(made, folder)
+        made.replace(folder)
     found = wrong[dtype]
     name_of_type = str(dtype).removeprefix("torch.")
     return Imported(stored_as, name_of_type, len(found), max(found.values(), default=0.0))
@@ -84,7 +83,9 @@ def _types_in(file: Path) -> dict[str, int]:
     try:
         tensors = GGUFReader(file).tensors
     except Exception as error:  # whatever NumPy says of bytes that are not there
-        raise CheckpointError(f"{file}: not a GGUF file that can be read: {_said(error)}") from error
+        raise CheckpointError(
+            f"{file}: not a GGUF file that can be read: {_said(error)}"
+        ) from error
     if not tensors:
         raise CheckpointError(f"{file}: a GGUF file without tensors, of a vocabulary perhaps")
     return dict(Counter(each.tensor_type.name for each in tensors).most_common())
