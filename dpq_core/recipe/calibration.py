@@ -17,8 +17,8 @@ class ActivationsSection(Section):
 
 class CalibrationSection(Section):
     dataset: TextDataset
-    mixed_in: list[MixedDataset] = Field(
-        default_factory=list,
+    mixed_in: tuple[MixedDataset, ...] = Field(
+        (),
         exclude_if=lambda mixed: not mixed,  # a recipe is what it was before the field
         description="other data sets with their shares of the windows; `dataset` has what is left",
     )
