@@ -15,6 +15,10 @@ class CheckpointError(InputError):
     """A checkpoint that cannot be used, with one line that says which file or tensor and why."""
 
 
+class DataError(InputError):
+    """Texts that cannot be read or are too short, with one line that says which and why."""
+
+
 class MissingExtraError(InputError):
     """A feature whose packages are not installed."""
 

@@ -10,6 +10,9 @@ The constants count arrays that are alive at a time. For a layer [out, in] of 4 
 - where layers are corrected, two more of the Hessian's shape all the time: what the 16-bit model's
   inputs differ by, and what is made of it.
 
+Before the first block the embedding is read, and what it makes of all samples waits to be written:
+with a vocabulary of 262,144 that is more than anything else that a small model takes.
+
 `tests/bench/peak_memory.py` holds the prediction against what was used.
 """
 
@@ -93,13 +96,15 @@ def footprint(
     alone = passes + blocks_per_task * at_once  # kept for the layers, and being written
     if blocks_per_task > 1:
         alone += _hidden(plan, calibration)
+    begun = max(plan.reading, _BFLOAT16 * plan.embedding + _hidden(plan, calibration))
+    alone, shared = max(alone + reading, begun), max(passes + reading, begun)
     added = root.sums_alive([node for each in nodes for node in each]) * at_once
     stored = sum(stored_bytes(each.rows, each.features, each.scheme) for each in plan.layers)
     corrected, of_layer = calibration.correction > 0, _on_host if on_device else layer_bytes
     return Footprint(
         layer=max(of_layer(each, corrected) for each in plan.layers) + reading,
-        share=passes + reading if shards > 1 else 0,
-        block=added if shards > 1 else alone + reading,
+        share=shared if shards > 1 else 0,
+        block=added if shards > 1 else alone,
         disk=statistics + 2 * stored,  # layers lie in the store and in the checkpoint
         statistics=statistics,
         device=_device(plan, calibration, batch_size) if on_device else 0,
@@ -127,7 +132,7 @@ _MUCH_WORK = 2e11  # multiplications and additions: of a core, 2 s (AMX) to 10 s
 
 
 def _leaves(calibration: CalibrationSection) -> int:
-    return leaf_count(calibration.samples, _batch_size(calibration))
+    return leaf_count(calibration.all_samples, _batch_size(calibration))
 
 
 def _batch_size(calibration: CalibrationSection) -> int:
@@ -146,7 +151,7 @@ _MUCH, _MANY_BLOCKS = 1 << 30, 8
 
 def _hidden(plan: Plan, calibration: CalibrationSection) -> int:
     """Bytes of the hidden states of all samples before a block."""
-    tokens = calibration.samples * calibration.sequence_length
+    tokens = calibration.all_samples * calibration.sequence_length
     return tokens * plan.layers[0].features * _BFLOAT16
 
 
@@ -155,6 +160,7 @@ def _device(plan: Plan, calibration: CalibrationSection, batch_size: int) -> int
     leaf's sums, activations."""
     corrected, length = calibration.correction > 0, calibration.sequence_length
     most = max(layer_bytes(each, corrected) for each in plan.layers)
+    most = max(most, _BFLOAT16 * plan.embedding)
     for block in range(plan.blocks):
         layers = plan.of_block(block)
         weights = sum(each.weights for each in layers) * _BFLOAT16 * (2 if corrected else 1)
@@ -180,7 +186,7 @@ def _passes(
     statistics, a leaf's hidden states before and after, those of the one before it that are being
     written, and what a batch's activations take."""
     layers, length = plan.of_block(block), calibration.sequence_length
-    leaf = min(calibration.samples, batch_size * leaf_size(batch_size)) * length
+    leaf = min(calibration.all_samples, batch_size * leaf_size(batch_size)) * length
     corrected = calibration.correction > 0
     a_weight = _BFLOAT16 + (calibration.propagation == "groups") + _BFLOAT16 * corrected
     states = 3 * leaf * plan.layers[0].features * _BFLOAT16  # of the first layer of a block

@@ -20,11 +20,12 @@ from dpq_core.model.quantization import described, quantization_of
 from dpq_core.model.streaming import StreamedModel
 from dpq_core.paths import is_folder
 from dpq_core.recipe import Recipe
+from dpq_core.recipe.datasets import MixedDataset
 from infra.store import ArtifactRef, Store
 from tasks.support.model import Model, stream_of
 from tasks.support.progress import stepper
 from tasks.support.stages import computed_by
-from tasks.support.tokenized_data import count_tokens, load_inputs, opening_of
+from tasks.support.tokenized_data import count_tokens, load_inputs, opening_of, scale_tokens
 from tasks.support.worker import this_worker
 
 _PROBE_WINDOWS = 2
@@ -34,6 +35,7 @@ _PROBE_LENGTH = 64
 def provenance(recipe: Recipe, model: Model, windows: ArtifactRef) -> dict[str, Any]:
     """What a checkpoint's manifest says of where it comes from. stored_as: of FP8, its method."""
     quantization, store = quantization_of(model.folder), Store(recipe.execution.store)
+    for_scales = scale_tokens(windows, store)
     stored_as = {"stored_as": described(quantization)} if quantization else {}
     return {
         "base_model": stored_as
@@ -44,7 +46,15 @@ def provenance(recipe: Recipe, model: Model, windows: ArtifactRef) -> dict[str, 
             "licence": licence_of(model.folder),
             "trust_remote_code": recipe.model.trust_remote_code,
         },
-        "calibration": recipe.calibration.model_dump(mode="json", exclude={"dataset"})
+        "calibration": recipe.calibration.model_dump(
+            mode="json",
+            exclude={
+                "dataset": True,
+                "mixed_in": {"__all__": set(MixedDataset.model_fields) - {"share"}},
+                "activations": {"dataset"},
+            },
+        )
+        | ({} if for_scales is None else {"scale_tokens": for_scales})
         | {
             "windows": windows.sha256,
             "tokens": count_tokens(windows, store),

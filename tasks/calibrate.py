@@ -136,7 +136,8 @@ def is_calibrated(
 def parts(recipe: Recipe) -> list[Part]:
     """What the shares of a block sum, one after the other: each for all leaves before the next."""
     rounding = InputRounding.of(recipe.scheme, recipe.calibration)
-    return ["magnitudes", "statistics"] if rounding and rounding.static else ["statistics"]
+    first = (rounding and rounding.static) or recipe.calibration.activations is not None
+    return ["magnitudes", "statistics"] if first else ["statistics"]
 
 
 def load_statistics(artifact: ArtifactRef, store: Store) -> InputStatistics:

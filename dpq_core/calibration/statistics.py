@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from dpq_core.arithmetic.formats import NumberFormat, quantize
 from dpq_core.calibration.reduction_tree import Node, leaves_of, summed
+from dpq_core.data.texts import DataError
 from dpq_core.kernels import cpu
 from dpq_core.kernels.definitions import MAGNITUDES
 from dpq_core.kernels.dispatch import count_magnitudes
@@ -156,7 +157,7 @@ def calibrate_block(
     leaves, beside = leaves_of(batches, windows), leaves_of(originals, windows)
     root, magnitudes = Node(0, len(leaves)), None
     with block_passes(stream, index, rounding, weights, stream.device, step) as passes:
-        if passes.two:
+        if passes.two or any(batch.purpose != "both" for batch in batches):
             magnitudes = summed(root, lambda leaf: passes.magnitudes(leaves[leaf]), add_magnitudes)
 
         def of_leaf(leaf: int) -> BlockStatistics:
@@ -212,7 +213,8 @@ class BlockPasses:
 
     @property
     def two(self) -> bool:
-        """Whether the magnitudes of all leaves must be known before any Hessian."""
+        """Whether the magnitudes of all leaves must be known before any Hessian. (They are, too,
+        where they are of other windows.)"""
         return self.rounding is not None and self.rounding.static
 
     def magnitudes(
@@ -227,7 +229,8 @@ class BlockPasses:
         def count(name: str, x: Tensor) -> None:
             counts[name] += count_magnitudes(x)
 
-        self.block.run(batches, count, False, on_progress)
+        counted = [batch for batch in batches if batch.purpose != "hessians"]
+        self.block.run(counted, count, False, on_progress)
         return {name: each.to(self.sums_on) for name, each in counts.items()}
 
     def statistics(
@@ -244,6 +247,9 @@ class BlockPasses:
             magnitudes: of all leaves, where there are two passes; they are not counted again then.
             advance: leave the block's outputs in `batches`.
             originals: the same batches before the block in the 16-bit model, with `beside`.
+
+        Raises:
+            DataError: windows for scales reach less of a block than those for Hessians.
         """
         device, rounding = self.block.stream.device, self.rounding
         # Others are an expert's tokens, or a vision tower's patches.
@@ -256,13 +262,19 @@ class BlockPasses:
 
         @cache
         def rounded_by(name: str) -> Tensor | None:
+            if magnitudes is not None and not magnitudes[name].any():
+                raise DataError(
+                    f"calibration.activations: none of its tokens reaches {name}, which those of"
+                    " calibration.dataset reach: raise its samples, or leave it out"
+                )
             scale = rounding.static_scale(magnitudes[name]) if rounding and magnitudes else None
             return scale if scale is None else scale.to(device)
 
         def count(name: str, x: Tensor) -> None:
             if magnitudes is None:
                 statistics[name].add_magnitudes(x)
-            seen, scale = rounding.rounded(x, rounded_by(name)) if rounding else (x, None)
+            by = rounded_by(name)
+            seen, scale = rounding.rounded(x, by) if rounding else (x, None)
             window = x.shape if x.ndim == 3 and x.shape[1] in lengths else None
             weighted, unit = self.weights.applied(seen, scale, window)
             statistics[name].add_hessian(weighted, unit)
@@ -272,8 +284,13 @@ class BlockPasses:
                 away = (x16.float() - x8).mul_(self.weights.roots(x8, window))
                 statistics[name].add_shift(away, weighted.reshape(x8.shape), unit)
 
-        passing = self._in_both(batches, originals, theirs) if self.beside else batches
+        counted = [batch for batch in batches if batch.purpose != "scales"]
+        originals = [batch for batch in originals if batch.purpose != "scales"]
+        passing = self._in_both(counted, originals, theirs) if self.beside else counted
         self.block.run(passing, count, advance, on_progress)
+        if advance:
+            others = [batch for batch in batches if batch.purpose == "scales"]
+            self.block.run(others, lambda name, x: None, advance, on_progress)
         return {name: each.to(self.sums_on) for name, each in statistics.items()}
 
     def _in_both(

@@ -22,8 +22,10 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from dpq_core.data import python_corpus
+from dpq_core.data.conversations import written
 from dpq_core.data.data_files import check_folder, holds_nothing, literal
-from dpq_core.errors import InputError, first_line
+from dpq_core.errors import DataError as DataError
+from dpq_core.errors import first_line
 from dpq_core.paths import exists
 from dpq_core.recipe import TextDataset
 
@@ -39,20 +41,21 @@ _FILE_BUILDERS = {
 _DOCUMENTS_A_CALL = 256  # of the tokenizer: bounds its lists of Python integers
 
 
-class DataError(InputError):
-    """Texts that cannot be read or are too short, with one line that says which and why."""
-
-
-def load_texts(dataset: TextDataset) -> list[str]:
-    """The rows of a data set's text column, in order, empty ones included.
+def load_texts(dataset: TextDataset, tokenizer: PreTrainedTokenizerBase | None = None) -> list[str]:
+    """The rows of a data set's text column, in order, empty ones included; of a column of messages,
+    each row as the tokenizer's chat template writes it.
 
     Data files (local, gzipped, `s3://…`) are read afresh every time; data sets of the hub come
     from the cache of `datasets`, which keys them by commit.
 
     Raises:
         DataError: missing file, unknown split or column, rows that are no strings, no text at all,
-            or a hub that cannot be reached.
+            or a hub that cannot be reached; messages, and no chat template that takes them.
     """
+    if dataset.messages_column is not None:
+        with open_rows(dataset, dataset.messages_column) as rows:
+            where = f"{label_of(dataset)}: column {dataset.messages_column!r}"
+            return written(rows[dataset.messages_column][:], tokenizer, where)
     if dataset.path == _CORPUS:
         try:
             return python_corpus.documents(dataset.split)
@@ -143,6 +146,19 @@ def calibration_windows(
     if len(windows) <= samples:
         return windows
     return windows[torch.arange(samples) * len(windows) // samples]
+
+
+def interleaved(
+    sources: Sequence[Tensor],  # [n, length] int64 each
+) -> Tensor:  # [all n, length]
+    """Windows of several data sets, each spread evenly over the whole, so that any beginning of it
+    holds about their shares."""
+    places = [
+        ((number + 0.5) / len(windows), source, number)
+        for source, windows in enumerate(sources)
+        for number in range(len(windows))
+    ]
+    return torch.stack([sources[source][number] for _, source, number in sorted(places)])
 
 
 def opening_token(

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -12,27 +12,36 @@ from torch import Tensor
 # image_grid_thw [images, 3] and mm_token_type_ids [batch, length].
 ModelInputs = dict[str, Tensor]
 
+# What windows of a calibration are counted for. `FOR` among inputs, which no model is called with,
+# is its place here; without it they are for both.
+Purpose = Literal["both", "hessians", "scales"]
+_PURPOSES: tuple[Purpose, ...] = ("both", "hessians", "scales")
+FOR = "for"
+
 
 @dataclass
 class Batch:
     """Inputs, and their hidden states before the next block: [batch, length, hidden], or
     [patches, vision hidden] inside a vision tower. told: further arguments of the language model,
-    which it hands on to its attention."""
+    which it hands on to its attention. purpose: of a calibration's."""
 
     inputs: ModelInputs
     hidden: Tensor
     told: Mapping[str, Any] = field(default_factory=dict)
+    purpose: Purpose = "both"
 
     @classmethod
     def of(cls, inputs: ModelInputs, hidden: Tensor) -> "Batch":
         """Without the pixels, of which the blocks need the number only."""
+        inputs = dict(inputs)
+        purpose = _PURPOSES[int(inputs.pop(FOR, torch.tensor(0)))]
         if "pixel_values" in inputs:
             inputs = inputs | {"pixel_values": torch.zeros(len(inputs["pixel_values"]), 1)}
-        return cls(inputs, hidden)
+        return cls(inputs, hidden, purpose=purpose)
 
     def clone(self) -> "Batch":
         """With hidden states of its own."""
-        return Batch(self.inputs, self.hidden.clone(), self.told)
+        return Batch(self.inputs, self.hidden.clone(), self.told, self.purpose)
 
 
 def batches_of(windows: Tensor | Sequence[ModelInputs], batch_size: int) -> list[ModelInputs]:
@@ -40,3 +49,13 @@ def batches_of(windows: Tensor | Sequence[ModelInputs], batch_size: int) -> list
     if isinstance(windows, Tensor):
         return [{"input_ids": batch} for batch in windows.split(batch_size)]
     return list(windows)
+
+
+def apart(hessians: Tensor, scales: Tensor, batch_size: int) -> list[ModelInputs]:
+    """Windows [n, length] and [m, length] of tokens in batches: those that Hessians are counted on,
+    then those that activations' scales are."""
+    return [
+        each | {FOR: torch.tensor(_PURPOSES.index(purpose))}
+        for purpose, windows in (("hessians", hessians), ("scales", scales))
+        for each in batches_of(windows, batch_size)
+    ]

@@ -29,7 +29,7 @@ _LFS = b"version https://git-lfs"
 _OTHERS = {
     "adapter_model.safetensors": "an adapter: merge it into its model (merge_and_unload)",
     ".safetensors": "not named as transformers names weights: rename it, or save_pretrained again",
-    ".gguf": "GGUF, which is not read: give the checkpoint that it was made of",
+    ".gguf": "GGUF, which is not read: give the checkpoint that it was made of, or `dpq import` it",
     ".bin": "pickled weights, which are not loaded: convert them to safetensors (save_pretrained)",
     ".pt": "pickled weights, which are not loaded: convert them to safetensors (save_pretrained)",
     ".pth": "pickled weights, which are not loaded: convert them to safetensors (save_pretrained)",

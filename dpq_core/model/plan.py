@@ -1,5 +1,6 @@
 """Which linears of a model are quantized, and from which statistics."""
 
+import math
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from itertools import groupby
@@ -35,10 +36,13 @@ class PlannedLayer:
 
 @dataclass(frozen=True)
 class Plan:
-    """Layers in order, and those left in 16 bits with the reason."""
+    """Layers in order, and those left in 16 bits with the reason. embedding: its weights. reading:
+    bytes that the largest part of the model takes while it is read, see `_reading`."""
 
     layers: tuple[PlannedLayer, ...]
     skipped: dict[str, str]
+    embedding: int
+    reading: int
 
     @property
     def blocks(self) -> int:
@@ -116,7 +120,28 @@ def plan_layers(
     for name in choices:
         why = f", which is kept: {skipped[name]}" if name in skipped else ""
         raise CheckpointError(f"layers: the model has no linear {name}{why}")
-    return Plan(tuple(layers), skipped)
+    embedding = stream.parameters[f"{stream.anatomy.parts.embedding}.weight"].numel()
+    return Plan(tuple(layers), skipped, embedding, _reading(stream))
+
+
+def _reading(stream: StreamedModel) -> int:
+    """Most bytes that a part takes while it is read, the embedding or a block: the file is mapped
+    as long as its tensors get memory of their own, and what is not stored in 16 bits is turned into
+    those beside it. A vocabulary of 262,144 makes the embedding of a small model the largest."""
+    reader, run = stream.reader, stream.dtype.itemsize
+    blocks = [reader.under(stream.block_name(block)) for block in range(stream.block_count)]
+    return max(
+        sum(_reading_one(*reader.shape_and_type(name), run) for name in part)
+        for part in ([f"{stream.anatomy.parts.embedding}.weight"], *blocks)
+    )
+
+
+def _reading_one(shape: list[int], stored_as: str, run: int) -> int:
+    stored = _WIDE.get(stored_as, run)
+    return math.prod(shape) * (2 * stored + (run if stored > run else 0))
+
+
+_WIDE = {"F32": 4, "F64": 8}  # bytes of a number, by safetensors' names
 
 
 def _not_in_blocks(stream: StreamedModel, known: set[str]) -> dict[str, str]:

@@ -4,12 +4,29 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from dpq_core.recipe.datasets import BOS_DESCRIPTION, Bos, TextDataset
+from dpq_core.recipe.datasets import BOS_DESCRIPTION, Bos, MixedDataset, TextDataset
 from dpq_core.recipe.section import Section
+
+
+class ActivationsSection(Section):
+    """What static scales of activations are counted on, where that is not what Hessians are."""
+
+    dataset: TextDataset
+    samples: int = Field(128, ge=1, description="windows of calibration.sequence_length tokens")
 
 
 class CalibrationSection(Section):
     dataset: TextDataset
+    mixed_in: tuple[MixedDataset, ...] = Field(
+        (),
+        exclude_if=lambda mixed: not mixed,  # a recipe is what it was before the field
+        description="other data sets with their shares of the windows; `dataset` has what is left",
+    )
+    activations: ActivationsSection | None = Field(
+        None,
+        exclude_if=lambda section: section is None,  # as above
+        description="texts for static scales alone, beside those for Hessians; none: the same",
+    )
     image_column: str | None = Field(
         None, description="of images that go with the texts: calibrates a vision tower too"
     )
@@ -54,6 +71,49 @@ class CalibrationSection(Section):
         description="of all windows, for each input of the widest layer whose codes a Hessian"
         " chooses: with fewer nothing is begun",
     )
+
+    @property
+    def all_samples(self) -> int:
+        """Windows that are run, those for scales included."""
+        return self.samples + (self.activations.samples if self.activations else 0)
+
+    @property
+    def windows_of(self) -> list[tuple[TextDataset, int]]:
+        """The data sets for Hessians, and how many of the samples are of each."""
+        mixed = [(each, round(each.share * self.samples)) for each in self.mixed_in]
+        return [(self.dataset, self.samples - sum(count for _, count in mixed)), *mixed]
+
+    @model_validator(mode="after")
+    def _shares_leave_some(self) -> Self:
+        shares = [f"{each.share:g}" for each in self.mixed_in]
+        if (given := sum(each.share for each in self.mixed_in)) >= 1:
+            raise ValueError(
+                f"the shares of mixed_in ({', '.join(shares)}) sum to {given:g}, and dataset has"
+                " what is left of 1: lower them"
+            )
+        if any(count < 1 for _, count in self.windows_of):
+            raise ValueError(
+                f"of {self.samples} samples a share of mixed_in ({', '.join(shares)}), or what is"
+                " left for dataset, is no window: raise samples, or leave that data set out"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _images_are_of_one_data_set(self) -> Self:
+        if self.image_column is None:
+            return self
+        others = {
+            "mixed_in": bool(self.mixed_in),
+            "activations": self.activations is not None,
+            "dataset.messages_column": self.dataset.messages_column is not None,
+        }
+        for name, there in others.items():
+            if there:
+                raise ValueError(
+                    f"image_column is {self.image_column!r}, whose windows are of one data set and"
+                    f" its text_column: leave {name} out"
+                )
+        return self
 
     @model_validator(mode="after")
     def _correction_has_two_models(self) -> Self:

@@ -1,8 +1,8 @@
 """Data sets that a recipe names, and how windows of tokens begin."""
 
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from dpq_core.recipe.section import Section
 
@@ -18,7 +18,28 @@ class TextDataset(Section):
     data_files: str | list[str] | None = None
     split: str = "train"
     text_column: str = "text"
+    messages_column: str | None = Field(
+        None,
+        exclude_if=lambda column: column is None,  # a recipe is what it was before the field
+        description="instead of a text, messages (role, content) as the chat template writes them",
+    )
     revision: str | None = None
+
+    @model_validator(mode="after")
+    def _one_column(self) -> Self:
+        default = type(self).model_fields["text_column"].default
+        if self.messages_column is not None and self.text_column != default:
+            raise ValueError(
+                f"text_column is {self.text_column!r} and messages_column"
+                f" {self.messages_column!r}: a document is one or the other: leave one out"
+            )
+        return self
+
+
+class MixedDataset(TextDataset):
+    """Another data set beside `calibration.dataset`."""
+
+    share: float = Field(gt=0, lt=1, description="of the windows")
 
 
 # See `dpq_core.data.texts.opening_token`.

@@ -42,7 +42,8 @@ def block_losses(
 ) -> dict[Trial, float]:
     """The loss of each trial of a block's layers, in nats a token.
 
-    Memory: a copy of the hidden states for each trial and one more. `on_progress` is called after
+    Memory: a copy of the hidden states for each trial and one more, and five tensors of `_LOGITS`
+    in FP32. `on_progress` is called after
     each block that was passed, the output head included.
 
     Raises:

@@ -161,7 +161,7 @@ def _evaluation(recipe: Recipe, shapes: _Shapes | None, rates: _Rates) -> Stage:
 
 def _quantization(recipe: Recipe, shapes: _Shapes | None, rates: _Rates) -> Iterator[Stage]:
     section, scheme = recipe.calibration, recipe.scheme
-    tokens = section.samples * section.sequence_length
+    tokens = section.all_samples * section.sequence_length
     passes = 2 if scheme.activations == "static" and section.hessian_inputs == "fp8" else 1
     what = f"{section.samples} windows of {section.sequence_length} tokens"
     what += ", twice" if passes == 2 else ""

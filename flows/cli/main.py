@@ -19,6 +19,7 @@ from flows.by_name import flow_named
 from flows.cli.automation import approve, deploy, reject, trigger, webhook
 from flows.cli.convnet import app as convnet_app
 from flows.cli.errors import errors, print_json
+from flows.cli.importing import import_model
 from flows.cli.mirror import app as mirror_app
 from flows.cli.options import AsJson, Overrides, RecipePath
 from flows.cli.results import printing_to_stderr
@@ -34,6 +35,7 @@ app.add_typer(store_app, name="store")
 app.add_typer(trigger, name="trigger")
 for command in (rollback, deploy, approve, reject, webhook):
     app.command()(command)
+app.command("import")(import_model)
 
 
 _Result = TypeVar("_Result")

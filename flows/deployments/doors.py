@@ -76,6 +76,7 @@ _TEXTS_OF_A_DATA_SET: dict[str, Rule] = {
     "name": _anything,
     "split": _anything,
     "text_column": _anything,
+    "messages_column": _anything,
     "revision": _anything,
 }
 
@@ -84,6 +85,7 @@ TEXTS: dict[str, Rule] = {  # all others that hold text are closed
     "model.revision": _anything,
     "layers": _anything,
     **{f"calibration.dataset.{field}": rule for field, rule in _TEXTS_OF_A_DATA_SET.items()},
+    **{f"calibration.activations.dataset.{f}": rule for f, rule in _TEXTS_OF_A_DATA_SET.items()},
     "calibration.image_column": _anything,
     **{f"evaluation.perplexity.dataset.{f}": rule for f, rule in _TEXTS_OF_A_DATA_SET.items()},
     "evaluation.suites": _anything,

@@ -9,9 +9,9 @@ what it shows. A number that there is none of is a word.
 from collections.abc import Mapping
 from typing import Any
 
+from dpq_core.calibration.data_sets import data_sets
 from dpq_core.calibration.required_tokens import CalibrationTokens
 from dpq_core.checkpoint.exports.card import shown_scheme
-from dpq_core.data.texts import label_of
 from dpq_core.evaluation.text_divergence import DIVERGENCE
 from dpq_core.verdict.closeness import TOP1
 from dpq_core.verdict.ratios import THROUGHPUT_RATIO
@@ -164,7 +164,7 @@ def _facts(data: ReportData) -> dict[str, dict[str, str]]:
         },
         "Calibration": {
             "fingerprint, SHA-256 of its tokens": data.manifest["calibration"]["windows"],
-            "data": f"{label_of(calibration.dataset)}, split {calibration.dataset.split}",
+            **data_sets(calibration, data.manifest),
             "windows": f"at most {calibration.samples} of {calibration.sequence_length} tokens",
             "tokens": CalibrationTokens.of_manifest(data.manifest).line,
             "begin-of-text token before each": _bos(calibration.bos, data.manifest),

@@ -12,9 +12,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from dpq_core.data.images import image_windows
-from dpq_core.data.texts import calibration_windows, load_texts, opening_token, token_windows
-from dpq_core.model.inputs import ModelInputs, batches_of
-from dpq_core.recipe import CalibrationSection, PerplexitySection
+from dpq_core.data.texts import (
+    calibration_windows,
+    interleaved,
+    load_texts,
+    opening_token,
+    token_windows,
+)
+from dpq_core.model.inputs import ModelInputs, apart, batches_of
+from dpq_core.recipe import CalibrationSection, PerplexitySection, TextDataset
 from infra.store import ArtifactRef, Store
 
 _FILE = "windows.safetensors"
@@ -36,12 +42,18 @@ def store_calibration(
         found = image_windows(section, tokenizer, folder)
         tensors = {f"{n}.{name}": x for n, each in enumerate(found) for name, x in each.items()}
         return _store(tensors, store)
-    texts = load_texts(section.dataset)
     opening = opening_token(tokenizer, section.bos)
-    length = section.sequence_length
-    windows = calibration_windows(texts, tokenizer, section.samples, length, opening)
-    begins = {} if opening is None else {"opening": torch.tensor([opening])}
-    return _store({"windows": windows} | begins, store)
+
+    def windows(dataset: TextDataset, samples: int) -> Tensor:
+        texts = load_texts(dataset, tokenizer)
+        return calibration_windows(texts, tokenizer, samples, section.sequence_length, opening)
+
+    tensors = {"windows": interleaved([windows(*each) for each in section.windows_of])}
+    if own := section.activations:
+        tensors["scales"] = windows(own.dataset, own.samples)
+    if opening is not None:
+        tensors["opening"] = torch.tensor([opening])
+    return _store(tensors, store)
 
 
 def opening_of(artifact: ArtifactRef, store: Store) -> int | None:
@@ -52,7 +64,7 @@ def opening_of(artifact: ArtifactRef, store: Store) -> int | None:
 
 def store_perplexity(section: PerplexitySection, tokenizer: Any, store: Store) -> ArtifactRef:
     """Windows for perplexity. Raises DataError as above."""
-    texts = load_texts(section.dataset)
+    texts = load_texts(section.dataset, tokenizer)
     opening = opening_token(tokenizer, section.bos)
     windows = token_windows(texts, tokenizer, section.sequence_length, opening=opening)
     return _store({"windows": windows}, store)
@@ -75,9 +87,12 @@ def load_inputs(
     one by one.
 
     Args:
-        samples: only the first. length: only the first tokens of each, where there are no images.
+        samples: only the first, of those for Hessians. length: only the first tokens of each, where
+            there are no images.
     """
     tensors = load_file(store.open(artifact) / _FILE)
+    if "scales" in tensors and samples is None:
+        return apart(tensors["windows"][:, :length], tensors["scales"][:, :length], batch_size)
     if "windows" in tensors:
         return batches_of(tensors["windows"][:samples, :length], batch_size)
     inputs: dict[int, ModelInputs] = {}
@@ -88,11 +103,17 @@ def load_inputs(
 
 
 def count_tokens(artifact: ArtifactRef, store: Store) -> int:
-    """The tokens of all calibration windows, those of images included."""
+    """The tokens of all calibration windows for Hessians, those of images included."""
     with safe_open(store.open(artifact) / _FILE, "pt") as file:
         names = file.keys()
         ids = [name for name in names if name == "windows" or name.endswith(".input_ids")]
         return sum(math.prod(file.get_slice(name).get_shape()) for name in ids)
+
+
+def scale_tokens(artifact: ArtifactRef, store: Store) -> int | None:
+    """The tokens of windows that are for scales alone; None: there are none such."""
+    found = load_file(store.open(artifact) / _FILE).get("scales")
+    return None if found is None else found.numel()
 
 
 def _store(tensors: dict[str, Tensor], store: Store) -> ArtifactRef:

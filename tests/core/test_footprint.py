@@ -1,6 +1,9 @@
+import shutil
 from dataclasses import replace
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from dpq_core.footprint import PROCESS, footprint, layer_bytes
 from dpq_core.model.plan import plan_layers
@@ -148,3 +151,28 @@ def test_a_correction_takes_two_models_and_two_moments(plan):
     assert (
         footprint(plan, section, **on).device > footprint(plan, calibration(samples=8), **on).device
     )
+
+
+def test_an_embedding_may_outweigh_all_else(plan):
+    section = calibration(samples=16)
+    wide = replace(plan, embedding=10**9, reading=4 * 10**9)
+    assert footprint(wide, section).block == 4 * 10**9  # the file, and memory of its own
+    assert footprint(wide, section, shards=2).share == 4 * 10**9
+    assert footprint(wide, section, on_device=True).device == 2 * 10**9 + (64 << 20)
+    hidden = 16 * section.sequence_length * plan.layers[0].features * 2
+    many = replace(plan, embedding=10**9, reading=0)
+    assert footprint(many, section).block == 2 * 10**9 + hidden
+    assert footprint(plan, section).block > plan.reading  # a small vocabulary changes nothing
+
+
+@pytest.mark.parametrize(("dtype", "each"), [(torch.bfloat16, 4), (torch.float32, 10)])
+def test_what_is_read_is_mapped_and_copied(quickstart_model, tmp_path, dtype, each):
+    shutil.copytree(quickstart_model, tmp_path, dirs_exist_ok=True)
+    (shard,) = tmp_path.glob("*.safetensors")
+    tensors = {name: tensor.to(dtype) for name, tensor in load_file(shard).items()}
+    embedded = tensors["model.embed_tokens.weight"].numel()
+    block = sum(t.numel() for name, t in tensors.items() if name.startswith("model.layers.0."))
+    save_file(tensors, shard, metadata={"format": "pt"})
+    found = plan_layers(StreamedModel(tmp_path), Scheme())
+    assert found.embedding == embedded
+    assert found.reading == each * max(embedded, block)

@@ -10,11 +10,12 @@ from transformers import AutoTokenizer
 from dpq_core.checkpoint.exports.card import CARD
 from dpq_core.data.texts import calibration_windows, load_texts
 from dpq_core.pipeline import quantize_checkpoint
+from dpq_core.recipe import CalibrationSection
 from flows.quantize import quantize
 from infra.store import Store
 from tasks.assemble import provenance
 from tasks.support.model import inspect
-from tasks.support.tokenized_data import store_calibration
+from tasks.support.tokenized_data import load_inputs, store_calibration
 
 
 def contents(folder):
@@ -44,14 +45,14 @@ def plainly(recipe, folder):
     store, model = Store(recipe.execution.store), Path(recipe.model.id)
     tokenizer = AutoTokenizer.from_pretrained(model)
     section = recipe.calibration
-    windows = calibration_windows(
-        load_texts(section.dataset), tokenizer, section.samples, section.sequence_length
-    )
-    about = provenance(
-        recipe,
-        inspect(recipe.model, store),
-        store_calibration(section, tokenizer, model, store),
-    )
+    stored = store_calibration(section, tokenizer, model, store)
+    if section.activations:
+        windows = load_inputs(stored, store, section.batch_size)
+    else:
+        windows = calibration_windows(
+            load_texts(section.dataset), tokenizer, section.samples, section.sequence_length
+        )
+    about = provenance(recipe, inspect(recipe.model, store), stored)
     quantize_checkpoint(model, folder, windows, recipe.scheme, section, about)
 
 
@@ -60,6 +61,27 @@ def test_plain_python_and_prefect(propagated, tmp_path):
     flow_checkpoint = run_flow(quantize, recipe).checkpoint.folder
     plainly(recipe, tmp_path / "plain")
     assert contents(tmp_path / "plain") == contents(flow_checkpoint)
+
+
+@pytest.mark.parametrize("shards", [1, 2])
+def test_scales_and_hessians_of_different_texts(propagated, tmp_path, shards):
+    """Sixteen windows for Hessians, a quarter of another data set, and eight for scales, in two
+    leaves; shares of them, and plain Python."""
+    other = {"path": "python_docs", "split": "validation"}
+    section = CalibrationSection.model_validate(
+        propagated.calibration.model_dump()
+        | {"samples": 16, "mixed_in": [other | {"share": 0.25}]}
+        | {"activations": {"dataset": other, "samples": 8}}
+    )
+    recipe = propagated.model_copy(update={"calibration": section})
+    recipe = in_store(recipe, tmp_path / "store", shards=shards, blocks_per_task=1)
+    made = run_flow(quantize, recipe)
+    about = made.manifest["calibration"]
+    assert about["mixed_in"] == [{"share": 0.25}]
+    assert about["activations"] == {"samples": 8}
+    assert (about["tokens"], about["scale_tokens"]) == (16 * 128, 8 * 128)
+    plainly(recipe, tmp_path / "plain")
+    assert contents(tmp_path / "plain") == contents(made.checkpoint.folder)
 
 
 def test_threads_and_processes(recipe, tmp_path):

@@ -14,6 +14,7 @@ CONTENT = {
 }
 
 UP = "model.layers.0.mlp.up_proj"
+OTHER = {"path": "json", "data_files": "other.jsonl"}
 
 
 @pytest.fixture
@@ -257,6 +258,45 @@ def test_digest_is_of_everything_but_execution(recipe_file, override, same):
 def test_digest_does_not_depend_on_the_order_of_keys():
     backwards = {key: CONTENT[key] for key in reversed(CONTENT)}
     assert parse_recipe(backwards).digest == parse_recipe(CONTENT).digest
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"mixed_in": [OTHER | {"share": 0.5}] * 2}, r"mixed_in \(0.5, 0.5\) sum to 1, and"),
+        ({"mixed_in": [OTHER | {"share": 1}]}, "mixed_in.0.share: Input should be less than 1"),
+        ({"samples": 4, "mixed_in": [OTHER | {"share": 0.1}]}, "of 4 samples a share of mixed_in"),
+        ({"dataset": OTHER | {"text_column": "a", "messages_column": "b"}}, "one or the other"),
+        ({"image_column": "i", "activations": {"dataset": OTHER}}, "leave activations out"),
+        ({"image_column": "i", "mixed_in": [OTHER | {"share": 0.5}]}, "leave mixed_in out"),
+        (
+            {"image_column": "i", "dataset": OTHER | {"messages_column": "b"}},
+            "leave dataset.messages_column out",
+        ),
+    ],
+)
+def test_data_sets_that_do_not_go_together(changes, said):
+    content = {**CONTENT, "calibration": {**CONTENT["calibration"], **changes}}
+    with pytest.raises(RecipeError, match=said):
+        parse_recipe(content)
+
+
+def test_a_recipe_without_other_data_sets_is_what_it_was_before_there_were_any():
+    recipe = parse_recipe(CONTENT)
+    written = recipe.model_dump(mode="json")
+    assert {"mixed_in", "activations"}.isdisjoint(written["calibration"])
+    assert "messages_column" not in written["calibration"]["dataset"]
+    changed = {"dataset": OTHER | {"messages_column": "said"}, "activations": {"dataset": OTHER}}
+    other = parse_recipe({**CONTENT, "calibration": changed})
+    assert other.digest != recipe.digest
+    assert parse_recipe(other.model_dump(mode="json")) == other
+
+
+def test_shares_are_of_all_samples():
+    mixed = [OTHER | {"share": share} for share in (0.25, 0.1)]
+    section = {**CONTENT["calibration"], "samples": 128, "mixed_in": mixed}
+    section = parse_recipe({**CONTENT, "calibration": section}).calibration
+    assert [windows for _, windows in section.windows_of] == [83, 32, 13]
 
 
 def test_recipes_cannot_be_changed():

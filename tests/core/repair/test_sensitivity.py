@@ -14,6 +14,7 @@ from dpq_core.model.streaming import StreamedModel
 from dpq_core.recipe import CalibrationSection, TextDataset
 from dpq_core.recipe.layer_choices import chosen_scheme
 from dpq_core.recipe.scheme import Scheme
+from dpq_core.repair import sensitivity
 from dpq_core.repair.sensitivity import Trial, block_losses
 
 SCHEME = Scheme(group_size=32, rounding="nearest", order="none")
@@ -42,8 +43,9 @@ def windows():
     return torch.randint(61, (5, 20), generator=torch.Generator().manual_seed(1))
 
 
-@pytest.mark.parametrize("block", [0, 2])
-def test_losses_are_those_of_whole_models(folder, windows, block):
+@pytest.mark.parametrize(("block", "logits"), [(0, 1 << 25), (2, 1 << 25), (2, 61 * 7)])
+def test_losses_are_those_of_whole_models(folder, windows, block, logits, monkeypatch):
+    monkeypatch.setattr(sensitivity, "_LOGITS", logits)  # the last: parts of windows of 20 tokens
     stream = StreamedModel(folder)
     batches = stream.begin(batches_of(windows, 2))
     for earlier in range(block):

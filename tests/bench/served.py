@@ -1,0 +1,134 @@
+"""Whether it pays to calibrate a real model as it is served: scales of activations from other texts
+than Hessians, and a quarter of the Hessians' windows from conversations or from WikiText.
+
+    python tests/bench/served.py MODEL [--data ../shared/data] [--samples 32] [--length 512]
+                                    [--windows 12] [--rows c4 c4/web web c4+wiki c4+chat]
+
+A row is `HESSIANS` or `HESSIANS/SCALES`; `c4+chat` has a quarter of its windows from WebQuestions
+as the model's chat template writes them, a question and its answer. Scored as by `correction.py` on
+windows of WikiText-2's test split, which chose nothing.
+"""
+
+import argparse
+import gzip
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from correction import scored_windows, texts_of
+from methods_score import reference, score_windows
+from torch import Tensor
+
+from dpq_core.checkpoint.native import load_model, load_quantized
+from dpq_core.data.conversations import written
+from dpq_core.data.texts import calibration_windows, interleaved, opening_token
+from dpq_core.model.inputs import ModelInputs, apart, batches_of
+from dpq_core.pipeline import quantize_checkpoint
+from dpq_core.recipe import CalibrationSection, TextDataset
+from dpq_core.recipe.scheme import Scheme
+from tasks.support.model import load_tokenizer
+
+_FILES = {
+    "c4": "c4_sample/c4_train_00000_first.jsonl.gz",
+    "wiki": "wikitext2_raw_train_slice/train_first1MB.jsonl.gz",
+}
+_QUESTIONS = "web_questions/train.jsonl.gz"
+_SCORED = "wikitext2_raw_test/test.jsonl.gz"
+_BATCH, _SHARE = 4, 4  # windows a forward pass; one of so many is of the second data set
+
+
+class Texts:
+    """Windows by the name of what they are of."""
+
+    def __init__(self, data: Path, tokenizer: Any, length: int) -> None:
+        self._data, self._tokenizer, self._length = data, tokenizer, length
+        self._opening = opening_token(tokenizer, "auto")
+
+    def windows(self, name: str, samples: int) -> Tensor:
+        """[at most samples, length] int64."""
+        main, _, beside = name.partition("+")
+        if beside:
+            few = samples // _SHARE
+            return interleaved([self.windows(main, samples - few), self.windows(beside, few)])
+        sizes = samples, self._length
+        return calibration_windows(self._texts(name), self._tokenizer, *sizes, self._opening)
+
+    def _texts(self, name: str) -> list[str]:
+        if name in _FILES:
+            return list(texts_of(self._data / _FILES[name]))
+        with gzip.open(self._data / _QUESTIONS, "rt", encoding="utf-8") as lines:
+            rows = [json.loads(line) for line in lines]
+        if name == "web":
+            return [row["question"] for row in rows]
+        said = [
+            [
+                {"role": "user", "content": row["question"]},
+                {"role": "assistant", "content": ", ".join(row["answers"])},
+            ]
+            for row in rows
+        ]
+        return written(said, self._tokenizer, _QUESTIONS)
+
+
+def inputs_of(row: str, texts: Texts, samples: int) -> list[ModelInputs]:
+    """A row's windows in batches, each for what it is counted for."""
+    hessians, _, scales = row.partition("/")
+    windows = texts.windows(hessians, samples)
+    if not scales:
+        return batches_of(windows, _BATCH)
+    return apart(windows, texts.windows(scales, samples), _BATCH)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("model", type=Path)
+    parser.add_argument("--data", type=Path, default=Path("../shared/data"))
+    parser.add_argument("--samples", type=int, default=32)
+    parser.add_argument("--length", type=int, default=512)
+    parser.add_argument("--windows", type=int, default=12)
+    parser.add_argument("--rows", nargs="+", default=["c4", "c4/web", "web", "c4+wiki", "c4+chat"])
+    arguments = parser.parse_args()
+    folder, tokenizer = arguments.model, load_tokenizer(arguments.model)
+    texts = Texts(arguments.data, tokenizer, arguments.length)
+    opening = opening_token(tokenizer, "auto")
+    scored = scored_windows(
+        list(texts_of(arguments.data / _SCORED)), tokenizer, opening, arguments.windows
+    )
+    leading = 1 if opening is None else 2
+    section = CalibrationSection(
+        dataset=TextDataset(path="none"),
+        samples=arguments.samples,
+        sequence_length=arguments.length,
+        batch_size=_BATCH,
+    )
+    model = load_model(folder)
+    old = reference(model, scored, _BATCH)
+    base = score_windows(model, scored, old, leading, _BATCH)
+    del model
+    print(f"16 bits: {base.perplexity:.4f}; load {os.getloadavg()[0]:.1f}", flush=True)
+    print("| row | increase | KL | less the first's |\n| --- | --- | --- | --- |")
+    first: np.ndarray | None = None
+    for name in arguments.rows:
+        inputs = inputs_of(name, texts, arguments.samples)
+        with tempfile.TemporaryDirectory() as work:
+            out = Path(work, "out")
+            quantize_checkpoint(folder, out, inputs, Scheme(), section, {})
+            found = score_windows(load_quantized(out), scored, old, leading, _BATCH)
+        divergence = np.array(found.divergence)
+        first = divergence if first is None else first
+        difference = divergence - first
+        error = difference.std(ddof=1) / len(difference) ** 0.5
+        print(
+            f"| {name} | {found.perplexity - base.perplexity:+.3f} | {divergence.mean():.4f} |"
+            f" {difference.mean():+.4f} ± {error:.4f} |",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    main()
