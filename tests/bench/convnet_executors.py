@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import onnxruntime
 import torch
+from dpq_core.convnet.integers import IntegerClassifier, latencies
 from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
 from onnxruntime.quantization.shape_inference import quant_pre_process
 from PIL import Image
@@ -25,7 +26,6 @@ from torch.fx import GraphModule
 
 from dpq_core.convnet.artifact import save_classifier
 from dpq_core.convnet.images import Images
-from dpq_core.convnet.integers import IntegerClassifier, latencies
 from dpq_core.convnet.quantize import post_training
 from dpq_core.convnet.recipe import CalibrationSection, ConvScheme
 

@@ -11,10 +11,10 @@ import tempfile
 from pathlib import Path
 
 import torch
+from dpq_core.convnet.integers import IntegerClassifier, latencies
 
 from dpq_core.convnet.artifact import save_classifier
 from dpq_core.convnet.images import Images, as_input
-from dpq_core.convnet.integers import IntegerClassifier, latencies
 from dpq_core.convnet.networks import build_network
 from dpq_core.convnet.quantize import post_training
 from dpq_core.convnet.recipe import CalibrationSection, ConvScheme, NetworkSection

@@ -12,8 +12,6 @@ from flows.cli.main import app
 from infra.registry import Registry
 from infra.registry.tracking import mlflow_client, tracking_store
 
-pytestmark = pytest.mark.usefixtures("patterns_of_present_convolutions")
-
 NAME = "convnet-tests"
 
 
