@@ -22,7 +22,7 @@ from dpq_core.errors import InputError, one_line
 
 MODEL, MANIFEST = "model.onnx", "manifest.json"
 _FORMAT_VERSION = 2
-_BITS = {TensorProto.INT4: 4, TensorProto.UINT4: 4}
+_HALF_BYTES = (TensorProto.INT4, TensorProto.UINT4)
 _LAYERS = ("Conv", "Gemm", "MatMul")
 _FLOAT_BYTES = 4
 
@@ -123,6 +123,7 @@ def weight_sizes(path: Path, left: tuple[str, ...] = ()) -> WeightSizes:
 
 
 def _stored(tensor: TensorProto) -> int:
-    if bits := _BITS.get(tensor.data_type):
-        return math.ceil(bits * math.prod(tensor.dims) / 8)
-    return int(numpy_helper.to_array(tensor).nbytes)
+    if tensor.data_type in _HALF_BYTES:
+        return -(-math.prod(tensor.dims) // 2)
+    stored: int = numpy_helper.to_array(tensor).nbytes
+    return stored

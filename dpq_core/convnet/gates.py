@@ -81,7 +81,8 @@ def chance_warning(scores: Scores, classes: int) -> str | None:
     luck = 3 * (chance * (1 - chance) / len(scores)) ** 0.5
     if scores.value / 100 > max(2 * chance, chance + luck):
         return None
-    return f"the float network is right for {scores.value:.2f} % of the pictures, as by chance: {_REMEDY}"
+    found = f"{scores.value:.2f} % of the pictures, as by chance"
+    return f"the float network is right for {found}: {_REMEDY}"
 
 
 _REMEDY = (

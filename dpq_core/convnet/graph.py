@@ -12,7 +12,7 @@ operations that they compute. Here
 
 import copy
 import operator
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -28,7 +28,7 @@ from dpq_core.errors import InputError, one_line
 MOST_IMAGES = 2**16  # at a time
 
 aten = torch.ops.aten
-OPERATIONS = {
+OPERATIONS: dict[Any, Callable[..., Tensor]] = {
     aten.conv1d.default: functional.conv1d,
     aten.conv2d.default: functional.conv2d,
     aten.conv3d.default: functional.conv3d,
@@ -148,7 +148,7 @@ def _reason(node: Node) -> str | None:
 
 
 def _make_layer(graph: GraphModule, node: Node) -> None:
-    """Put a `Layer` in the place of an operation, of the padding before it and the batch norm behind."""
+    """A `Layer` for an operation, the padding before it and the batch norm behind it."""
     source, last = cast(Node, node.args[0]), node
     weight, bias = _tensor(graph, node.args[1]), _tensor(graph, _argument(node, 2))
     pads: tuple[int, ...] = ()

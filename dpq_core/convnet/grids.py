@@ -68,7 +68,7 @@ def rounded(x: Tensor, scale: Tensor, zero: Tensor, codes: Codes) -> Tensor:
         scale, zero: [1], or [channels] of x's first dimension.
     """
     if torch.compiler.is_exporting():
-        about = {"low": codes.low, "high": codes.high}
+        about: dict[str, Any] = {"low": codes.low, "high": codes.high}
         return torch.onnx.ops.symbolic(
             ROUND, (x, scale, zero), about, dtype=x.dtype, shape=x.shape, version=1
         )
@@ -108,8 +108,10 @@ class WeightRounding(nn.Module):
 
     def forward(self, weight: Tensor) -> Tensor:
         """[channels, …] fp32, rounded."""
-        grid = self.grid(weight) if self.scale is None else (self.scale, self.zero)
-        return rounded(weight, *grid, self.codes)
+        scale, zero = self.scale, self.zero
+        if scale is None or zero is None:
+            scale, zero = self.grid(weight)
+        return rounded(weight, scale, zero, self.codes)
 
     def settle(self, weight: Tensor) -> None:
         """From here on the grid is that of the weight as it is now."""

@@ -1,7 +1,7 @@
 """Labelled images: of scikit-learn, of idx files (MNIST's format), of anything `datasets` loads.
 
-All are `uint8 [n, channels, height, width]` and `int64 [n]`; a network reads (x / 255 − mean) / std,
-a mean and a deviation for all channels or one for each.
+All are `uint8 [n, channels, height, width]` and `int64 [n]`; a network reads
+(x / 255 − mean) / std, a mean and a deviation for all channels or one for each.
 
 idx (http://yann.lecun.com/exdb/mnist): two zero bytes, the type (8: unsigned byte), the number of
 dimensions, each dimension as a big-endian int32, then the values, the last dimension fastest.
@@ -121,11 +121,11 @@ def load_images(section: ImagesSection) -> ImageSet:
                 f"images.{name} has {len(values)} numbers, and the pictures {channels} channels:"
                 " give one for all, or one for each; images.preset names some"
             )
-    statistics = {"mean": tuple(seen.mean), "std": tuple(seen.std)}
+    mean, std = tuple(seen.mean), tuple(seen.std)
     found = replace(
         images,
-        train=replace(images.train.first(section.train_samples), **statistics),
-        test=replace(images.test.first(section.test_samples), **statistics),
+        train=replace(images.train.first(section.train_samples), mean=mean, std=std),
+        test=replace(images.test.first(section.test_samples), mean=mean, std=std),
     )
     if len(found.train) == 0 or len(found.test) == 0:
         raise ImagesError(
@@ -274,7 +274,7 @@ def _row(
 
 
 def _square(picture: Any, section: ImagesSection) -> NDArray[np.uint8]:
-    """Resized so that the shorter side is size / crop_ratio, the middle cut out: [3, size, size]."""
+    """The shorter side resized to size / crop_ratio, the middle cut out: [3, size, size]."""
     from PIL import Image
 
     size, seen = section.size, section.pictures

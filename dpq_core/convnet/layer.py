@@ -93,7 +93,7 @@ class Layer(nn.Module):
         y = self.operation(x, self._rounded(self.folded_weight), None, *self.rest) / back
         if self.bias is not None:
             y = y + self.bias.reshape(back.shape)
-        return self.norm(y)
+        return self.norm.forward(y)
 
     @property
     def folded_weight(self) -> Tensor:
@@ -120,4 +120,4 @@ class Layer(nn.Module):
             self.weight, self.bias = nn.Parameter(weight), nn.Parameter(bias)
 
     def _rounded(self, weight: Tensor) -> Tensor:
-        return weight if self.rounding is None else self.rounding(weight)
+        return weight if self.rounding is None else self.rounding.forward(weight)

@@ -96,7 +96,7 @@ class _Writer:
         x, scale, zero = node.input
         kind = _storage(about["low"], about["high"])
         scales, zeros = self.constants[scale], self.constants[zero]
-        axis = 0
+        axis: int | None = 0
         if len(scales) == 1:
             axis, scales, zeros = None, scales[0], zeros[0]
         name = node.output[0]
@@ -152,7 +152,8 @@ def _codes(
     if axis is not None:
         shape = [-1 if dimension == axis else 1 for dimension in range(x.ndim)]
         scale, zero = scale.reshape(shape), zero.reshape(shape)
-    return (np.rint(x / scale) + zero).clip(low, high)
+    codes: NDArray[Any] = (np.rint(x / scale) + zero).clip(low, high)
+    return codes
 
 
 def _storage(low: int, high: int) -> int:
@@ -160,7 +161,7 @@ def _storage(low: int, high: int) -> int:
     for signed, bits in _TYPES:
         least, most = (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if signed else (0, 2**bits - 1)
         if signed == (low < 0) and least <= low and high <= most:
-            return _TYPES[signed, bits]
+            return int(_TYPES[signed, bits])
     raise ValueError(f"codes of {low} … {high} have no type of 4, 8 or 16 bits")
 
 

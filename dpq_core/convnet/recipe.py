@@ -159,13 +159,11 @@ class ConvScheme(Section):
     activations: ActivationScheme | None = ActivationScheme()
 
     def on(self, saturates: bool) -> "ConvScheme":
-        """With `reduce_range` decided, for a processor whose products of bytes saturate or do not."""
+        """With `reduce_range` decided: whether the processor's products of bytes saturate."""
         if self.weights is None or self.weights.reduce_range is not None:
             return self
-        bytes_both = (
-            self.weights.bits == 8 and bool(self.activations) and self.activations.bits == 8
-        )
-        reduce = saturates and bytes_both
+        eight = self.activations is not None and self.activations.bits == self.weights.bits == 8
+        reduce = saturates and eight
         weights = self.weights.model_copy(update={"reduce_range": reduce})
         return self.model_copy(update={"weights": weights})
 

