@@ -264,7 +264,7 @@ def _row(
     where = f"{section.path}: {split}: row {number}"
     try:
         row = rows[number]
-        picture = _square(row[section.image_column], section)
+        picture = square(row[section.image_column], section)
     except (AttributeError, OSError, ValueError) as error:  # no picture; Pillow's
         raise ImagesError(f"{where}: no picture that can be read: {error}") from error
     label = row[section.label_column]
@@ -273,7 +273,7 @@ def _row(
     return picture, label
 
 
-def _square(picture: Any, section: ImagesSection) -> NDArray[np.uint8]:
+def square(picture: Any, section: ImagesSection) -> NDArray[np.uint8]:
     """The shorter side resized to size / crop_ratio, the middle cut out: [3, size, size]."""
     from PIL import Image
 

@@ -11,7 +11,6 @@ import tempfile
 from pathlib import Path
 
 import torch
-from dpq_core.convnet.integers import latencies
 
 from dpq_core.convnet.artifact import save_classifier
 from dpq_core.convnet.executor import Classifier, latencies
