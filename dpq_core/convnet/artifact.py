@@ -124,6 +124,7 @@ def weight_sizes(path: Path, left: tuple[str, ...] = ()) -> WeightSizes:
 
 def _stored(tensor: TensorProto) -> int:
     if tensor.data_type in _HALF_BYTES:
-        return -(-math.prod(tensor.dims) // 2)
+        count: int = math.prod(tensor.dims)
+        return -(-count // 2)
     stored: int = numpy_helper.to_array(tensor).nbytes
     return stored

@@ -4,7 +4,8 @@
     addition or product of two tensors, a concatenation
     a ReLU or ReLU6 that alone follows an integer operation goes before the rounding
     what only moves values (pooling of maxima, reshaping, slices) rounds to the grid of its input
-    what a concatenation joins shares one grid
+    what a concatenation joins shares one grid, where all of it comes from the same activation or
+    from none: a ReLU before a grid that goes below zero would be left beside the kernel
     the network's output is not rounded
 
 Every tensor is rounded once, and all its readers read what was rounded. These are the places where
@@ -120,6 +121,8 @@ class _Placing:
         return users[0] if alone else node
 
     def _share(self, node: Node) -> None:
+        if len({_clamped(source) for source in node.all_input_nodes}) > 1:
+            return
         for source in node.all_input_nodes:
             if source in self.rounded:
                 self._join(node, source)
@@ -133,6 +136,18 @@ class _Placing:
         first, second = self._first(one), self._first(other)
         if first is not second:
             self.joined[second] = first
+
+
+def _clamped(node: Node) -> str:
+    """The activation whose values a tensor holds; none where there are several, or none."""
+    if node.target in _ACTIVATIONS:
+        return f"{node.target}{node.args[1:]}"
+    if (source := _moved(node)) is not None:
+        return _clamped(source)
+    if node.target in _JOINING:
+        kinds = {_clamped(each) for each in node.all_input_nodes}
+        return kinds.pop() if len(kinds) == 1 else ""
+    return ""
 
 
 def _is_activation(node: Node) -> bool:
