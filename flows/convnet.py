@@ -35,6 +35,7 @@ from tasks.convnet import (
     sizes_of,
     time_classifier,
     train,
+    worst_layers,
 )
 from tasks.log import log_metrics, log_verdict
 from tasks.publish import destination_of, published
@@ -83,6 +84,7 @@ class ConvRelease:
     attempts: list[dict[str, Any]]
     latency: list[dict[str, float]]
     notes: list[str]
+    worst_layers: list[dict[str, Any]]
 
     def as_dict(self) -> dict[str, Any]:
         """The object that `dpq convnet --json` prints."""
@@ -96,6 +98,7 @@ class ConvRelease:
             "attempts": self.attempts,
             "latency": self.latency,
             "notes": self.notes,
+            "worst_layers": self.worst_layers,
         }
 
 
@@ -215,11 +218,20 @@ def convnet(recipe: ConvRecipe) -> ConvRelease:
             tracking_uri, run.run_id, recipe, last.classifier, judged, champion, source
         )
         verdict = registration.verdict
+        run.log_table(worst_layers(attempts[0].classifier), "worst-layers")
         _log(run, recipe, verdict, last.classifier, rows, latency)
         publish_verdict(verdict, last.classifier.folder, registration, run.url)
     folder = str(last.classifier.folder)
     return ConvRelease(
-        verdict, last.method, folder, run.run_id, registration, rows, latency, inputs.notes
+        verdict,
+        last.method,
+        folder,
+        run.run_id,
+        registration,
+        rows,
+        latency,
+        inputs.notes,
+        worst_layers(attempts[0].classifier),
     )
 
 

@@ -7,6 +7,7 @@ image-scores     a score an image, and how the integer kernels compare with the 
 """
 
 import json
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -35,8 +36,9 @@ from dpq_core.convnet.images import (
     sources,
 )
 from dpq_core.convnet.networks import build_network, network_file
+from dpq_core.convnet.noise import signal_to_noise, worst
 from dpq_core.convnet.quantize import fine_tune, post_training
-from dpq_core.convnet.recipe import ConvRecipe, ConvScheme, NetworkSection
+from dpq_core.convnet.recipe import CalibrationSection, ConvRecipe, ConvScheme, NetworkSection
 from dpq_core.convnet.train import fit, predict, score, seeded
 from dpq_core.digests import digest, file_digest, write_json
 from dpq_core.evaluation.scores import Scores, load_scores, save_scores
@@ -165,10 +167,13 @@ def quantize_classifier(
 
     def make(folder: Path) -> None:
         found = _open_images(pictures, store)
-        made = _quantized(recipe, scheme, method, found, _open_network(recipe, found, trained))
+        network = _open_network(recipe, found, trained)
+        made = _quantized(recipe, scheme, method, found, network)
         content = {**about, **made_of, "classes": found.classes, "names": found.names}
         pixels = {"size": found.shape[1], "channels": found.shape[0]}
         content["pictures"] = pixels | asdict(recipe.images.pictures)
+        if method == "post-training" and scheme != FLOAT:
+            content["signal_to_noise"] = _noise(network, made, found.train)
         save_classifier(folder, made, found.train.inputs(slice(2)), content)
         _check_written(folder, made, found.test.first(_PROBES))
 
@@ -277,6 +282,18 @@ def left_in_float(classifier: ArtifactRef) -> dict[str, str]:
 
 def classes_of(classifier: ArtifactRef) -> int:
     return int(read_manifest(classifier.folder)["classes"])
+
+
+def worst_layers(classifier: ArtifactRef) -> list[dict[str, Any]]:
+    """Those which rounding moves most: a row a layer; none of a network that was fine-tuned."""
+    noise = read_manifest(classifier.folder).get("signal_to_noise", {})
+    return [{"layer": name, "signal to noise, dB": db} for name, db in worst(noise).items()]
+
+
+def _noise(network: nn.Module, made: Prepared, pictures: Images) -> dict[str, float]:
+    before = post_training(network, pictures, FLOAT, CalibrationSection())
+    noise = signal_to_noise(before, made, pictures.first(_BATCH).inputs(slice(None)))
+    return {name: round(db, 2) for name, db in noise.items() if math.isfinite(db)}
 
 
 def _check_written(folder: Path, made: Prepared, probe: Images) -> None:

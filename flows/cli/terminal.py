@@ -89,6 +89,8 @@ def show_convnet(release: "ConvRelease") -> None:
         _show(console, release.latency)
     else:
         console.print("no integer kernels for this scheme: simulated", highlight=False)
+    if release.worst_layers:
+        _show(console, release.worst_layers)
     for note in release.notes:
         console.print(f"  {note}", highlight=False, markup=False)
     verdict = release.verdict.verdict

@@ -66,6 +66,9 @@ def test_promoted_registered_and_computed_once(convnet, registry, store, service
     assert content["judged_on"] == JUDGING
     assert 100 < content["metrics"]["accuracy"]["documents"] < 156  # of 256
     assert content["attempts"][0]["arithmetic"] == "integer"
+    noise = [row["signal to noise, dB"] for row in content["worst_layers"]]
+    assert len(noise) == 10
+    assert noise == sorted(noise)
     assert content["latency"][0]["batch"] == 32
     assert min(content["latency"][0].values()) > 0
     assert registry.champion(NAME) == content["model_version"]

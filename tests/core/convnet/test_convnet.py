@@ -32,9 +32,10 @@ from dpq_core.convnet.gates import (
     judge_classifier,
 )
 from dpq_core.convnet.graph import layers_of, prepared
-from dpq_core.convnet.grids import Codes, rounded
+from dpq_core.convnet.grids import Codes, WeightRounding, rounded
 from dpq_core.convnet.images import Images, load_images
 from dpq_core.convnet.networks import NetworkError, build_network
+from dpq_core.convnet.noise import signal_to_noise, worst
 from dpq_core.convnet.quantize import (
     fine_tune,
     freeze_batch_norm,
@@ -542,3 +543,18 @@ def test_a_bit_is_left_out_where_products_of_bytes_saturate(
     asked = ConvScheme(weights=WeightScheme(reduce_range=False))
     assert asked.on(expected) == asked
     assert not ConvScheme(activations=None).on(True).weights.reduce_range
+
+
+def test_the_layer_with_the_coarsest_grid_has_the_least_signal(networks, folded, images):
+    """Four bits in one layer of a network of sixteen; what comes before it is not touched."""
+    sixteen = WeightScheme(bits=16)
+    made = quantized(networks, images, ConvScheme(weights=sixteen, activations=None))
+    coarse = made.layers["3"]
+    coarse.rounding = WeightRounding(WeightScheme(bits=4))
+    noise = signal_to_noise(folded["tiny"], made, images.test.inputs(slice(None)))
+    assert list(noise) == ["0", "3", "8"]
+    assert noise["0"] > 60
+    assert noise["3"] < 30
+    assert next(iter(worst(noise, 1))) in ("3", "8")
+    same = signal_to_noise(folded["tiny"], folded["tiny"], images.test.inputs(slice(None)))
+    assert set(same.values()) == {float("inf")}
