@@ -160,6 +160,7 @@ def quantize_classifier(
         "method": method,
         "scheme": scheme.model_dump(mode="json"),
         "network": recipe.network.model_dump(mode="json"),
+        "pictures": asdict(recipe.images.pictures),
         **recipe.model_dump(mode="json", include=fields if scheme != FLOAT else set()),
     }
     made_of = {"trained": trained.sha256, "images": pictures.sha256}
@@ -171,7 +172,7 @@ def quantize_classifier(
         made = _quantized(recipe, scheme, method, found, network)
         content = {**about, **made_of, "classes": found.classes, "names": found.names}
         pixels = {"size": found.shape[1], "channels": found.shape[0]}
-        content["pictures"] = pixels | asdict(recipe.images.pictures)
+        content["pictures"] = pixels | about["pictures"]
         if method == "post-training" and scheme != FLOAT:
             content["signal_to_noise"] = _noise(network, made, found.train)
         save_classifier(folder, made, found.train.inputs(slice(2)), content)

@@ -152,7 +152,7 @@ def _make_layer(graph: GraphModule, node: Node) -> None:
     source, last = cast(Node, node.args[0]), node
     weight, bias = _tensor(graph, node.args[1]), _tensor(graph, _argument(node, 2))
     pads: tuple[int, ...] = ()
-    if (found := _zeros_around(source)) and node.target is not aten.linear.default:
+    if (found := zeros_around(source)) and node.target is not aten.linear.default:
         pads, source = found, cast(Node, source.args[0])
     norm = None
     users = list(node.users)
@@ -172,7 +172,7 @@ def _make_layer(graph: GraphModule, node: Node) -> None:
         graph.graph.erase_node(node)
 
 
-def _zeros_around(node: Node) -> tuple[int, ...]:
+def zeros_around(node: Node) -> tuple[int, ...]:
     """The padding that a node is, of zeros and of pixels alone; else none."""
     if node.target not in _PADDINGS:
         return ()

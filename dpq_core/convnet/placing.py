@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
-from dpq_core.convnet.graph import aten
+from dpq_core.convnet.graph import aten, zeros_around
 from dpq_core.convnet.grids import Rounding
 from dpq_core.convnet.layer import Layer
 
@@ -52,8 +52,6 @@ _MOVING = (
     aten.channel_shuffle.default,
     aten.pixel_unshuffle.default,
     aten.pixel_shuffle.default,
-    aten.pad.default,
-    aten.constant_pad_nd.default,
 )
 _PARTING = (aten.chunk.default, aten.split.Tensor, aten.split_with_sizes.default)
 NOTHING = (aten.dropout.default, aten.feature_dropout.default, aten.alias.default)
@@ -170,7 +168,7 @@ def _is_output(node: Node) -> bool:
 
 def _moved(node: Node) -> Node | None:
     """What a node moves the values of; None where it computes others."""
-    if node.target in _MOVING:
+    if node.target in _MOVING or zeros_around(node):
         return node.all_input_nodes[0]
     if node.target is operator.getitem and (parts := node.all_input_nodes[0]).target in _PARTING:
         return parts.all_input_nodes[0]
