@@ -13,6 +13,8 @@ arithmetic, recipe                   numbers of few bits; what a run is asked fo
 import logging
 
 # transformers imports torchao, which warns of kernels for hardware that is not here, and torch of
-# how torchao registers its types; torch sets its loggers' levels itself.
+# how torchao registers its types and that torchvision is absent; torch sets its loggers' levels
+# itself.
 logging.getLogger("torchao").setLevel(logging.ERROR)
-logging.getLogger("torch.utils._pytree").addFilter(lambda record: record.levelno >= logging.ERROR)
+for _name in ("torch.utils._pytree", "torch.onnx._internal.exporter._registration"):
+    logging.getLogger(_name).addFilter(lambda record: record.levelno >= logging.ERROR)

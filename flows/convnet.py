@@ -6,10 +6,11 @@ float baseline → post-training quantization → gates → fine-tuning where th
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from prefect import flow
+from prefect import flow, get_run_logger
 from prefect.artifacts import create_table_artifact
 
-from dpq_core.convnet.gates import accuracy_change, judge_classifier
+from dpq_core.convnet.executor import saturates
+from dpq_core.convnet.gates import accuracy_change, chance_warning, float_checks, judge_classifier
 from dpq_core.convnet.recipe import ActivationScheme, ConvRecipe, ConvScheme, WeightScheme
 from dpq_core.machine.device import share_machine
 from dpq_core.verdict.gates import Verdict
@@ -25,13 +26,16 @@ from tasks.convnet import (
     ImageScores,
     Method,
     base_of_classifier,
+    classes_of,
     images,
+    left_in_float,
     quantize_classifier,
     register_classifier,
     score_classifier,
     sizes_of,
     time_classifier,
     train,
+    worst_layers,
 )
 from tasks.log import log_metrics, log_verdict
 from tasks.publish import destination_of, published
@@ -79,6 +83,8 @@ class ConvRelease:
     registration: Registration
     attempts: list[dict[str, Any]]
     latency: list[dict[str, float]]
+    notes: list[str]
+    worst_layers: list[dict[str, Any]]
 
     def as_dict(self) -> dict[str, Any]:
         """The object that `dpq convnet --json` prints."""
@@ -91,6 +97,8 @@ class ConvRelease:
             "registered_model": self.registration.name,
             "attempts": self.attempts,
             "latency": self.latency,
+            "notes": self.notes,
+            "worst_layers": self.worst_layers,
         }
 
 
@@ -119,6 +127,7 @@ class _Measured:
             "delta": metrics["accuracy"].delta,
             "arithmetic": self.found.arithmetic,
             "other_answers": self.found.other_answers,
+            "file_bytes": sizes_of(self.classifier).file_bytes,
         }
 
 
@@ -136,24 +145,40 @@ class _Inputs:
     def of(cls, recipe: ConvRecipe, pictures: ArtifactRef) -> "_Inputs":
         trained = train(recipe, pictures)
         baseline = quantize_classifier(recipe, FLOAT, "post-training", pictures, trained)
-        scores = score_classifier(recipe, FLOAT, baseline, pictures)
+        scores = score_classifier(recipe, baseline, pictures)
         inputs = cls(recipe, pictures, trained, baseline, scores)
+        for note in inputs.notes:
+            get_run_logger().warning(note)
         for which in (CHOOSING, JUDGING) if recipe.qat.enabled else (ALL,):
             inputs.judge(baseline, scores, which).or_error("the float network")
         return inputs
 
     def measure(self, method: Method, scheme: ConvScheme, which: str = ALL) -> _Measured:
-        made = quantize_classifier(self.recipe, scheme, method, self.pictures, self.trained)
-        found = score_classifier(self.recipe, scheme, made, self.pictures)
+        here = scheme.on(saturates())
+        made = quantize_classifier(self.recipe, here, method, self.pictures, self.trained)
+        found = score_classifier(self.recipe, made, self.pictures)
         return _Measured(method, made, found, self.judge(made, found, which))
 
     def judge(self, classifier: ArtifactRef, found: ImageScores, which: str) -> Verdict:
         """On the images that `which` says (`dpq_core.verdict.halves`)."""
         gates, of = self.recipe.gates, (self.scores.scores, found.scores)
         change = accuracy_change(*of, gates.confidence, which)
-        checks = {"integers": found.wrong}
+        checks = {"integers": found.wrong, **float_checks(self.scores.scores, gates)}
+        before = sizes_of(self.baseline).file_bytes
         limited = "images.test_samples" if self.recipe.images.test_samples else None
-        return judge_classifier(change, sizes_of(classifier), checks, gates, limited, which)
+        return judge_classifier(change, sizes_of(classifier), before, checks, gates, limited, which)
+
+    @property
+    def notes(self) -> list[str]:
+        """What a reader should know before anything is quantized: whether the network guesses, what
+        stays in floating point and why, and whether a bit is left out for this processor."""
+        guess = chance_warning(self.scores.scores, classes_of(self.baseline))
+        left = [f"{n} stays float: {why}" for n, why in left_in_float(self.baseline).items()]
+        scheme = self.recipe.scheme
+        weights, here = scheme.weights, scheme.on(saturates()).weights
+        chosen = here is not None and weights != here and here.reduce_range
+        reduced = ["weights of 7 bits: this processor's sums of products of bytes saturate"]
+        return [*([guess] if guess else []), *left, *(reduced if chosen else [])]
 
     def latency(self, classifier: ArtifactRef) -> list[dict[str, float]]:
         return time_classifier(self.recipe, self.baseline, classifier, self.pictures)
@@ -186,17 +211,28 @@ def convnet(recipe: ConvRecipe) -> ConvRelease:
             attempts.append(inputs.measure("fine-tuned", recipe.scheme, look))
         last = attempts[-1]
         judged = inputs.judge(last.classifier, last.found, judges).or_error("the classifier")
-        latency = inputs.latency(last.classifier) if recipe.scheme.integer else []
+        latency = inputs.latency(last.classifier) if last.found.kernels["integer"] else []
         rows = [attempt.as_row() for attempt in attempts]
         source = published(destination, registry, judged, name, last.classifier)
         registration = register_classifier(
             tracking_uri, run.run_id, recipe, last.classifier, judged, champion, source
         )
         verdict = registration.verdict
+        run.log_table(worst_layers(attempts[0].classifier), "worst-layers")
         _log(run, recipe, verdict, last.classifier, rows, latency)
         publish_verdict(verdict, last.classifier.folder, registration, run.url)
     folder = str(last.classifier.folder)
-    return ConvRelease(verdict, last.method, folder, run.run_id, registration, rows, latency)
+    return ConvRelease(
+        verdict,
+        last.method,
+        folder,
+        run.run_id,
+        registration,
+        rows,
+        latency,
+        inputs.notes,
+        worst_layers(attempts[0].classifier),
+    )
 
 
 @flow(name="convnet ladder")
@@ -221,6 +257,7 @@ def convnet_ladder(recipe: ConvRecipe) -> dict[str, list[dict[str, Any]]]:
 def _ladder_row(inputs: _Inputs, name: str, method: Method, scheme: ConvScheme) -> dict[str, Any]:
     measured = inputs.measure(method, scheme)
     metric, sizes = measured.look.metrics["accuracy"], sizes_of(measured.classifier)
+    before = sizes_of(inputs.baseline).file_bytes
     return {
         "variant": name,
         "accuracy": metric.candidate,
@@ -230,8 +267,8 @@ def _ladder_row(inputs: _Inputs, name: str, method: Method, scheme: ConvScheme) 
         "turned_wrong": metric.turned_wrong,
         "arithmetic": measured.found.arithmetic,
         "other_answers": measured.found.other_answers,
-        "size_ratio": sizes.ratio,
-        "size_ratio_with_scales": sizes.ratio_with_grids,
+        "file_bytes": sizes.file_bytes,
+        "size_ratio": sizes.ratio(before),
     }
 
 

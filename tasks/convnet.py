@@ -2,13 +2,14 @@
 
 images           both splits, as safetensors
 float-networks   the trained parameters
-classifiers      model.pt2 and its manifest; the float graph too, as a scheme of nothing
-image-scores     a score an image, and how the integer kernels compare with the graph
+classifiers      model.onnx and its manifest; the float graph too, as a scheme of nothing
+image-scores     a score an image, and how the integer kernels compare with the file as written
 """
 
 import json
+import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,27 +18,27 @@ from prefect import task
 from prefect.cache_policies import NO_CACHE
 from safetensors.torch import load_model, save_model
 from torch import Tensor, nn
-from torch.fx import GraphModule
 
 from dpq_core.convnet.artifact import (
     ArtifactError,
     WeightSizes,
-    load_classifier,
     read_manifest,
     save_classifier,
 )
+from dpq_core.convnet.executor import Classifier, kernel_counts, latencies
+from dpq_core.convnet.graph import Prepared
 from dpq_core.convnet.images import (
+    Images,
     ImageSet,
-    as_input,
     load_images,
     read_images,
     save_images,
     sources,
 )
-from dpq_core.convnet.integers import IntegerClassifier, latencies
 from dpq_core.convnet.networks import build_network, network_file
+from dpq_core.convnet.noise import signal_to_noise, worst
 from dpq_core.convnet.quantize import fine_tune, post_training
-from dpq_core.convnet.recipe import ConvRecipe, ConvScheme, NetworkSection
+from dpq_core.convnet.recipe import CalibrationSection, ConvRecipe, ConvScheme, NetworkSection
 from dpq_core.convnet.train import fit, predict, score, seeded
 from dpq_core.digests import digest, file_digest, write_json
 from dpq_core.evaluation.scores import Scores, load_scores, save_scores
@@ -57,18 +58,32 @@ Method = Literal["post-training", "fine-tuned"]
 _IMAGES, _WEIGHTS = "images.safetensors", "weights.safetensors"
 _SCORES, _CHECKS = "scores.parquet", "checks.json"
 _PROBES = 64  # images on which a written model must be the one that was made
-_OTHER_ANSWERS = 0.001  # of the images, on which integers may decide otherwise than the graph
+_BATCH = 32  # images at a time, scored
+_OTHER_LOGITS = (
+    0.1  # of their norm: an activation that is rounded the other way moves all that follow
+)
+_CHECKED = 512  # images, on which the file is run as it is written, several times slower
+_OTHER_ANSWERS = 0.02  # of these, on which integers may decide otherwise than the file says
 
 
 @dataclass(frozen=True)
 class ImageScores:
-    """A classifier on the held-out images. arithmetic: what computed `scores`. wrong: why it is
-    not the graph that was quantized, None where it is."""
+    """A classifier on the held-out images. kernels: how many of its layers run in integers, and how
+    many in floating point. wrong: why the kernels are not what the file says, None where they are.
+    """
 
     scores: Scores
-    arithmetic: Literal["integer", "simulated"]
-    other_answers: int  # of the integer kernels, compared with the graph
+    kernels: Mapping[str, int]
+    other_answers: int  # of the integer kernels, compared with the file as it is written
     wrong: str | None
+
+    @property
+    def arithmetic(self) -> str:
+        """What computed `scores`, counted where it ran."""
+        integer, floating = self.kernels["integer"], self.kernels["float"]
+        if integer and floating:
+            return f"integer, {floating} of {integer + floating} layers simulated"
+        return "integer" if integer else "simulated"
 
 
 @task(name="images", cache_policy=NO_CACHE)
@@ -145,6 +160,7 @@ def quantize_classifier(
         "method": method,
         "scheme": scheme.model_dump(mode="json"),
         "network": recipe.network.model_dump(mode="json"),
+        "pictures": asdict(recipe.images.pictures),
         **recipe.model_dump(mode="json", include=fields if scheme != FLOAT else set()),
     }
     made_of = {"trained": trained.sha256, "images": pictures.sha256}
@@ -152,62 +168,69 @@ def quantize_classifier(
 
     def make(folder: Path) -> None:
         found = _open_images(pictures, store)
-        graph = _quantized(recipe, scheme, method, found, _open_network(recipe, found, trained))
-        example = as_input(found.train.pixels[:2])
-        save_classifier(folder, graph, example, {**about, **made_of, "classes": found.classes})
-        probe = found.test.first(_PROBES)
-        if not torch.equal(predict(graph, probe), predict(load_classifier(folder), probe)):
-            raise ArtifactError(f"{folder}: the written model has other logits than the one made")
+        network = _open_network(recipe, found, trained)
+        made = _quantized(recipe, scheme, method, found, network)
+        content = {**about, **made_of, "classes": found.classes, "names": found.names}
+        pixels = {"size": found.shape[1], "channels": found.shape[0]}
+        content["pictures"] = pixels | about["pictures"]
+        if method == "post-training" and scheme != FLOAT:
+            content["signal_to_noise"] = _noise(network, made, found.train)
+        save_classifier(folder, made, found.train.inputs(slice(2)), content)
+        _check_written(folder, made, found.test.first(_PROBES))
 
     return store.get_or_make("classifiers", key, make)[0]
 
 
 @task(name="score classifier", cache_policy=NO_CACHE)
 def score_classifier(
-    recipe: ConvRecipe, scheme: ConvScheme, classifier: ArtifactRef, pictures: ArtifactRef
+    recipe: ConvRecipe, classifier: ArtifactRef, pictures: ArtifactRef
 ) -> ImageScores:
-    """Accuracy on the held-out images of the artifact as it is loaded: by integer kernels where
-    the scheme has any, and the graph's rounding in floating point elsewhere."""
+    """Accuracy on the held-out images of the file as onnxruntime runs it, and where that is in
+    integers, how many other answers the same file gives in floating point."""
     store = Store(recipe.execution.store)
     of = {"classifier": classifier.sha256, "images": pictures.sha256}
-    batch = max(recipe.benchmark.batches)
-    key = digest({**_by("image-scores"), **of, "batch": batch})
+    key = digest({**_by("image-scores"), **of})
 
     def make(folder: Path) -> None:
-        test = _open_images(pictures, store).test
-        logits = predict(load_classifier(store.open(classifier)), test)
-        other = 0
-        if scheme.integer:
-            simulated = logits
-            logits = predict(IntegerClassifier(classifier.folder, batch), test, batch)
-            other = int((logits.argmax(1) != simulated.argmax(1)).sum())
+        test, of = _open_images(pictures, store).test, store.open(classifier)
+        kernels, other = kernel_counts(of), 0
+        step = stepper("score", -(-len(test) // _BATCH))
+        logits = predict(Classifier(of), test, _BATCH, step)
+        if kernels["integer"]:
+            few = test.first(_CHECKED)
+            step = stepper("check", -(-len(few) // _BATCH))
+            written = predict(Classifier(of, "as written"), few, _BATCH, step)
+            other = int((logits[: len(few)].argmax(1) != written.argmax(1)).sum())
         save_scores(score(logits, test, recipe.images.source), folder / _SCORES)
-        write_json(folder / _CHECKS, {"other_answers": other})
+        write_json(folder / _CHECKS, {"other_answers": other, "kernels": kernels})
 
     folder = store.open(store.get_or_make("image-scores", key, make)[0])
-    scores = load_scores(folder / _SCORES)
-    other = int(json.loads((folder / _CHECKS).read_text())["other_answers"])
-    wrong = None
-    if other > _OTHER_ANSWERS * len(scores):
-        wrong = f"integer kernels give another class than the graph for {other} of {len(scores)}"
-    return ImageScores(scores, "integer" if scheme.integer else "simulated", other, wrong)
+    scores, checks = load_scores(folder / _SCORES), json.loads((folder / _CHECKS).read_text())
+    other, wrong = int(checks["other_answers"]), None
+    checked = min(len(scores), _CHECKED)
+    if other > max(_OTHER_ANSWERS * checked, 1):
+        wrong = (
+            f"integer kernels give another class than the file says for {other} of {checked}:"
+            " where their sums saturate, set scheme.weights.reduce_range: true"
+        )
+    return ImageScores(scores, checks["kernels"], other, wrong)
 
 
 @task(name="time classifier", cache_policy=NO_CACHE)
 def time_classifier(
     recipe: ConvRecipe, baseline: ArtifactRef, classifier: ArtifactRef, pictures: ArtifactRef
 ) -> list[dict[str, float]]:
-    """Milliseconds of the float graph (batch norm folded, channels last) and of the integer one,
-    in one run; a row a batch size. Not stored: this machine, now."""
+    """Milliseconds of the float file (batch norm folded) and of the quantized one, both run by
+    onnxruntime, in one run; a row a batch size. Not stored: this machine, now."""
     store = Store(recipe.execution.store)
-    found = _open_images(pictures, store)
-    network = load_classifier(store.open(baseline))
+    train = _open_images(pictures, store).train
+    models: dict[str, Callable[[Tensor], Tensor]] = {
+        "float_ms": Classifier(store.open(baseline)),
+        "int8_ms": Classifier(store.open(classifier)),
+    }
     rows: list[dict[str, float]] = []
     for batch in recipe.benchmark.batches:
-        pixels = found.train.pixels.repeat(-(-batch // len(found.train)), 1, 1, 1)
-        integers = IntegerClassifier(store.open(classifier), batch)
-        x = as_input(pixels[:batch]).contiguous(memory_format=torch.channels_last)
-        models: dict[str, Callable[[Tensor], Tensor]] = {"float_ms": network, "int8_ms": integers}
+        x = train.inputs(torch.arange(batch) % len(train))
         row = latencies(models, x, recipe.benchmark.runs)
         rows.append({"batch": batch, **row, "speed_up": row["float_ms"] / row["int8_ms"]})
     return rows
@@ -247,8 +270,43 @@ def sizes_of(classifier: ArtifactRef) -> WeightSizes:
         fields["float_bytes"],
         fields["stored_bytes"],
         fields["grid_bytes"],
+        fields["file_bytes"],
         tuple(fields["float_layers"]),
     )
+
+
+def left_in_float(classifier: ArtifactRef) -> dict[str, str]:
+    """Layers that no scheme quantizes → why."""
+    left: dict[str, str] = read_manifest(classifier.folder)["left"]
+    return left
+
+
+def classes_of(classifier: ArtifactRef) -> int:
+    return int(read_manifest(classifier.folder)["classes"])
+
+
+def worst_layers(classifier: ArtifactRef) -> list[dict[str, Any]]:
+    """Those which rounding moves most: a row a layer; none of a network that was fine-tuned."""
+    noise = read_manifest(classifier.folder).get("signal_to_noise", {})
+    return [{"layer": name, "signal to noise, dB": db} for name, db in worst(noise).items()]
+
+
+def _noise(network: nn.Module, made: Prepared, pictures: Images) -> dict[str, float]:
+    before = post_training(network, pictures, FLOAT, CalibrationSection())
+    noise = signal_to_noise(before, made, pictures.first(_BATCH).inputs(slice(None)))
+    return {name: round(db, 2) for name, db in noise.items() if math.isfinite(db)}
+
+
+def _check_written(folder: Path, made: Prepared, probe: Images) -> None:
+    """Raises ArtifactError where the file is another network than the graph."""
+    with torch.no_grad():
+        expected = predict(made.graph, probe)
+    off = (predict(Classifier(folder, "as written"), probe) - expected).norm() / expected.norm()
+    if not off < _OTHER_LOGITS:
+        raise ArtifactError(
+            f"{folder}: the written model's logits differ by {100 * float(off):.1f} % of their norm"
+            f" from those of the one made: at most {100 * _OTHER_LOGITS:g} % comes of rounding"
+        )
 
 
 def _by(stage: str) -> dict[str, Any]:
@@ -293,7 +351,7 @@ def _open_network(recipe: ConvRecipe, found: ImageSet, trained: ArtifactRef) -> 
 
 def _quantized(
     recipe: ConvRecipe, scheme: ConvScheme, method: Method, found: ImageSet, network: nn.Module
-) -> GraphModule:
+) -> Prepared:
     if method == "post-training":
         batches = min(
             recipe.calibration.batches, -(-len(found.train) // recipe.calibration.batch_size)

@@ -57,25 +57,6 @@ def text_file(tmp_path_factory):
     return path
 
 
-@pytest.fixture(scope="module")
-def patterns_of_present_convolutions():
-    """What torchao looks for at the end of each fine-tuning: the patterns of convolutions that the
-    graph has. It exports those of four kinds otherwise, 15 s of a core, and finds none."""
-    from torchao.quantization.pt2e import qat_utils
-
-    fold = qat_utils._fold_conv_bn_qat_helper
-
-    def fold_present(graph, convolution, *arguments, **keywords):
-        kind = f"aten.{convolution.__name__}."
-        if any(str(node.target).startswith(kind) for node in graph.graph.nodes):
-            return fold(graph, convolution, *arguments, **keywords)
-        return graph
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(qat_utils, "_fold_conv_bn_qat_helper", fold_present)
-        yield
-
-
 @pytest.fixture(scope="session")
 def s3_endpoint():
     from s3_server import FaultyS3

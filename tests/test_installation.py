@@ -29,6 +29,7 @@ LATE_FOR_RELEASE = (
 )
 NOT_IN_A_RELEASE = (
     "dask distributed mypy moto playwright prefect-dask pytest ruff torchao triton hypothesis"
+    " onnx onnxruntime onnxscript"
 )
 
 
@@ -113,6 +114,7 @@ def test_a_feature_without_its_packages_names_the_extra(monkeypatch):
     said = re.escape("execution.runner: dask: the package prefect_dask is not installed")
     with pytest.raises(MissingExtraError, match=rf"{said}.*'\.\[dask\]'"):
         task_runner(ExecutionSection(runner="dask"))
-    monkeypatch.setitem(sys.modules, "torchao", None)
-    with pytest.raises(MissingExtraError, match=r"dpq convnet: the package torchao .*\[convnet\]"):
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    said = r"dpq convnet: the package onnxruntime .*\[convnet\]"
+    with pytest.raises(MissingExtraError, match=said):
         _run("convnet", None)

@@ -1,36 +1,30 @@
-"""A quantized classifier on disk: what it takes to run it, and no code of ours that trains.
+"""A quantized classifier on disk: a file that onnxruntime runs as it is, on whatever machine.
 
-    model.pt2        torch.export's archive: the graph, codes, scales; quantize and dequantize are
-                     torch's own `quantized_decomposed` operations
-    manifest.json    format version, scheme, input and classes, bytes of the weights
-
-Codes of 4 and 16 bits lie in bytes and int32: `bytes` counts what is stored, `bits` what is used.
+model.onnx       the graph, codes, scales (`dpq_core.convnet.onnx_file`); its metadata say how a
+                 picture becomes its input, and what its classes are called
+manifest.json    format version, scheme, input and classes, bytes of the file and of the weights
 """
 
 import json
 import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
-import torch
-import torch.ao.quantization.fx._decomposed
+import onnx
+from onnx import ModelProto, TensorProto, numpy_helper
 from torch import Tensor
-from torch.export import Dim, ExportedProgram, export
-from torch.fx import GraphModule, Node
 
-from dpq_core.convnet.archive import graph_of, open_archive
+from dpq_core.convnet.graph import Prepared
+from dpq_core.convnet.onnx_file import write_onnx
 from dpq_core.digests import write_json
 from dpq_core.errors import InputError, one_line
 
-MODEL, MANIFEST = "model.pt2", "manifest.json"
-_FORMAT_VERSION = 1
-_MOST = 2**16  # images at a time
-_WEIGHTED = (
-    torch.ops.aten.conv2d.default,
-    torch.ops.aten.linear.default,
-)
-_WEIGHT_ARGUMENT = 1
+MODEL, MANIFEST = "model.onnx", "manifest.json"
+_FORMAT_VERSION = 2
+_HALF_BYTES = (TensorProto.INT4, TensorProto.UINT4)
+_LAYERS = ("Conv", "Gemm", "MatMul")
+_FLOAT_BYTES = 4
 
 
 class ArtifactError(InputError):
@@ -39,40 +33,41 @@ class ArtifactError(InputError):
 
 @dataclass(frozen=True)
 class WeightSizes:
-    """Sizes of the weights of convolutions and linear layers; biases are not among them.
+    """Sizes of the weights of convolutions and linear layers, and of the file that holds them.
 
     float_bytes: in fp32. stored_bytes: of codes as they are stored (fp32 where a layer was left
-    alone). grid_bytes: of scales and zero points. float_layers: those that were left alone.
+    alone). grid_bytes: of scales and zero points. file_bytes: of model.onnx, with biases and graph.
+    float_layers: those that were left alone.
     """
 
     float_bytes: int
     stored_bytes: int
     grid_bytes: int
+    file_bytes: int
     float_layers: tuple[str, ...]
 
-    @property
-    def ratio(self) -> float:
-        return self.float_bytes / self.stored_bytes
-
-    @property
-    def ratio_with_grids(self) -> float:
-        return self.float_bytes / (self.stored_bytes + self.grid_bytes)
+    def ratio(self, float_file: int) -> float:
+        """How many times smaller the file is than the float network's of so many bytes."""
+        return float_file / self.file_bytes
 
 
-def save_classifier(folder: Path, graph: GraphModule, example: Tensor, about: Any) -> None:
-    """Write a converted graph; `about` is kept in the manifest.
+def save_classifier(folder: Path, made: Prepared, example: Tensor, about: Any) -> None:
+    """Write a settled graph; `about` is kept in the manifest, and its `pictures` and `names` in the
+    file too.
 
     Args:
-        example: an input, of at least two images.
+        example: an input, of two images.
     """
-    program = export(graph, (example,), dynamic_shapes=({0: Dim("batch", min=1, max=_MOST)},))
-    torch.export.save(program, folder / MODEL)
-    sizes = weight_sizes(program)
+    path = folder / MODEL
+    told = {name: json.dumps(about[name]) for name in ("pictures", "names") if name in about}
+    write_onnx(made.graph, example, path, told)
+    alone = [name for name, layer in made.layers.items() if layer.rounding is None]
+    left = (*alone, *made.left)
     content = {
         "format_version": _FORMAT_VERSION,
-        "input": {"shape": list(example.shape[1:]), "pixels": "uint8 / 127.5 - 1"},
-        "weights": asdict(sizes)
-        | {"ratio": sizes.ratio, "ratio_with_grids": sizes.ratio_with_grids},
+        "input": {"shape": list(example.shape[1:])},
+        "weights": asdict(weight_sizes(path, left)),
+        "left": made.left,
         **about,
     }
     write_json(folder / MANIFEST, content)
@@ -96,58 +91,40 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     return content
 
 
-def load_classifier(folder: Path) -> GraphModule:
-    """The graph that was saved: fp32 in and out, rounding as in integers.
+def open_model(path: Path) -> ModelProto:
+    """A file's content.
 
     Raises:
-        ArtifactError: no artifact, or its archive cannot be read.
+        ArtifactError: it cannot be read.
     """
-    return graph_of(load_program(folder))
-
-
-def load_program(folder: Path) -> ExportedProgram:
-    """The archive (`dpq_core.convnet.archive`). Raises as `load_classifier`."""
-    read_manifest(folder)
     try:
-        return open_archive(folder / MODEL)
-    except Exception as error:  # of zip, pickle and torch
-        reason = one_line(error, 300)
-        raise ArtifactError(f"{folder / MODEL}: unreadable: {reason}") from error
+        return onnx.load(path, load_external_data=False)
+    except Exception as error:  # of protobuf
+        raise ArtifactError(f"{path}: unreadable: {one_line(error, 300)}") from error
 
 
-def weight_sizes(program: ExportedProgram) -> WeightSizes:
-    """What the archive's weights take, read off its tensors."""
-    tensors = {**program.state_dict, **program.constants}
-    signature = program.graph_signature
-    names = {
-        **signature.inputs_to_parameters,
-        **signature.inputs_to_buffers,
-        **signature.inputs_to_lifted_tensor_constants,
-    }
-
-    def tensor(node: Any) -> Tensor:
-        return cast(Tensor, tensors[names[node.name]])
-
+def weight_sizes(path: Path, left: tuple[str, ...] = ()) -> WeightSizes:
+    """What a file's weights take, read off its tensors. left: layers in floating point."""
+    graph = open_model(path).graph
+    tensors = {each.name: each for each in graph.initializer}
+    makers = {node.output[0]: node for node in graph.node}
     total = stored = grids = 0
-    left: list[str] = []
-    for node in program.graph.nodes:
-        if node.target not in _WEIGHTED:
+    for node in graph.node:
+        if node.op_type not in _LAYERS:
             continue
-        weight = node.args[_WEIGHT_ARGUMENT]
-        if weight.op == "placeholder":
-            left.append(names[weight.name])
-            found = tensor(weight)
-        else:
-            found = tensor(weight.args[0])
-            grids += sum(_grid_bytes(argument, tensor) for argument in weight.args[1:3])
-        total += 4 * math.prod(found.shape)
-        stored += found.numel() * found.element_size()
-    return WeightSizes(total, stored, grids, tuple(left))
+        name = node.input[1]
+        if name not in tensors and name in makers:
+            name, *grid = makers[name].input
+            grids += sum(_stored(tensors[each]) for each in grid if each in tensors)
+        if name in tensors:
+            total += _FLOAT_BYTES * math.prod(tensors[name].dims)
+            stored += _stored(tensors[name])
+    return WeightSizes(total, stored, grids, path.stat().st_size, left)
 
 
-def _grid_bytes(argument: Any, tensor: Any) -> int:
-    """Bytes of one scale or zero point; those of a whole layer are numbers in the graph."""
-    if not isinstance(argument, Node):
-        return 4
-    found = tensor(argument)
-    return int(found.numel() * found.element_size())
+def _stored(tensor: TensorProto) -> int:
+    if tensor.data_type in _HALF_BYTES:
+        count: int = math.prod(tensor.dims)
+        return -(-count // 2)
+    stored: int = numpy_helper.to_array(tensor).nbytes
+    return stored

@@ -1,6 +1,7 @@
 """Labelled images: of scikit-learn, of idx files (MNIST's format), of anything `datasets` loads.
 
-All are `uint8 [n, channels, height, width]` and `int64 [n]`; a network reads x / 127.5 − 1.
+All are `uint8 [n, channels, height, width]` and `int64 [n]`; a network reads
+(x / 255 − mean) / std, a mean and a deviation for all channels or one for each.
 
 idx (http://yann.lecun.com/exdb/mnist): two zero bytes, the type (8: unsigned byte), the number of
 dimensions, each dimension as a big-endian int32, then the values, the last dimension fastest.
@@ -8,14 +9,17 @@ dimensions, each dimension as a big-endian int32, then the values, the last dime
 
 import gzip
 import hashlib
+import json
+import math
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -38,12 +42,19 @@ class Images:
 
     pixels: Tensor  # [n, channels, height, width] uint8
     labels: Tensor  # [n] int64
+    mean: tuple[float, ...] = (0.5,)
+    std: tuple[float, ...] = (0.5,)
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def first(self, count: int | None) -> "Images":
-        return Images(self.pixels[:count], self.labels[:count])
+        return replace(self, pixels=self.pixels[:count], labels=self.labels[:count])
+
+    def inputs(self, which: slice | Tensor) -> Tensor:
+        """What a network reads of these pictures: fp32 [n, channels, height, width]."""
+        mean, std = (torch.tensor(each).reshape(-1, 1, 1) for each in (self.mean, self.std))
+        return (self.pixels[which].float() / 255 - mean) / std
 
     def names(self) -> list[str]:
         """SHA-256 of each picture and its class."""
@@ -59,6 +70,7 @@ class ImageSet:
 
     train: Images
     test: Images
+    names: tuple[str, ...] = ()  # of the classes, where the source has any
 
     @property
     def classes(self) -> int:
@@ -69,11 +81,6 @@ class ImageSet:
         """Channels, height, width."""
         channels, height, width = self.train.pixels.shape[1:]
         return channels, height, width
-
-
-def as_input(pixels: Tensor) -> Tensor:
-    """What a network reads: uint8 → fp32 in −1…1, same shape."""
-    return pixels.float() / 127.5 - 1
 
 
 def sources(section: ImagesSection) -> dict[str, Any]:
@@ -106,9 +113,19 @@ def load_images(section: ImagesSection) -> ImageSet:
         ImagesError: a file, column or class is not what it should be.
     """
     load = {"digits": _digits, "idx": _idx, "datasets": _datasets}[section.source]
-    images = load(section)
-    found = ImageSet(
-        images.train.first(section.train_samples), images.test.first(section.test_samples)
+    images, seen = load(section), section.pictures
+    channels = images.shape[0]
+    for name, values in (("mean", seen.mean), ("std", seen.std)):
+        if len(values) not in (1, channels):
+            raise ImagesError(
+                f"images.{name} has {len(values)} numbers, and the pictures {channels} channels:"
+                " give one for all, or one for each; images.preset names some"
+            )
+    mean, std = tuple(seen.mean), tuple(seen.std)
+    found = replace(
+        images,
+        train=replace(images.train.first(section.train_samples), mean=mean, std=std),
+        test=replace(images.test.first(section.test_samples), mean=mean, std=std),
     )
     if len(found.train) == 0 or len(found.test) == 0:
         raise ImagesError(
@@ -121,20 +138,25 @@ def load_images(section: ImagesSection) -> ImageSet:
 def save_images(images: ImageSet, path: Path) -> None:
     """Write both splits as safetensors."""
     parts = {"train": images.train, "test": images.test}
+    about = {"mean": images.train.mean, "std": images.train.std, "names": images.names}
     save_file(
         {f"{name}.pixels": part.pixels.contiguous() for name, part in parts.items()}
         | {f"{name}.labels": part.labels.contiguous() for name, part in parts.items()},
         path,
+        {name: json.dumps(values) for name, values in about.items()},
     )
 
 
 def read_images(path: Path) -> ImageSet:
     """Inverse of `save_images`."""
     tensors = load_file(path)
+    with safe_open(path, "pt") as file:
+        about = {name: tuple(json.loads(text)) for name, text in file.metadata().items()}
     train, test = (
-        Images(tensors[f"{name}.pixels"], tensors[f"{name}.labels"]) for name in ("train", "test")
+        Images(tensors[f"{name}.pixels"], tensors[f"{name}.labels"], about["mean"], about["std"])
+        for name in ("train", "test")
     )
-    return ImageSet(train, test)
+    return ImageSet(train, test, about["names"])
 
 
 def _digits(_section: ImagesSection) -> ImageSet:
@@ -196,13 +218,13 @@ def read_idx(path: Path) -> NDArray[np.uint8]:
 
 
 def _datasets(section: ImagesSection) -> ImageSet:
-    return ImageSet(
-        _split(section, section.train_split, section.train_samples),
-        _split(section, section.test_split, section.test_samples),
-    )
+    train, names = _split(section, section.train_split, section.train_samples)
+    test, _ = _split(section, section.test_split, section.test_samples)
+    return ImageSet(train, test, names)
 
 
-def _split(section: ImagesSection, split: str, count: int | None) -> Images:
+def _split(section: ImagesSection, split: str, count: int | None) -> tuple[Images, tuple[str, ...]]:
+    """Pictures, and the names of their classes."""
     from datasets import load_dataset
 
     assert section.path is not None
@@ -221,7 +243,8 @@ def _split(section: ImagesSection, split: str, count: int | None) -> Images:
     if not chosen:
         raise ImagesError(f"{section.path}: {split}: no rows")
     pictures, labels = zip(*(_row(section, rows, split, number) for number in chosen), strict=True)
-    return Images(torch.from_numpy(np.stack(pictures)), torch.tensor(labels))
+    names = getattr(rows.features[section.label_column], "names", None) or ()
+    return Images(torch.from_numpy(np.stack(pictures)), torch.tensor(labels)), tuple(names)
 
 
 _CLASSES = (
@@ -241,7 +264,7 @@ def _row(
     where = f"{section.path}: {split}: row {number}"
     try:
         row = rows[number]
-        picture = _square(row[section.image_column], section.size)
+        picture = square(row[section.image_column], section)
     except (AttributeError, OSError, ValueError) as error:  # no picture; Pillow's
         raise ImagesError(f"{where}: no picture that can be read: {error}") from error
     label = row[section.label_column]
@@ -250,9 +273,18 @@ def _row(
     return picture, label
 
 
-def _square(picture: Any, size: int) -> NDArray[np.uint8]:
-    """Resized so that the shorter side fits, the middle cut out: [3, size, size]."""
-    from PIL import ImageOps
+def square(picture: Any, section: ImagesSection) -> NDArray[np.uint8]:
+    """The shorter side resized to size / crop_ratio, the middle cut out: [3, size, size]."""
+    from PIL import Image
 
-    fitted = ImageOps.fit(picture.convert("RGB"), (size, size))
-    return np.asarray(fitted, np.uint8).transpose(2, 0, 1)
+    size, seen = section.size, section.pictures
+    side = math.floor(size / seen.crop_ratio)
+    width, height = picture.size
+    scale = side / min(width, height)
+    resized = picture.convert("RGB").resize(
+        (max(side, int(width * scale)), max(side, int(height * scale))),
+        Image.Resampling[seen.interpolation.upper()],
+    )
+    left, top = ((length - size) // 2 for length in resized.size)
+    cut = resized.crop((left, top, left + size, top + size))
+    return np.asarray(cut, np.uint8).transpose(2, 0, 1)

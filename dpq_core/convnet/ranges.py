@@ -1,60 +1,90 @@
-"""The range of a layer's inputs, from a histogram of what calibration saw.
+"""The range of a tensor of activations, from what calibration or training saw of it.
 
-percentile: the values below which p and 100 − p percent of what was seen lie.
-mse: the smallest mean squared error of rounding, of the whole range shrunk towards zero in steps.
+    min_max         the smallest and the largest value
+    moving_average  of each batch's; the first batch's to begin with (whitepaper, section 3.1.1)
+    percentile      the values below which p and 100 − p percent of what was seen lie
+    mse             the least mean squared error of rounding, of the whole range shrunk towards zero
 
-min_max and moving_average are torchao's own observers. Its histogram observer minimises the squared
-error as well, but for the number of levels that the storage type has: here they are those that the
-scheme uses, so that 4 and 16 bits, which are kept in wider types, are right too.
+The last two read a histogram whose bins grow with what is seen.
 """
 
-from typing import Any
+from typing import Protocol
 
 import torch
 from torch import Tensor
-from torchao.quantization.pt2e.observer import (
-    HistogramObserver,
-    MinMaxObserver,
-    MovingAverageMinMaxObserver,
-)
 
 from dpq_core.convnet.recipe import ActivationScheme
 
 _SHRINKS = 90  # candidates between a tenth of the range and all of it
 _SMALLEST = 0.1
-AVERAGING = 0.01  # weight of a new batch in the moving averages
+_AVERAGING = 0.01  # weight of a new batch in the moving averages
+_BINS = 2048
 
 
-class PercentileObserver(HistogramObserver):
-    """Range between two percentiles."""
+class Range(Protocol):
+    """What was seen, and the ends that a grid of so many steps should have."""
 
-    def __init__(self, percentile: float, **arguments: Any) -> None:
-        super().__init__(**arguments)
+    def update(self, x: Tensor) -> None: ...
+
+    def ends(self, levels: int) -> tuple[Tensor, Tensor]: ...
+
+
+def range_of(scheme: ActivationScheme, training: bool = False) -> Range:
+    """The range that a recipe asks for; in training averages, which follow the network."""
+    if scheme.range == "min_max" and not training:
+        return Ends(None)
+    if scheme.range == "moving_average" or training:
+        return Ends(_AVERAGING)
+    return Histogram(scheme.percentile if scheme.range == "percentile" else None)
+
+
+class Ends:
+    """Smallest and largest value, of all batches or averaged over them."""
+
+    def __init__(self, averaging: float | None) -> None:
+        self.averaging = averaging
+        self.low = self.high = torch.tensor(torch.nan)
+
+    def update(self, x: Tensor) -> None:
+        low, high = torch.aminmax(x)
+        if self.low.isnan():
+            self.low, self.high = low.clone(), high.clone()
+        elif self.averaging is None:
+            self.low, self.high = torch.minimum(self.low, low), torch.maximum(self.high, high)
+        else:
+            self.low = torch.lerp(self.low, low, self.averaging)
+            self.high = torch.lerp(self.high, high, self.averaging)
+
+    def ends(self, levels: int) -> tuple[Tensor, Tensor]:
+        return self.low, self.high
+
+
+class Histogram:
+    """Counts between the smallest and the largest value. percentile: None takes the range of the
+    least squared error."""
+
+    def __init__(self, percentile: float | None) -> None:
         self.percentile = percentile
+        self.counts, self.low, self.high = torch.zeros(0), 0.0, 0.0
 
-    def calculate_qparams(self) -> tuple[Tensor, Tensor]:
-        low, high = percentile_range(self.histogram, self.min_val, self.max_val, self.percentile)
-        return self._calculate_qparams(low, high)  # type: ignore[no-any-return]
+    def update(self, x: Tensor) -> None:
+        """Where the range grows, what was counted is counted again at the middles of its bins."""
+        low, high = (float(end) for end in torch.aminmax(x))
+        if len(self.counts):
+            low, high = min(low, self.low), max(high, self.high)
+        high = max(high, low + torch.finfo(torch.float32).tiny)
+        counts = torch.histc(x.float(), _BINS, low, high)
+        if len(self.counts):
+            middles = self.low + (torch.arange(_BINS) + 0.5) * (self.high - self.low) / _BINS
+            places = ((middles - low) / (high - low) * _BINS).long().clamp(0, _BINS - 1)
+            counts.index_add_(0, places, self.counts)
+        self.counts, self.low, self.high = counts, low, high
 
-
-class SquaredErrorObserver(HistogramObserver):
-    """Range of the least squared error."""
-
-    def calculate_qparams(self) -> tuple[Tensor, Tensor]:
-        levels = self.quant_max - self.quant_min
-        low, high = squared_error_range(self.histogram, self.min_val, self.max_val, levels)
-        return self._calculate_qparams(low, high)  # type: ignore[no-any-return]
-
-
-def observer_of(scheme: ActivationScheme) -> tuple[type, dict[str, Any]]:
-    """The observer that a recipe asks for, and its arguments."""
-    if scheme.range == "percentile":
-        return PercentileObserver, {"percentile": scheme.percentile}
-    if scheme.range == "mse":
-        return SquaredErrorObserver, {}
-    if scheme.range == "min_max":
-        return MinMaxObserver, {}
-    return MovingAverageMinMaxObserver, {"averaging_constant": AVERAGING}
+    def ends(self, levels: int) -> tuple[Tensor, Tensor]:
+        low, high = torch.tensor(self.low), torch.tensor(self.high)
+        if self.percentile is None:
+            return squared_error_range(self.counts, low, high, levels)
+        return percentile_range(self.counts, low, high, self.percentile)
 
 
 def percentile_range(

@@ -6,6 +6,7 @@ symmetric or affine; activations a scale per layer, affine; either left out (wei
 activation-only); quantization-aware training where post-training quantization is not enough.
 """
 
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -17,6 +18,30 @@ from dpq_core.recipe.registered_names import ExperimentName, RegisteredName, def
 from dpq_core.recipe.section import Section
 
 Bits = Literal[4, 8, 16]
+Interpolation = Literal["nearest", "bilinear", "bicubic", "lanczos"]
+PresetName = Literal["half", "imagenet", "inception", "efficientnet-lite"]
+
+
+@dataclass(frozen=True)
+class Preset:
+    """How a picture becomes a network's input: resized, the middle cut out, (x / 255 − mean) / std.
+
+    crop_ratio: side of what is cut out over the shorter side before.
+    """
+
+    crop_ratio: float
+    interpolation: Interpolation
+    mean: list[float]
+    std: list[float]
+
+
+# timm's names for the statistics are IMAGENET_DEFAULT and IMAGENET_INCEPTION.
+PRESETS: dict[PresetName, Preset] = {
+    "half": Preset(1.0, "bicubic", [0.5], [0.5]),
+    "imagenet": Preset(0.875, "bilinear", [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]),
+    "inception": Preset(0.875, "bicubic", [0.5], [0.5]),
+    "efficientnet-lite": Preset(0.875, "bicubic", [127 / 255], [128 / 255]),
+}
 
 
 class NetworkSection(Section):
@@ -59,7 +84,22 @@ class ImagesSection(Section):
     test_split: str = "test"
     image_column: str = "image"
     label_column: str = "label"
-    size: int = Field(224, ge=8, description="datasets: images are resized to this square")
+    size: int = Field(224, ge=8, description="datasets: side of the square that a network reads")
+    preset: PresetName = Field(
+        "half", description="how the network was trained to see pictures; the next four change it"
+    )
+    crop_ratio: float | None = Field(
+        None,
+        gt=0,
+        le=1,
+        description="datasets: size over the shorter side that pictures are resized to, before the"
+        " middle is cut out",
+    )
+    interpolation: Interpolation | None = Field(None, description="datasets: of resizing")
+    mean: list[float] | None = Field(
+        None, min_length=1, description="of pixels in 0 … 1, for all channels or each"
+    )
+    std: list[float] | None = Field(None, min_length=1, description="deviation, as mean")
     train_samples: int | None = Field(None, ge=1, description="the first of the training images")
     test_samples: int | None = Field(None, ge=1, description="the first of the test images")
 
@@ -68,7 +108,15 @@ class ImagesSection(Section):
         needed = {"idx": "folder", "datasets": "path"}.get(self.source)
         if needed and not getattr(self, needed):
             raise ValueError(f"source {self.source} needs {needed}")
+        if self.std and min(self.std) <= 0:
+            raise ValueError(f"std is {self.std}: deviations are above zero")
         return self
+
+    @property
+    def pictures(self) -> Preset:
+        """The preset, as changed."""
+        own = {name: getattr(self, name) for name in Preset.__dataclass_fields__}
+        return replace(PRESETS[self.preset], **{k: v for k, v in own.items() if v is not None})
 
 
 class TrainingSection(Section):
@@ -83,6 +131,11 @@ class WeightScheme(Section):
     bits: Bits = 8
     per: Literal["channel", "layer"] = "channel"
     symmetric: bool = True
+    reduce_range: bool | None = Field(
+        None,
+        description="leave out a bit, for processors whose products of bytes saturate; null: where"
+        " this one's do",
+    )
 
     @model_validator(mode="after")
     def _known(self) -> Self:
@@ -105,13 +158,14 @@ class ConvScheme(Section):
     weights: WeightScheme | None = WeightScheme()
     activations: ActivationScheme | None = ActivationScheme()
 
-    @property
-    def integer(self) -> bool:
-        """Whether oneDNN's integer kernels compute it: 8-bit weights per channel, symmetric, and
-        8-bit activations."""
-        return self.weights == WeightScheme() and bool(
-            self.activations and self.activations.bits == 8
-        )
+    def on(self, saturates: bool) -> "ConvScheme":
+        """With `reduce_range` decided: whether the processor's products of bytes saturate."""
+        if self.weights is None or self.weights.reduce_range is not None:
+            return self
+        eight = self.activations is not None and self.activations.bits == self.weights.bits == 8
+        reduce = saturates and eight
+        weights = self.weights.model_copy(update={"reduce_range": reduce})
+        return self.model_copy(update={"weights": weights})
 
 
 class CalibrationSection(Section):
@@ -140,7 +194,13 @@ class QatSection(Section):
 class ConvGates(Section):
     accuracy_drop: float = Field(2.0, gt=0, description="points; candidate must stay below")
     size_ratio: float = Field(
-        3.9, ge=0, description="bytes of the float weights over those of the codes, at least"
+        3.5, ge=0, description="bytes of the float network's file over those of this one, at least"
+    )
+    float_accuracy_at_least: float | None = Field(
+        None,
+        ge=0,
+        le=100,
+        description="percent: below, the pictures are not what the network was trained to see",
     )
     confidence: float | None = Field(
         None, gt=0, lt=1, description="judge the worse end of this interval (0.95, say)"

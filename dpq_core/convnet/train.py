@@ -10,7 +10,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from dpq_core.convnet.images import Images, as_input
+from dpq_core.convnet.images import Images
 from dpq_core.convnet.recipe import TrainingSection
 from dpq_core.evaluation.scores import Scores
 
@@ -69,7 +69,7 @@ def fit(
         for chosen in order.split(size):
             if len(chosen) < size:
                 continue
-            logits = network(as_input(images.pixels[chosen]))
+            logits = network(images.inputs(chosen))
             loss = nn.functional.cross_entropy(logits, images.labels[chosen])
             optimizer.zero_grad()
             loss.backward()
@@ -80,10 +80,18 @@ def fit(
 
 
 @torch.no_grad()
-def predict(network: Callable[[Tensor], Tensor], images: Images, batch_size: int = 256) -> Tensor:
-    """Logits of all images, fp32 [n, classes]."""
-    batches = images.pixels.split(batch_size)
-    return torch.cat([network(as_input(batch)) for batch in batches])
+def predict(
+    network: Callable[[Tensor], Tensor],
+    images: Images,
+    batch_size: int = 256,
+    step: Step = lambda: None,
+) -> Tensor:
+    """Logits of all images, fp32 [n, classes]. step: called after each batch."""
+    found = []
+    for start in range(0, len(images), batch_size):
+        found.append(network(images.inputs(slice(start, start + batch_size))))
+        step()
+    return torch.cat(found)
 
 
 def score(logits: Tensor, images: Images, name: str) -> Scores:

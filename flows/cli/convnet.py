@@ -61,7 +61,7 @@ def compare(recipe: RecipePath, overrides: Overrides = None, as_json: AsJson = F
 
 def _run(name: str, recipe: ConvRecipe) -> Any:
     """A flow on its services; imported late, as in `flows.cli.main`."""
-    check_extra("dpq convnet", "convnet", "torchao", "sklearn")
+    check_extra("dpq convnet", "convnet", "onnxruntime", "onnxscript", "sklearn")
     from infra.orchestration.services import services
 
     with ending_cleanly(), printing_to_stderr(), services(home()):

@@ -98,6 +98,10 @@ def show_convnet(release: "ConvRelease") -> None:
         _show(console, release.latency)
     else:
         console.print("no integer kernels for this scheme: simulated", highlight=False)
+    if release.worst_layers:
+        _show(console, release.worst_layers)
+    for note in release.notes:
+        console.print(f"  {note}", highlight=False, markup=False)
     verdict = release.verdict.verdict
     console.print(f"[bold {_COLOURS[verdict]}]{verdict}[/] ({release.method})", highlight=False)
     for reason in release.verdict.reasons:

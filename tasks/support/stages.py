@@ -43,10 +43,10 @@ STAGES = {
     "perplexity": Stage(2, _ANY),
     "suite": Stage(2, (*_ANY, "lm-eval")),
     "sensitivity": Stage(2, _FORWARD),
-    "images": Stage(1, ("datasets", "pillow", "scikit-learn")),
-    "float-networks": Stage(1, ("torch", "transformers")),
-    "classifiers": Stage(1, ("torch", "torchao")),
-    "image-scores": Stage(1, ("torch", "torchao")),
+    "images": Stage(2, ("datasets", "pillow", "scikit-learn")),
+    "float-networks": Stage(2, ("torch", "transformers")),
+    "classifiers": Stage(2, ("torch", "onnxscript")),
+    "image-scores": Stage(2, ("onnxruntime",)),
 }
 
 

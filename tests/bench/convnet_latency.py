@@ -1,4 +1,4 @@
-"""Integer kernels beside float at the sizes that are served: pictures of 224 × 224.
+"""Files in integers beside float ones at the sizes that are served: pictures of 224 × 224.
 
     python tests/bench/convnet_latency.py [--runs 30]
 
@@ -13,8 +13,8 @@ from pathlib import Path
 import torch
 
 from dpq_core.convnet.artifact import save_classifier
-from dpq_core.convnet.images import Images, as_input
-from dpq_core.convnet.integers import IntegerClassifier, latencies
+from dpq_core.convnet.executor import Classifier, latencies
+from dpq_core.convnet.images import Images
 from dpq_core.convnet.networks import build_network
 from dpq_core.convnet.quantize import post_training
 from dpq_core.convnet.recipe import CalibrationSection, ConvScheme, NetworkSection
@@ -44,16 +44,19 @@ def measure(config: dict[str, object], runs: int) -> list[dict[str, float]]:
     calibration = CalibrationSection(batches=2, batch_size=8)
     with seeded(0), tempfile.TemporaryDirectory() as folder:
         network = build_network(NetworkSection(kind="transformers", config=config), SHAPE, CLASSES)
-        nothing = ConvScheme(weights=None, activations=None)
-        floats = post_training(network, pictures, nothing, calibration)
-        graph = post_training(network, pictures, ConvScheme(), calibration)
-        save_classifier(Path(folder), graph, as_input(pixels[:2]), {})
-        rows = []
-        for batch in BATCHES:
-            x = as_input(pixels[:batch]).contiguous(memory_format=torch.channels_last)
-            integers = IntegerClassifier(Path(folder), batch)
-            rows.append({"batch": batch, **latencies({"float": floats, "int8": integers}, x, runs)})
-    return rows
+        models = {}
+        for name, scheme in (
+            ("float", ConvScheme(weights=None, activations=None)),
+            ("int8", ConvScheme()),
+        ):
+            (made := Path(folder) / name).mkdir()
+            graph = post_training(network, pictures, scheme, calibration)
+            save_classifier(made, graph, pictures.inputs(slice(2)), {})
+            models[name] = Classifier(made)
+        return [
+            {"batch": batch, **latencies(models, pictures.inputs(slice(batch)), runs)}
+            for batch in BATCHES
+        ]
 
 
 def main() -> None:

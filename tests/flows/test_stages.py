@@ -234,9 +234,9 @@ def sensitivity():
 
 def made_by_convnets(stage):
     """Digits, a network trained on some of them, quantized, scored."""
-    from dpq_core.convnet.artifact import load_program, save_classifier
-    from dpq_core.convnet.images import ImageSet, as_input, load_images
-    from dpq_core.convnet.integers import IntegerClassifier
+    from dpq_core.convnet.artifact import MODEL, save_classifier
+    from dpq_core.convnet.executor import Classifier
+    from dpq_core.convnet.images import ImageSet, load_images
     from dpq_core.convnet.networks import build_network
     from dpq_core.convnet.quantize import post_training
     from dpq_core.convnet.recipe import (
@@ -259,16 +259,15 @@ def made_by_convnets(stage):
     if stage == "float-networks":
         weights = {k: t for k, t in network.state_dict().items() if t.is_floating_point()}
         return of_tensors(weights)
-    graph = post_training(network, images.train, ConvScheme(), CalibrationSection(batches=2))
+    scheme = ConvScheme().on(saturates=False)
+    made = post_training(network, images.train, scheme, CalibrationSection(batches=2))
     to = folder() / stage
     to.mkdir()
-    save_classifier(to, graph, as_input(images.train.pixels[:2]), {})
+    save_classifier(to, made, images.train.inputs(slice(2)), {})
+    logits = predict(Classifier(to), images.test)
     if stage == "classifiers":
-        program = load_program(to)
-        stored = {**program.state_dict, **program.constants}
-        content = bytes_of({n: t for n, t in stored.items() if isinstance(t, torch.Tensor)})
-        return content, [float(predict(graph, images.test).abs().mean())]
-    logits = predict(IntegerClassifier(to, 32), images.test, 32)
+        content = sha256((to / MODEL).read_bytes()).hexdigest()
+        return content, [float(logits.abs().mean())]
     return of_tensors({"logits": logits})
 
 

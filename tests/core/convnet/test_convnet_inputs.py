@@ -16,6 +16,7 @@ from dpq_core.convnet.images import (
     read_images,
     save_images,
     sources,
+    square,
 )
 from dpq_core.convnet.ranges import percentile_range, squared_error_range
 from dpq_core.convnet.recipe import ImagesSection, load_conv_recipe
@@ -223,3 +224,36 @@ def test_a_broken_picture_is_named(tmp_path):
     (tmp_path / "a" / "0.png").write_bytes(b"broken")
     with pytest.raises(ImagesError, match="row 0: no picture that can be read"):
         of_folder(tmp_path, **HALVES)
+
+
+def test_a_preset_says_how_pictures_are_seen_and_fields_change_it(tmp_path):
+    section = ImagesSection(preset="imagenet", crop_ratio=0.5, mean=[0.1, 0.2, 0.3])
+    seen = section.pictures
+    assert (seen.crop_ratio, seen.interpolation) == (0.5, "bilinear")
+    assert (seen.mean, seen.std) == ([0.1, 0.2, 0.3], [0.229, 0.224, 0.225])
+    folder = drawn(tmp_path, "a/0.png", "b/1.png")
+    found = of_folder(folder, **HALVES, preset="imagenet")
+    x = found.test.inputs(slice(None))
+    pixel = found.test.pixels[0, :, 0, 0].double() / 255
+    expected = (pixel - torch.tensor([0.485, 0.456, 0.406])) / torch.tensor([0.229, 0.224, 0.225])
+    torch.testing.assert_close(x[0, :, 0, 0].double(), expected)
+    assert found.names == ("a", "b")
+    save_images(found, tmp_path / "images.safetensors")
+    again = read_images(tmp_path / "images.safetensors")
+    assert torch.equal(again.test.inputs(slice(None)), x)
+    assert again.names == found.names
+    with pytest.raises(ImagesError, match=r"images\.mean has 2 numbers, and the pictures 3 chan"):
+        of_folder(folder, **HALVES, mean=[0.5, 0.5])
+    with pytest.raises(ValueError, match=r"std is \[0\.0\]: deviations are above zero"):
+        ImagesSection(std=[0.0])
+
+
+@pytest.mark.parametrize(("ratio", "first"), [(1.0, 8), (0.5, 12)])
+def test_the_middle_is_cut_out_of_a_picture_resized(ratio, first):
+    """Of columns of growing brightness; a wide picture loses its ends in any case."""
+    columns = np.arange(32, dtype=np.uint8)[None].repeat(16, 0) * 8
+    picture = Image.fromarray(columns).convert("RGB")
+    cut = square(picture, ImagesSection(size=16, crop_ratio=ratio, interpolation="nearest"))
+    assert cut.shape == (3, 16, 16)
+    assert cut[0, 0, 0] == columns[0, first]
+    assert cut[0, 0, -1] == columns[0, 31 - first]
