@@ -9,7 +9,7 @@ from prefect.cache_policies import NO_CACHE
 
 from dpq_core.checkpoint import exports
 from dpq_core.checkpoint.native import MANIFEST
-from dpq_core.convnet import artifact as classifier
+from dpq_core.convnet import files as classifier
 from dpq_core.verdict.gates import Verdict
 from infra import remote, settings
 from infra.registry import Registry, RegistryError

@@ -9,12 +9,14 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 
+import torch
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
 from dpq_core.evaluation.head import head_tiles
 from dpq_core.evaluation.room import Sizes
 from dpq_core.evaluation.scorer import last_states
+from dpq_core.evaluation.subject import Subject as Opened
 from dpq_core.evaluation.subject import streamable, subject_of
 from dpq_core.machine.device import whole_machine
 from dpq_core.model.streaming import StreamedModel
@@ -41,22 +43,13 @@ def score(recipe: Recipe, subject: Subject, portion: Portion, comparison: Compar
     todo = [chunk for chunk in portion.chunks if kept.missing(chunk)]
     if not todo:
         return
-    trusted = recipe.model.trust_remote_code
     load = loader_of(todo, store)
-    with whole_machine(parts=workers_here(recipe.execution)), ExitStack() as opened:
-        model = subject_of(
-            subject.folder,
-            worker.device,
-            resident=portion.resident,
-            trust_remote_code=trusted,
-            source=subject.source,
-        )
+    with whole_machine(parts=workers_here(recipe.execution)), ExitStack() as heads:
+        model = _opened(recipe, subject, worker.device, portion.resident)
         theirs = None
-        if (other := comparison.reference) and any(chunk.compared for chunk in todo):
-            reference = subject_of(
-                other.folder, worker.device, trust_remote_code=trusted, source=other.source
-            )
-            theirs = opened.enter_context(head_tiles(reference.stream))
+        if (reference := comparison.reference) and any(chunk.compared for chunk in todo):
+            stream = _opened(recipe, reference, worker.device).stream
+            theirs = heads.enter_context(head_tiles(stream))
         hands = [[chunk] for chunk in todo] if portion.resident else [todo]
         title, blocks = f"{portion.title} of {subject.role}", model.stream.block_count
         step = _stepper(title, hands, blocks, recipe.evaluation.timeout)
@@ -67,6 +60,18 @@ def score(recipe: Recipe, subject: Subject, portion: Portion, comparison: Compar
                 for each in zip(hand, chunks, states, strict=True):
                     kept.keep(*each, tiles, theirs)
             step()
+
+
+def _opened(
+    recipe: Recipe, subject: Subject, device: torch.device, resident: bool = False
+) -> Opened:
+    return subject_of(
+        subject.folder,
+        device,
+        resident=resident,
+        trust_remote_code=recipe.model.trust_remote_code,
+        source=subject.source,
+    )
 
 
 def memory_for_states(recipe: Recipe) -> int:

@@ -26,6 +26,7 @@ LATE_FOR_HELP = "torch numpy scipy transformers datasets prefect mlflow httpx fi
 # they are installed, accelerate boto3.)
 LATE_FOR_RELEASE = (
     "dask distributed prefect_dask lm_eval datasets compressed_tensors s3fs matplotlib"
+    " onnx onnxruntime onnxscript"
 )
 NOT_IN_A_RELEASE = (
     "dask distributed mypy moto playwright prefect-dask pytest ruff torchao triton hypothesis"

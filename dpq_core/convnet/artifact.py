@@ -15,12 +15,12 @@ import onnx
 from onnx import ModelProto, TensorProto, numpy_helper
 from torch import Tensor
 
+from dpq_core.convnet.files import MANIFEST, MODEL
 from dpq_core.convnet.graph import Prepared
 from dpq_core.convnet.onnx_file import write_onnx
 from dpq_core.digests import write_json
 from dpq_core.errors import InputError, one_line
 
-MODEL, MANIFEST = "model.onnx", "manifest.json"
 _FORMAT_VERSION = 2
 _HALF_BYTES = (TensorProto.INT4, TensorProto.UINT4)
 _LAYERS = ("Conv", "Gemm", "MatMul")

@@ -24,7 +24,8 @@ import onnxruntime
 import torch
 from torch import Tensor
 
-from dpq_core.convnet.artifact import MODEL, ArtifactError, read_manifest
+from dpq_core.convnet.artifact import ArtifactError, read_manifest
+from dpq_core.convnet.files import MODEL
 from dpq_core.convnet.onnx_file import INPUT
 from dpq_core.errors import one_line
 

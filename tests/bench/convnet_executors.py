@@ -21,8 +21,9 @@ from onnxruntime.quantization.shape_inference import quant_pre_process
 from PIL import Image
 from torch import Tensor, nn
 
-from dpq_core.convnet.artifact import MODEL, save_classifier, weight_sizes
+from dpq_core.convnet.artifact import save_classifier, weight_sizes
 from dpq_core.convnet.executor import Classifier, latencies
+from dpq_core.convnet.files import MODEL
 from dpq_core.convnet.images import Images, square
 from dpq_core.convnet.onnx_file import INPUT
 from dpq_core.convnet.quantize import post_training

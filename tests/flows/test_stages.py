@@ -234,8 +234,9 @@ def sensitivity():
 
 def made_by_convnets(stage):
     """Digits, a network trained on some of them, quantized, scored."""
-    from dpq_core.convnet.artifact import MODEL, save_classifier
+    from dpq_core.convnet.artifact import save_classifier
     from dpq_core.convnet.executor import Classifier
+    from dpq_core.convnet.files import MODEL
     from dpq_core.convnet.images import ImageSet, load_images
     from dpq_core.convnet.networks import build_network
     from dpq_core.convnet.quantize import post_training

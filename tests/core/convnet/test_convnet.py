@@ -16,8 +16,6 @@ from torch.export import Dim, export
 
 from dpq_core.convnet import executor
 from dpq_core.convnet.artifact import (
-    MANIFEST,
-    MODEL,
     ArtifactError,
     WeightSizes,
     read_manifest,
@@ -25,6 +23,7 @@ from dpq_core.convnet.artifact import (
     weight_sizes,
 )
 from dpq_core.convnet.executor import Classifier, kernel_counts
+from dpq_core.convnet.files import MANIFEST, MODEL
 from dpq_core.convnet.gates import (
     accuracy_change,
     chance_warning,

@@ -5,8 +5,9 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from dpq_core.convnet.artifact import MODEL, save_classifier, weight_sizes
+from dpq_core.convnet.artifact import save_classifier, weight_sizes
 from dpq_core.convnet.executor import Classifier, kernel_counts
+from dpq_core.convnet.files import MODEL
 from dpq_core.convnet.graph import prepared
 from dpq_core.convnet.grids import Rounding
 from dpq_core.convnet.images import Images
