@@ -3,8 +3,9 @@
 For each suite: seconds, the tokens that run through the blocks (HFLM's with what fills up its
 batches), the largest relative difference of a log-likelihood, and the floor, which is the time of
 the linears' products for the distinct tokens alone (blocks), and of the head's for those that
-predict. Seconds are the process's own (`time.process_time`), so that other work on the machine
-counts less; both sides start from the texts of the requests.
+predict; and each answer that differs, with its margin by both (nats). Seconds are the process's own
+(`time.process_time`), so that other work on the machine counts less; both sides start from the
+texts of the requests.
 
     PYTHONPATH=tests python tests/bench/scorer.py ../shared/models/wiki-llama-12m --documents 200
     PYTHONPATH=tests python tests/bench/scorer.py FOLDER --suites mmlu --subjects 4 --documents 50
@@ -24,6 +25,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dpq_core.evaluation.forest import Asked, chunks_of
 from dpq_core.evaluation.requests import Encoder
+from dpq_core.evaluation.results import suite_scores
 from dpq_core.evaluation.scorer import answers, score
 from dpq_core.evaluation.subject import subject_of
 from dpq_core.evaluation.suites.definitions import SuiteSources, loaded_suites
@@ -89,6 +91,15 @@ def compared(found, expected):
     return max(abs(a - b) / max(abs(b), 1e-9) for a, b in pairs)
 
 
+def differing(suite, found, expected, limit):
+    """Lines about documents whose answer is another one, where there are choices."""
+    ours, theirs = (suite_scores(suite, each, limit=limit) for each in (found, expected))
+    for number, (one, other) in enumerate(zip(ours.picks, theirs.picks, strict=True)):
+        if one != other:
+            margin, their_margin = ours.margins[number], theirs.margins[number]
+            yield f"  document {number}: {other} by {their_margin:.3g}, here {one} by {margin:.3g}"
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("folder", type=Path)
@@ -132,6 +143,8 @@ def main():
                 f" {least:12.2f} {padded:12,} {ran:8,} {compared(found, expected):.1e}",
                 flush=True,
             )
+            for line in differing(suite, found, expected, asked.documents):
+                print(line, flush=True)
             if name in TOGETHER:
                 sums = [sums[0] + theirs, sums[1] + ours]
     if sums[1]:
