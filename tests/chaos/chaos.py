@@ -225,7 +225,7 @@ def survive(
 
 
 def write_recipe(path: Path, model: str, **sections: object) -> Path:
-    """A release of a model on little data, whose calibration is shared by two tasks."""
+    """A release of a model on little data: calibration and evaluation are shared by two tasks."""
     from dpq_core.data import python_corpus
 
     text = path.parent / "text.jsonl"
@@ -242,8 +242,13 @@ def write_recipe(path: Path, model: str, **sections: object) -> Path:
             "batch_size": 8,
             "required_tokens_per_input": 0,
         },
-        "evaluation": {"perplexity": {"dataset": dataset, "sequence_length": 128}},
-        "gates": {"perplexity_increase": 1000},
+        # Some chunks, so that workers are killed between two of them.
+        "evaluation": {
+            "perplexity": {"dataset": dataset, "sequence_length": 128},
+            "suites": ["python_docs"],
+            "limit": 400,
+        },
+        "gates": {"perplexity_increase": 1000, "accuracy_drop": 99, "allow_limited": True},
         "registry": {"name": "chaos"},
         **sections,
     }
