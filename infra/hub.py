@@ -39,7 +39,8 @@ class HubRepository:
             HubError: a name that no hub takes, no token or one that only reads, a public
                 repository where a private one is asked for, or no answer.
         """
-        from huggingface_hub.utils import HFValidationError, validate_repo_id
+        from huggingface_hub.errors import HFValidationError
+        from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
         try:
             validate_repo_id(self.repo)
@@ -112,7 +113,7 @@ class HubRepository:
     def _told(self) -> Iterator[None]:
         """Errors of the hub and of the way to it as ours."""
         import httpx
-        from huggingface_hub.utils import HfHubHTTPError
+        from huggingface_hub.errors import HfHubHTTPError
 
         try:
             yield
@@ -134,7 +135,7 @@ def _operations(
         for path in sorted(folder.rglob("*"))
         if path.is_file() and not path.name.startswith(".")
     }
-    contents = {**files, **instead}
+    contents: dict[str, Path | bytes] = {**files, **instead}
     gone = [name for name in there if name not in contents and name != _ITS_OWN]
     return [
         *(CommitOperationAdd(name, content) for name, content in contents.items()),

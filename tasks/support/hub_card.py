@@ -6,13 +6,20 @@ from pathlib import PurePath
 from typing import TYPE_CHECKING
 
 from dpq_core.errors import InputError
+from dpq_core.evaluation.scores import ACCURACIES, PERPLEXITIES
 from dpq_core.recipe import Recipe
+from dpq_core.verdict.closeness import NATS
 from dpq_core.verdict.standing import Metric
 
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult
 
 _RELATION = "quantized"
+_TYPES = {  # what hubs call our metrics; others keep their name
+    **dict.fromkeys(PERPLEXITIES, "perplexity"),
+    **dict.fromkeys(ACCURACIES, "accuracy"),
+    NATS: "kl_divergence",
+}
 
 
 class HubCardError(InputError):
@@ -28,17 +35,18 @@ def hub_card(card: str, recipe: Recipe, revision: str | None, metrics: Mapping[s
     Raises:
         HubCardError: what was written is not what huggingface_hub's own parser reads.
     """
-    from huggingface_hub import ModelCard  # imported late: slow, and seldom needed
+    from huggingface_hub import ModelCard, ModelCardData  # imported late: slow, and seldom needed
 
     written = ModelCard(card)
     data = written.data
+    assert isinstance(data, ModelCardData)
     data.base_model = recipe.model.id if revision else None
-    data.base_model_relation = _RELATION if revision else None
+    data["base_model_relation"] = _RELATION if revision else None
     data.pipeline_tag = "text-generation"
     data.model_name = recipe.registered_name
     data.eval_results = eval_results(recipe, metrics)
     read = ModelCard(str(written)).data
-    if read.eval_results != (data.eval_results or None) or read.to_dict() != data.to_dict():
+    if read.get("eval_results") != (data.eval_results or None) or str(read) != str(data):
         raise HubCardError(f"{data.model_name}: the model card's metadata are not read as written")
     return str(written)
 
@@ -58,7 +66,7 @@ def eval_results(recipe: Recipe, metrics: Mapping[str, Metric]) -> "list[EvalRes
                 task_type="text-generation",
                 dataset_type=kind,
                 dataset_name=shown,
-                metric_type=metric.metric,
+                metric_type=_TYPES.get(metric.metric, metric.metric),
                 metric_name=name,
                 metric_value=float(value),
             )

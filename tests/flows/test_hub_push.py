@@ -163,8 +163,10 @@ def test_releases(hub, content, services_home, tmp_path):
         assert (folder / manifest).is_file()
         verify(folder)
     card = ModelCard.load(tmp_path / "main" / "README.md")
-    (perplexity,) = (r for r in card.data.eval_results if r.metric_name == "perplexity")
-    assert perplexity.metric_value == told["metrics"]["perplexity"]["candidate"]
+    results = {result.metric_name: result for result in card.data.eval_results}
+    assert results["perplexity_token"].metric_type == "perplexity"
+    for name in ("perplexity_token", "divergence", "top1_agreement"):
+        assert results[name].metric_value == told["metrics"][name]["candidate"]
     registry = Registry(tracking_store(services_home)[0])
     version = registry.champion("hub-tests")
     assert version == told["model_version"]
@@ -190,7 +192,7 @@ def test_a_push_that_fails_says_what_stands(hub, content, services_home, tmp_pat
 
 
 METRICS = {
-    "perplexity": Metric("token_perplexity", 9.0, 9.5, 0.5),
+    "perplexity_token": Metric("perplexity_token", 9.0, 9.5, 0.5),
     "divergence": Metric("nats a token", 0.0, 0.01, 0.01),
     "accuracy.piqa": Metric("acc", 60.0, 59.0, -1.0),
     "flips": Metric("percent of answers", 0.0, float("nan"), None),
@@ -212,7 +214,7 @@ def test_the_card_of_a_hub(content):
     assert name == "flow-tests"
     found = {r.metric_name: (r.metric_value, r.dataset_type, r.dataset_name) for r in results}
     assert found == {
-        "perplexity": (9.5, "json", "wiki.jsonl"),
+        "perplexity_token": (9.5, "json", "wiki.jsonl"),
         "divergence": (0.01, "json", "wiki.jsonl"),
         "accuracy.piqa": (59.0, "piqa", "piqa"),
     }
