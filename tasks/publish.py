@@ -20,7 +20,7 @@ from infra.remote import RemoteError
 from infra.store import ArtifactRef
 from tasks.export import Export
 from tasks.register import Registration
-from tasks.support.hub_card import hub_card
+from tasks.support.hub_card import HubCardError, hub_card
 from tasks.support.model import Model
 
 # Sent last: a folder without its manifest is not whole.
@@ -111,7 +111,7 @@ def pushed(
         if registry.champion(name) != version:
             raise HubError(f"version {registry.champion(name)} took its place meanwhile")
         address = push_release(recipe, model, registration, checkpoint, written)
-    except HubError as error:
+    except (HubError, HubCardError) as error:
         raise HubError(
             f"version {version} of {name} is promoted, and the hub does not show it: {error}; run"
             " again when it can: nothing is computed twice, and no finished file is sent again"

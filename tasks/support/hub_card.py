@@ -41,12 +41,12 @@ def hub_card(card: str, recipe: Recipe, revision: str | None, metrics: Mapping[s
     data = written.data
     assert isinstance(data, ModelCardData)
     data.base_model = recipe.model.id if revision else None
-    data["base_model_relation"] = _RELATION if revision else None
+    if revision:
+        data["base_model_relation"] = _RELATION
     data.pipeline_tag = "text-generation"
     data.model_name = recipe.registered_name
-    data.eval_results = eval_results(recipe, metrics)
-    read = ModelCard(str(written)).data
-    if read.get("eval_results") != (data.eval_results or None) or str(read) != str(data):
+    data.eval_results = eval_results(recipe, metrics) or None
+    if vars(ModelCard(str(written)).data) != vars(data):
         raise HubCardError(f"{data.model_name}: the model card's metadata are not read as written")
     return str(written)
 
@@ -71,7 +71,7 @@ def eval_results(recipe: Recipe, metrics: Mapping[str, Metric]) -> "list[EvalRes
                 metric_value=float(value),
             )
         )
-    return results
+    return sorted(results, key=lambda result: result.dataset_name)  # as `model-index` groups them
 
 
 def _data_set(metric: str, recipe: Recipe) -> tuple[str, str]:

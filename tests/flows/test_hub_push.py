@@ -184,7 +184,7 @@ def test_a_push_that_fails_says_what_stands(hub, content, services_home, tmp_pat
     address, state = hub
     state.refuse_commits = True
     told, done = release(address, content, tmp_path)
-    assert told is None
+    assert told["verdict"] == "error"
     assert done.returncode == 1
     last = done.stderr.strip().splitlines()[-1]
     assert "of hub-tests is promoted, and the hub does not show it: org/quickstart" in last
@@ -193,8 +193,8 @@ def test_a_push_that_fails_says_what_stands(hub, content, services_home, tmp_pat
 
 METRICS = {
     "perplexity_token": Metric("perplexity_token", 9.0, 9.5, 0.5),
-    "divergence": Metric("nats a token", 0.0, 0.01, 0.01),
     "accuracy.piqa": Metric("acc", 60.0, 59.0, -1.0),
+    "divergence": Metric("nats a token", 0.0, 0.01, 0.01),
     "flips": Metric("percent of answers", 0.0, float("nan"), None),
     "accuracy_average": Metric("acc", 60.0, None, None, wrong="piqa failed"),
 }
