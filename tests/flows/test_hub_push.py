@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from hashlib import sha256
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -14,9 +15,13 @@ from huggingface_hub.repocard_data import model_index_to_eval_results
 
 from dpq_core.checkpoint.exports import verify
 from dpq_core.recipe import parse_recipe
+from dpq_core.verdict.gates import Verdict
 from dpq_core.verdict.standing import Metric
+from infra.hub import HubError
 from infra.registry import Registry
 from infra.registry.tracking import tracking_store
+from tasks.publish import pushed
+from tasks.register import Registration
 from tasks.support.hub_card import hub_card
 
 RELEASE = "from flows.cli.main import main; main()"
@@ -144,51 +149,70 @@ def release(address, content, folder, **gates):
 
 
 def test_releases(hub, content, services_home, tmp_path):
+    """Rejected: not pushed. Promoted, and the hub takes no commit: said so, and the champion
+    stands. Again: the hub has it, and no large file was sent twice."""
     address, state = hub
     told, done = release(address, content, tmp_path, perplexity_increase=1e-6)
     assert told["verdict"] == "rejected", done.stderr
     assert told["hub"] is None
     assert not state.repositories
 
+    state.refuse_commits = True
+    told, done = release(address, content, tmp_path)
+    assert told["verdict"] == "error"
+    last = done.stderr.strip().splitlines()[-1]
+    assert "of hub-tests is promoted, and the hub does not show it: org/quickstart" in last
+    assert "run again when it can" in last
+    registry = Registry(tracking_store(services_home)[0])
+    version = registry.champion("hub-tests")
+    assert f"version {version} of hub-tests" in last
+
+    state.refuse_commits = False
     told, done = release(address, content, tmp_path)
     assert told["verdict"] == "promoted", done.stderr
     assert told["hub"].startswith(f"{address}/org/quickstart/commit/")
+    assert len(state.attempts) == len(set(state.attempts)) == 2
     assert [branch for _, branch, _ in state.commits] == ["main-native", "main"]
-    branches = state.repositories["org/quickstart"]["branches"]
+    assert version == told["model_version"] == registry.champion("hub-tests")
+    assert registry.tags("hub-tests", version)["hub"] == told["hub"]
+    check_pushed(state.repositories["org/quickstart"]["branches"], told, tmp_path)
+
+
+def check_pushed(branches, told, root):
     for branch, manifest in {"main": "export.json", "main-native": "dpq.json"}.items():
-        folder = tmp_path / branch
+        folder = root / branch
         for name, data in branches[branch].items():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             (folder / name).write_bytes(data)
         assert (folder / manifest).is_file()
         verify(folder)
-    card = ModelCard.load(tmp_path / "main" / "README.md")
+    card = ModelCard.load(root / "main" / "README.md")
     results = {result.metric_name: result for result in card.data.eval_results}
     assert results["perplexity_token"].metric_type == "perplexity"
     for name in ("perplexity_token", "divergence", "top1_agreement"):
         assert results[name].metric_value == told["metrics"][name]["candidate"]
-    registry = Registry(tracking_store(services_home)[0])
-    version = registry.champion("hub-tests")
-    assert version == told["model_version"]
-    assert registry.tags("hub-tests", version)["hub"] == told["hub"]
-
-    commits = len(state.commits)
-    state.received.clear()
-    again, _ = release(address, content, tmp_path)
-    assert again["model_version"] == version
-    assert not state.received
-    assert len(state.commits) - commits <= 2  # of the cards
 
 
-def test_a_push_that_fails_says_what_stands(hub, content, services_home, tmp_path):
-    address, state = hub
-    state.refuse_commits = True
-    told, done = release(address, content, tmp_path)
-    assert told["verdict"] == "error"
-    assert done.returncode == 1
-    last = done.stderr.strip().splitlines()[-1]
-    assert "of hub-tests is promoted, and the hub does not show it: org/quickstart" in last
-    assert "run again when it can" in last
+@pytest.mark.parametrize("verdict", ["rejected", "inspected", "withheld", "error"])
+def test_only_what_is_promoted_is_pushed(content, verdict):
+    registration = Registration("any", 3, 2, Verdict(verdict, (), {}))
+    assert pushed(to_hub(content), None, None, registration, None, []) is None
+
+
+def test_what_is_no_champion_any_more_is_not_pushed(content):
+    registration = Registration("any", 3, 2, Verdict("promoted", (), {}))
+    registry = SimpleNamespace(champion=lambda name: 4)
+    with pytest.raises(HubError, match="does not show it: version 4 took its place meanwhile"):
+        pushed(to_hub(content), None, registry, registration, None, [])
+
+
+def test_a_hub_makes_no_other_release(content):
+    assert to_hub(content).digest == parse_recipe(content).digest
+
+
+def to_hub(content):
+    registry = {**content["registry"], "hub": {"repo": "org/model"}}
+    return parse_recipe(content | {"registry": registry})
 
 
 METRICS = {
