@@ -120,7 +120,9 @@ class HubRepository:
         except (HfHubHTTPError, httpx.HTTPError, OSError, ValueError, RuntimeError) as error:
             if isinstance(error, HubError):
                 raise
-            why = one_line(error.__cause__ or error, 300)
+            why = one_line(error, 300)
+            if isinstance(error, RuntimeError) and error.__cause__:  # "while uploading …", and why
+                why = f"{why} {one_line(error.__cause__, 300)}"
             raise HubError(f"{self.repo}: the hub at {self._api.endpoint}: {why}") from error
 
 
