@@ -1,5 +1,5 @@
 """Copy a release to where others find it: a promoted one, and for a registry that is a server any,
-since a server takes no folder of ours as a version's source."""
+since a server takes no folder of ours as a version's source; and to a model hub, a promoted one."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,14 +8,20 @@ from prefect import task
 from prefect.cache_policies import NO_CACHE
 
 from dpq_core.checkpoint import exports
+from dpq_core.checkpoint.exports.card import CARD
 from dpq_core.checkpoint.native import MANIFEST
 from dpq_core.convnet import files as classifier
+from dpq_core.recipe import Recipe
 from dpq_core.verdict.gates import Verdict
 from infra import remote, settings
+from infra.hub import HubError, HubRepository
 from infra.registry import Registry, RegistryError
 from infra.remote import RemoteError
 from infra.store import ArtifactRef
 from tasks.export import Export
+from tasks.register import Registration
+from tasks.support.hub_card import HubCardError, hub_card
+from tasks.support.model import Model
 
 # Sent last: a folder without its manifest is not whole.
 _LAST = (MANIFEST, exports.MANIFEST, classifier.MANIFEST)
@@ -72,6 +78,77 @@ def publish_release(
     for form, artifact in [("native", checkpoint), *((e.name, e.artifact) for e in written)]:
         remote.upload(artifact.folder, f"{root}/{form}", _names(artifact.folder))
     return f"{root}/native"
+
+
+def check_hub(recipe: Recipe) -> None:
+    """Whether the hub that the recipe names, if it does, would take a release.
+
+    Raises:
+        HubError: why not.
+    """
+    if hub := recipe.registry.hub:
+        HubRepository(hub.repo, hub.private).check()
+
+
+def pushed(
+    recipe: Recipe,
+    model: Model,
+    registry: Registry,
+    registration: Registration,
+    checkpoint: ArtifactRef,
+    written: Sequence[Export],
+) -> str | None:
+    """Address of the commit of what `push_release` pushes: the champion alone, so that a hub never
+    shows what the registry did not promote. None of others, and where no hub is asked for.
+
+    Raises:
+        HubError: it was not pushed; the registry is as the verdict left it, which this says.
+    """
+    if recipe.registry.hub is None or registration.verdict.verdict != "promoted":
+        return None
+    name, version = registration.name, registration.version
+    try:
+        if registry.champion(name) != version:
+            raise HubError(f"version {registry.champion(name)} took its place meanwhile")
+        address = push_release(recipe, model, registration, checkpoint, written)
+    except (HubError, HubCardError) as error:
+        raise HubError(
+            f"version {version} of {name} is promoted, and the hub does not show it: {error}; run"
+            " again when it can: nothing is computed twice, and no finished file is sent again"
+        ) from error
+    registry.annotate(name, version, {"hub": address})
+    return address
+
+
+@task(name="push", cache_policy=NO_CACHE)
+def push_release(
+    recipe: Recipe,
+    model: Model,
+    registration: Registration,
+    checkpoint: ArtifactRef,
+    written: Sequence[Export],
+) -> str:
+    """The first export to the branch that the recipe names, which is what engines load; the other
+    exports and the native checkpoint to branches `<branch>-<format>`. Without exports the native
+    checkpoint is what the branch holds. The named branch moves last; returns its commit's address.
+
+    Raises:
+        HubError: the hub does not take all of it.
+    """
+    hub = recipe.registry.hub
+    assert hub is not None
+    repository, address = HubRepository(hub.repo, hub.private), ""
+    forms = [*((each.name, each.artifact) for each in written), ("native", checkpoint)]
+    for number, (form, artifact) in reversed(list(enumerate(forms))):
+        card = (artifact.folder / CARD).read_text("utf-8")
+        card = hub_card(card, recipe, model.revision, registration.verdict.metrics)
+        address = repository.push(
+            artifact.folder,
+            f"{hub.branch}-{form}" if number else hub.branch,
+            f"{registration.name} {registration.version}, {form} {artifact.sha256[:16]}",
+            {CARD: card.encode()},
+        )
+    return address
 
 
 def _names(folder: Path) -> list[str]:

@@ -120,8 +120,9 @@ class Recipe(Section):
 
     @property
     def digest(self) -> str:
-        """Identity of the run's instructions: everything but how and where it is executed."""
-        left_out: dict[str, Any] = {"execution": True, "variants": True}
+        """Identity of the run's instructions: everything but how and where it is executed, and
+        to which hub its result is pushed."""
+        left_out: dict[str, Any] = {"execution": True, "variants": True, "registry": {"hub"}}
         # What is not asked for leaves the digest of a recipe that knows nothing of it.
         unasked = {gate for gate in _OPTIONAL_GATES if getattr(self.gates, gate) is None}
         if not self.benchmark.devices:  # a release is not timed

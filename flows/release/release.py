@@ -28,7 +28,7 @@ from infra.store import Store
 from tasks.export import Export
 from tasks.log import log_evaluation, log_metrics, log_release, log_verdict
 from tasks.preflight import preflight
-from tasks.publish import destination_of, published
+from tasks.publish import check_hub, destination_of, published, pushed
 from tasks.register import Registration, base_of, register
 from tasks.support.chunks import Comparison
 from tasks.support.divergences import spots_of
@@ -37,7 +37,8 @@ from tasks.support.memory import MemoryUse
 
 @dataclass(frozen=True)
 class Release:
-    """What came of a release. memory: of quantizing. scoring: of the baseline's evaluation."""
+    """What came of a release. hub: address of the commit there. memory: of quantizing. scoring: of
+    the baseline's evaluation."""
 
     verdict: Verdict
     checkpoint: str
@@ -47,6 +48,7 @@ class Release:
     rounds: list[dict[str, Any]]
     exports: list[Export]
     report: Report
+    hub: str | None
     memory: MemoryUse
     scoring: MemoryUse
 
@@ -62,6 +64,7 @@ class Release:
             "exports": [each.as_row() for each in self.exports],
             "report": self.report.address,
             "report_error": self.report.error,
+            "hub": self.hub,
         }
 
 
@@ -76,7 +79,8 @@ def release(recipe: Recipe) -> Release:
     last word.
 
     Raises:
-        The errors of the stages; a rejection is a result and no error. NotMeasuredError: a number
+        The errors of the stages; a rejection is a result and no error. HubError: after the
+            promotion, which stands. NotMeasuredError: a number
             that a gate needs is missing; nothing is registered, and the next run goes on.
     """
     if recipe.evaluation.perplexity is None and not recipe.evaluation.suites:
@@ -85,6 +89,7 @@ def release(recipe: Recipe) -> Release:
     tracking_uri, artifact_root = tracking_store(home())
     name, registry = recipe.registered_name, Registry(tracking_uri)
     destination = destination_of(recipe.registry.destination, registry)
+    check_hub(recipe)
     champion = registry.champion(name)
     tags = {"recipe_digest": recipe.digest, "champion_at_start": str(champion or "")}
     with tracked_run(tracking_uri, recipe.registry.experiment, name, tags, artifact_root) as run:
@@ -138,6 +143,7 @@ def release(recipe: Recipe) -> Release:
         publish_spots(spots)
         outcome = Outcome(model, last, registration, exports, parts, rounds, speeds, spots)
         report = report_or_error(run, tracking_uri, outcome)
+        hub = pushed(recipe, model, registry, registration, checkpoint, exports)
     folder = str(checkpoint.folder)
     return Release(
         verdict=verdict,
@@ -148,6 +154,7 @@ def release(recipe: Recipe) -> Release:
         rounds=rounds,
         exports=exports,
         report=report,
+        hub=hub,
         memory=memory,
         scoring=scoring,
     )

@@ -31,6 +31,7 @@ def _bare(monkeypatch):
         ("execution.scratch=/srv/others", CLOSED),
         ("execution={runner: dask, dask_address: 'tcp://evil:8786'}", NO_ADDRESS),
         ("registry.destination=s3://evil/releases", NO_ADDRESS),
+        ("registry.hub={repo: evil/releases, private: false}", CLOSED),
         ("evaluation.suites_path=/srv/suites", NO_CODE),
         ("evaluation={suites: [piqa], suites_path: /srv/suites}", NO_CODE),
         ("evaluation.data_mirror=http://169.254.169.254/latest", NO_ADDRESS),
