@@ -28,7 +28,7 @@ from tasks.support import fitting
 from tasks.support.chunks import Comparison, Subject
 from tasks.support.divergences import divergence_of
 from tasks.support.model import inspect_any, load_tokenizer
-from tasks.support.worker import about_worker
+from tasks.support.worker import Worker, about_worker
 
 
 @dataclass(frozen=True)
@@ -74,13 +74,13 @@ def evaluate(recipe: Recipe, checkpoint: str, against: str | None = None) -> Eva
     if recipe.evaluation.perplexity is None and not recipe.evaluation.suites:
         raise RecipeError("evaluation measures nothing: name a perplexity data set, or suites")
     share_machine(recipe.execution.threads_per_worker)
-    about_worker.submit(recipe).result()  # it has the device, or says so before anything else
+    worker = about_worker.submit(recipe).result()  # it has the device, or says so before all else
     roles = {"baseline": against, "candidate": checkpoint}
     tracking_uri, artifact_root = tracking_store(home())
     tags = {"recipe_digest": recipe.digest, "checkpoint": checkpoint, "against": against or ""}
     name = f"evaluate {recipe.registered_name}"
     with tracked_run(tracking_uri, recipe.registry.experiment, name, tags, artifact_root) as run:
-        found = {role: _inspect(recipe, role, path) for role, path in roles.items() if path}
+        found = {r: _inspect(recipe, r, path, worker) for r, path in roles.items() if path}
         measured = _measured(recipe, found)
         store = Store(recipe.execution.store)
         scores = {role: load_evaluation(each, store) for role, each in measured.items()}
@@ -113,14 +113,16 @@ def _measured(
     }
 
 
-def _inspect(recipe: Recipe, role: str, checkpoint: str) -> tuple[Subject, EvaluationData]:
+def _inspect(
+    recipe: Recipe, role: str, checkpoint: str, worker: Worker
+) -> tuple[Subject, EvaluationData]:
     store = Store(recipe.execution.store)
     trusted = recipe.model.trust_remote_code
     model = inspect_any(checkpoint, store, trusted)
     config = load_config(model.folder, trusted).get_text_config()
     fitting.check_lengths(recipe, config, calibrated=False)
     tokenizer = load_tokenizer(model.folder, trusted)
-    data = prepare(recipe.evaluation, tokenizer, config, store)
+    data = prepare(recipe.evaluation, tokenizer, config, store, worker.arithmetic)
     fitting.check_ids(config, tokenizer, {"evaluation.perplexity": data.perplexity}, store)
     return Subject(role, model.folder, model.digest), data
 

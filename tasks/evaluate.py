@@ -45,7 +45,6 @@ from tasks.support.chunks import Comparison, Kept, Subject
 from tasks.support.model import load_tokenizer
 from tasks.support.progress import stepper
 from tasks.support.stages import computed_by
-from tasks.support.worker import this_worker
 
 _FILE = "scores.parquet"
 
@@ -55,20 +54,26 @@ Measured = Mapping[str, ArtifactRef | Failure]  # by suite, or perplexity_token,
 @dataclass(frozen=True)
 class EvaluationData:
     """What is asked. perplexity: stored windows. suites: the digest of each. requests: the chunks
-    of each metric. mirror: a folder. opened: the windows begin with the begin-of-text token."""
+    of each metric. mirror: a folder. opened: the windows begin with the begin-of-text token.
+    arithmetic: class of the workers'."""
 
     perplexity: ArtifactRef | None
     suites: dict[str, str]
     mirror: Path | None
     opened: bool = False
     requests: dict[str, ArtifactRef] = field(default_factory=dict)
+    arithmetic: str | None = None
 
 
 def prepare(
-    section: EvaluationSection, tokenizer: Any, config: Any, store: Store
+    section: EvaluationSection,
+    tokenizer: Any,
+    config: Any,
+    store: Store,
+    arithmetic: str | None = None,
 ) -> EvaluationData:
     """Read and tokenise all that the evaluation will ask for, so that what is wrong with it shows
-    now. config: of the model, whose window it has to fit.
+    now. config: of the model, whose window it has to fit. arithmetic: class of the workers'.
 
     Raises:
         ContextError, DataError, MirrorError, SuiteError: one line that says what and where.
@@ -81,6 +86,7 @@ def prepare(
         mirror=_local_mirror(section, store),
         opened=section.perplexity is not None
         and opening_token(tokenizer, section.perplexity.bos) is not None,
+        arithmetic=arithmetic,
     )
     if data.perplexity:
         data.requests[PERPLEXITY] = _windows_asked(data.perplexity, store)
@@ -109,8 +115,12 @@ def find_scores(
     recipe: Recipe, subject: Subject, data: EvaluationData, metric: str
 ) -> ArtifactRef | None:
     """The scores of a metric, if they are known already."""
-    key = _key(recipe, subject, data, metric)
-    return Store(recipe.execution.store).find("scores", key)
+    return Store(recipe.execution.store).find("scores", _key(recipe, subject, data, metric))
+
+
+def kept_of(recipe: Recipe, subject: Subject, data: EvaluationData, comparison: Comparison) -> Kept:
+    """What the store has of a subject's chunks."""
+    return Kept(Store(recipe.execution.store), subject, comparison, data.arithmetic)
 
 
 @task(name="perplexity", task_run_name="perplexity of {subject.role}", cache_policy=NO_CACHE)
@@ -154,7 +164,7 @@ def measure_divergence(
     by token, and the worst spots of the text."""
     store, comparison = Store(recipe.execution.store), Comparison(reference=reference)
     about = {
-        **_arithmetic(recipe, "divergence"),
+        **computed_by("divergence", data.arithmetic),
         **subject.identity,
         "reference": reference.identity,
         "requests": data.requests[PERPLEXITY].sha256,
@@ -162,7 +172,7 @@ def measure_divergence(
 
     def make(folder: Path) -> None:
         asked = chunks_asked(data, PERPLEXITY, comparison, store)
-        kept = Kept(store, subject, comparison, this_worker(recipe.execution).arithmetic)
+        kept = kept_of(recipe, subject, data, comparison)
         assert data.perplexity is not None
         windows = tokenized_data.load(data.perplexity, store)
         tokenizer = load_tokenizer(subject.folder, recipe.model.trust_remote_code)
@@ -193,7 +203,7 @@ def _scored(
 
     def make(folder: Path) -> None:
         asked = load_requests(store.open(data.requests[metric]))
-        kept = Kept(store, subject, Comparison(), this_worker(recipe.execution).arithmetic)
+        kept = kept_of(recipe, subject, data, Comparison())
         found = kept.scores(chunks_asked(data, metric, Comparison(), store))
         save_scores(scores(answers(found, asked.count), asked.truncated), folder / _FILE)
 
@@ -204,13 +214,9 @@ def _key(recipe: Recipe, subject: Subject, data: EvaluationData, metric: str) ->
     about: dict[str, Any] = {**subject.identity, "requests": data.requests[metric].sha256}
     if metric == PERPLEXITY:
         named = {"metric": AFTER_BOS} if data.opened else {}
-        return digest({**_arithmetic(recipe, "perplexity"), **about, **named})
+        return digest({**computed_by("perplexity", data.arithmetic), **about, **named})
     about |= {"suite": data.suites[metric], "limit": recipe.evaluation.limit}
-    return digest({**_arithmetic(recipe, "suite"), **about})
-
-
-def _arithmetic(recipe: Recipe, stage: str) -> dict[str, Any]:
-    return computed_by(stage, this_worker(recipe.execution).arithmetic)
+    return digest({**computed_by("suite", data.arithmetic), **about})
 
 
 def _windows_asked(windows: ArtifactRef, store: Store) -> ArtifactRef:

@@ -80,7 +80,7 @@ def preflight(recipe: Recipe) -> Inputs:
         recipe.calibration, tokenizer, model.folder, store
     )
     _check_tokens(recipe, plan, tokenized_data.count_tokens(calibration, store))
-    evaluation = prepare(recipe.evaluation, tokenizer, config, store)
+    evaluation = prepare(recipe.evaluation, tokenizer, config, store, worker.arithmetic)
     read = {"calibration": calibration, "evaluation.perplexity": evaluation.perplexity}
     fitting.check_ids(config, tokenizer, read, store)
     return Inputs(

@@ -28,6 +28,7 @@ from tasks.support.progress import progress_of
 from tasks.support.worker import this_worker, workers_here
 
 _SHARE = 8  # part of the memory that is there which hidden states may take
+_ON_CLUSTER = 16
 
 
 @task(name="score", task_run_name="{portion.title} of {subject.role}", cache_policy=NO_CACHE)
@@ -54,11 +55,12 @@ def score(recipe: Recipe, subject: Subject, portion: Portion, comparison: Compar
         title, blocks = f"{portion.title} of {subject.role}", model.stream.block_count
         step = _stepper(title, hands, blocks, recipe.evaluation.timeout)
         for hand in hands:
-            chunks = [load(each) for each in hand]
-            states = last_states(model, chunks, step)
-            with head_tiles(model.stream) as tiles:
-                for each in zip(hand, chunks, states, strict=True):
-                    kept.keep(*each, tiles, theirs)
+            with kept.alone(hand) as missing:
+                chunks = [load(each) for each in missing]
+                states = last_states(model, chunks, step) if chunks else []
+                with head_tiles(model.stream) as tiles:
+                    for each in zip(missing, chunks, states, strict=True):
+                        kept.keep(*each, tiles, theirs)
             step()
 
 
@@ -76,7 +78,12 @@ def _opened(
 
 def memory_for_states(recipe: Recipe) -> int:
     """Bytes that the hidden states of a worker's chunks may take."""
-    return available_memory() // (_SHARE * workers_here(recipe.execution))
+    return available_memory() // (_SHARE * _workers(recipe))
+
+
+def _workers(recipe: Recipe) -> int:
+    """That portions are made for. Of a cluster nobody here knows how many it has."""
+    return _ON_CLUSTER if recipe.execution.dask_address else workers_here(recipe.execution)
 
 
 def portions_of(recipe: Recipe, subject: Subject, chunks: Sequence[ChunkRef]) -> list[Portion]:
@@ -85,7 +92,7 @@ def portions_of(recipe: Recipe, subject: Subject, chunks: Sequence[ChunkRef]) ->
     if not chunks:
         return []
     stream = StreamedModel(subject.folder, trust_remote_code=recipe.model.trust_remote_code)
-    sizes, workers = Sizes.of(stream), workers_here(recipe.execution)
+    sizes, workers = Sizes.of(stream), _workers(recipe)
     resident = sizes.resident or not streamable(subject.folder, subject.source)
     tokens = sum(chunk.tokens for chunk in chunks)
     in_hand = sizes.tokens_in_hand(memory_for_states(recipe))

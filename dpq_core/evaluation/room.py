@@ -17,6 +17,8 @@ from dpq_core.model.blocks import BlockStream
 RESIDENT = 1 << 30  # bytes
 _PASSES = 4  # arrays of a pack's widest product that are alive at a time
 _FLOAT32, _SIXTEEN = 4, 2
+# Kernels that oneDNN keeps, 1,024 of them, one a shape: about 0.45 GB; and lm-evaluation-harness.
+_PROCESS = 550 << 20
 
 
 @dataclass(frozen=True)
@@ -62,11 +64,16 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Room:
-    """What evaluating takes above a process that has imported everything, bytes. worker: of each.
-    device: of each worker's, where that has memory of its own; else 0."""
+    """What evaluating takes above a process that has imported everything, bytes. own: of each
+    worker. device: of each worker's, where that has memory of its own; else 0."""
 
-    worker: int
+    own: int
     device: int
+
+    @property
+    def worker(self) -> int:
+        """Bytes of a worker process."""
+        return _PROCESS + self.own
 
     @classmethod
     def of(cls, sizes: Sizes, available: int, on_device: bool) -> "Room":
@@ -79,7 +86,7 @@ class Room:
 
     def together(self, workers: int) -> int:
         """Bytes of so many workers in one process."""
-        return workers * self.worker
+        return _PROCESS + workers * self.own
 
 
 def _under(path: str, sizes: dict[str, int]) -> int:

@@ -15,19 +15,19 @@ from dpq_core.evaluation.text_divergence import DIVERGENCE
 from dpq_core.recipe import Recipe
 from dpq_core.verdict.pairing import Failure
 from flows.quantize import worker_lost
-from infra.store import Store, StoreError
+from infra.store import StoreError
 from tasks.evaluate import (
     EvaluationData,
     Measured,
     chunks_asked,
     find_scores,
+    kept_of,
     measure_divergence,
     measure_perplexity,
     measure_suite,
 )
 from tasks.score import portions_of, score
-from tasks.support.chunks import ChunkRef, Comparison, Kept, Subject
-from tasks.support.worker import this_worker
+from tasks.support.chunks import ChunkRef, Comparison, Subject
 
 
 def measure(
@@ -70,7 +70,7 @@ def _score_chunks(
             for title, portion in portions.items()
         }
     )
-    kept = _kept(recipe, subject, comparison)
+    kept = kept_of(recipe, subject, data, comparison)
     return {
         chunk.metric: outcome
         for title, outcome in outcomes.items()
@@ -83,17 +83,12 @@ def _score_chunks(
 def _missing(
     recipe: Recipe, data: EvaluationData, subject: Subject, comparison: Comparison
 ) -> Iterator[ChunkRef]:
-    kept = _kept(recipe, subject, comparison)
+    kept = kept_of(recipe, subject, data, comparison)
     for metric in data.requests:
         scored = find_scores(recipe, subject, data, metric) is not None
         for chunk in chunks_asked(data, metric, comparison, kept.store):
             if kept.missing(chunk, scores=not scored):
                 yield chunk
-
-
-def _kept(recipe: Recipe, subject: Subject, comparison: Comparison) -> Kept:
-    worker = this_worker(recipe.execution)
-    return Kept(Store(recipe.execution.store), subject, comparison, worker.arithmetic)
 
 
 def _with_retries(recipe: Recipe, task: Task[..., Any]) -> Task[..., Any]:

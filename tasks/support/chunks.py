@@ -8,7 +8,8 @@ Each depends on the chunk, on the checkpoints' content, and on what computes; no
 beside it, the workers, or the memory that they have.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -115,7 +116,7 @@ class Kept:
     store: Store
     subject: Subject
     comparison: Comparison
-    arithmetic: str
+    arithmetic: str | None
 
     def missing(self, chunk: ChunkRef, scores: bool = True) -> bool:
         """Whether the model has to be run for a chunk; without `scores`, for its comparison."""
@@ -123,6 +124,15 @@ class Kept:
         if not scores:
             del wanted[_SCORES]
         return any(self.store.find(stage, key) is None for stage, key in wanted.items())
+
+    @contextmanager
+    def alone(self, chunks: Sequence[ChunkRef]) -> Iterator[list[ChunkRef]]:
+        """Those of some chunks that are missing, for as long as nobody else has them scored: of two
+        runs the second waits, and finds what the first has made."""
+        with ExitStack() as leases:
+            for chunk in chunks:
+                leases.enter_context(self.store.lease(f"chunk-{self._wanted(chunk)[_SCORES]}"))
+            yield [chunk for chunk in chunks if self.missing(chunk)]
 
     def keep(
         self,

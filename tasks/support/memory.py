@@ -121,9 +121,11 @@ def check_scoring_room(execution: ExecutionSection, needed: Room, worker: Worker
             f" (a block, the output head), and {shown_bytes(worker.memory)} are there: choose"
             " devices with more memory, or cpu"
         )
+    if execution.dask_address:
+        return
     workers, available = workers_here(execution), available_memory()
     wanted = needed.together(workers)
-    if not execution.dask_address and wanted > available:
+    if wanted > available:
         raise RoomError(
             f"execution.workers: {workers}: evaluating takes {shown_bytes(needed.worker)} each,"
             f" {shown_bytes(wanted)} in all, and {shown_bytes(available)} are available: lower"

@@ -29,15 +29,15 @@ def counted(module, name):
             file.write(f"{os.getpid()} {name}\\n")
         return function(*arguments, **keywords)
     setattr(module, name, call)
-import tasks.calibrate, tasks.evaluate, tasks.quantize
+import tasks.calibrate, tasks.quantize, tasks.score
 counted(tasks.calibrate, "block_passes")
 counted(tasks.quantize, "quantize_or_keep")
-counted(tasks.evaluate, "perplexity_token")
+counted(tasks.score, "last_states")
 from flows.cli.main import main
 main()
 """
 PART = "quantize_or_keep"
-ONCE = {"block_passes": 5, "quantize_or_keep": 35, "perplexity_token": 2}
+ONCE = {"block_passes": 5, "quantize_or_keep": 35, "last_states": 2}
 
 
 @pytest.fixture

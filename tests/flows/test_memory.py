@@ -1,14 +1,19 @@
 """Room is checked before a run, and what was used stands beside what was predicted."""
 
+from dataclasses import replace
+
 import pytest
+import torch
 from conftest import run_flow
 from test_same_bytes import in_store
 
+from dpq_core.evaluation.room import Room
 from flows.quantize import quantize
 from infra.care import stored
 from infra.store import Store
 from tasks.support import memory
-from tasks.support.memory import RoomError
+from tasks.support.memory import RoomError, check_scoring_room
+from tasks.support.worker import Worker
 
 
 def test_too_little_memory_ends_a_run_before_it_starts(recipe, tmp_path, monkeypatch):
@@ -17,6 +22,22 @@ def test_too_little_memory_ends_a_run_before_it_starts(recipe, tmp_path, monkeyp
     with pytest.raises(RoomError, match=r"execution.workers: 3: .* and 10.0 MB are available"):
         run_flow(quantize, fresh)
     assert not (tmp_path / "store" / "statistics").exists()
+
+
+@pytest.mark.parametrize(
+    ("room", "there", "message"),
+    [
+        (Room(own=3 << 30, device=0), None, "evaluating takes 3.8 GB each, 7.0 GB in all"),
+        (Room(own=0, device=3 << 30), 1 << 30, "execution.device: cuda:0: evaluating takes 3.2 GB"),
+    ],
+)
+def test_too_little_memory_for_an_evaluation(recipe, monkeypatch, room, there, message):
+    monkeypatch.setattr(memory, "available_memory", lambda: 1 << 30)
+    worker = Worker("cuda:0", "a card", torch.device("cpu"), "cuda-sm_90", there)
+    with pytest.raises(RoomError, match=message):
+        check_scoring_room(recipe.execution, room, worker)
+    monkeypatch.setattr(memory, "available_memory", lambda: 1 << 40)
+    check_scoring_room(recipe.execution, room, replace(worker, memory=None))
 
 
 def test_too_little_disk_unless_the_store_has_it_all(recipe, tmp_path, monkeypatch):
