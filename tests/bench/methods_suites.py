@@ -63,10 +63,10 @@ def arrays_of(
 
 
 def _listener(model: PreTrainedModel, tokenizer: Any) -> Any:
-    """The product's harness, whose model answers with numbers of requests."""
-    from dpq_core.evaluation import harness
+    """The reference's harness, whose model answers with numbers of requests."""
+    from reference_harness import harness_of
 
-    own = harness._harness(model, tokenizer, 1)
+    own = harness_of(model, tokenizer, 1)
     own.heard = []
 
     def answered(requests: Any, *_: Any, **__: Any) -> list[tuple[float, bool]]:

@@ -1,6 +1,6 @@
 """Methods of quantization on a real model, beside one another: the rows of `docs/results.md`.
 
-    python tests/bench/methods_table.py prepare MODEL PREPARED [--data ../shared/data]
+    PYTHONPATH=tests python tests/bench/methods_table.py prepare MODEL PREPARED [--data ../shared/data]
                                         [--documents 1000] [--per-subject 40]
     python tests/bench/methods_table.py run MODEL PREPARED [--device cuda] [--out ROWS.jsonl]
                                         [--workers N] [--seconds S] [--only NAME ...] [--quick]

@@ -62,7 +62,7 @@ def test_defaults_and_values(recipe_file):
         ("calibration.samples=0", ["calibration.samples", "got 0"]),
         ("gates.perplexity_increase=0", ["gates.perplexity_increase", "got 0"]),
         ("evaluation.suites=piqa", ["evaluation.suites", "'piqa'"]),
-        ("evaluation.batch_size=auto", ["evaluation.batch_size", "'auto'"]),
+        ("evaluation.timeout=auto", ["evaluation.timeout", "'auto'"]),
         ("evaluation.num_fewshot={piqa: 5}", ["num_fewshot names piqa", "not among the suites"]),
         ("gates.confidence=95", ["gates.confidence", "got 95"]),
         ("calibration.propagation=layers", ["calibration.propagation", "'groups'", "got 'layers'"]),
