@@ -1,7 +1,7 @@
 """Methods of quantization on a real model, beside one another: the rows of `docs/results.md`.
 
-    PYTHONPATH=tests python tests/bench/methods_table.py prepare MODEL PREPARED [--data ../shared/data]
-                                        [--documents 1000] [--per-subject 40]
+    PYTHONPATH=tests python tests/bench/methods_table.py prepare MODEL PREPARED
+                        [--data ../shared/data] [--documents 1000] [--per-subject 40]
     python tests/bench/methods_table.py run MODEL PREPARED [--device cuda] [--out ROWS.jsonl]
                                         [--workers N] [--seconds S] [--only NAME ...] [--quick]
 
