@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from dpq_core.model.blocks import BlockStream
 
@@ -29,19 +29,20 @@ def head_tiles(stream: BlockStream, columns: int = COLUMNS) -> Iterator[Tiles]:
     """The head with its weights, while this lasts."""
     with stream.head() as logits_of:
         head = stream.model.get_submodule(stream.anatomy.parts.head)
-        weight, bias = head.weight, head.bias
+        # Their data are exchanged, not the parameters: see `empty.building`.
+        whole = [(parameter, parameter.data) for parameter in head.parameters()]
+        pieces = len(head.weight)
 
         def tiles(states: Tensor) -> Iterator[tuple[int, Tensor]]:
             try:
-                for first in range(0, len(weight), columns):
-                    some = slice(first, first + columns)
-                    head.weight = nn.Parameter(weight[some], requires_grad=False)
-                    if bias is not None:
-                        head.bias = nn.Parameter(bias[some], requires_grad=False)
+                for first in range(0, pieces, columns):
+                    for parameter, data in whole:
+                        parameter.data = data[first : first + columns]
                     # A token a row: all at the first position, whatever a model adds by it.
                     yield first, logits_of(states[:, None])[:, 0].float()
             finally:
-                head.weight, head.bias = weight, bias
+                for parameter, data in whole:
+                    parameter.data = data
 
         yield tiles
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from dpq_core.layer.linear import W4A8Linear
 from dpq_core.layer.records import QuantizedLinear
 from dpq_core.model.anatomy import linears_of
-from dpq_core.model.empty import keeps_wide
+from dpq_core.model.empty import building, keeps_wide
 from dpq_core.model.experts import SeparateExperts
 from dpq_core.model.families import Groups, family_of, members_of
 from dpq_core.model.filling import Tensors, fill_parameters
@@ -364,7 +364,8 @@ class BlockStream:
         parts = self.anatomy.parts
         if path == parts.head and f"{path}.weight" not in self.reader:  # tied
             embedded = self.reader.tensor(f"{parts.embedding}.weight").to(self.dtype)
-            part.weight = nn.Parameter(embedded, requires_grad=False)
+            with building:
+                part.weight = nn.Parameter(embedded, requires_grad=False)
         self._fill(part, path)
         return part
 

@@ -1,14 +1,17 @@
 """Architectures, quantized candidates, streaming and workers: the same scores whoever computes."""
 
 import math
+import threading
+import time
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 
 import pytest
 import torch
+from accelerate import init_empty_weights
 from architectures import ARCHITECTURES, class_of, random_model
 from model_families import save
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from dpq_core.checkpoint.native import load_model
 from dpq_core.evaluation.divergence import divergence
@@ -18,7 +21,7 @@ from dpq_core.evaluation.room import RESIDENT, Sizes
 from dpq_core.evaluation.scorer import answers, last_states, score
 from dpq_core.evaluation.sharing import why_not_shared
 from dpq_core.evaluation.subject import subject_of
-from dpq_core.model.empty import empty_of
+from dpq_core.model.empty import building, empty_of
 from dpq_core.model.finite import NotFiniteError
 from dpq_core.model.streaming import StreamedModel
 from dpq_core.pipeline import quantize_checkpoint
@@ -30,6 +33,14 @@ UNSHARED = {
     "Falcon 7B": "its attention is not called through transformers' interface",
     "Falcon 40B": "its attention is not called through transformers' interface",
     "BLOOM": "its attention is not called through transformers' interface",
+}
+SMALL = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "initializer_range": 0.2,
 }
 TEXT = [each for each in ARCHITECTURES if class_of(each.config).__name__.endswith("CausalLM")]
 RUN = ["Llama 2", "Mistral", "Gemma 2", "Gemma 3", "Granite 3", "OPT", "StableLM", "BLOOM"]
@@ -162,6 +173,33 @@ def test_a_planted_fault_shows_in_the_divergence(quickstart_model, candidate):
     assert itself["top1_agreement"] == 1
     assert 0 < quantized["mean"] < broken["mean"] / 2
     assert broken["top1_agreement"] < quantized["top1_agreement"]
+
+
+@pytest.mark.parametrize("resident", [True, False])
+def test_a_model_is_scored_while_other_threads_build_one(tmp_path, resident):
+    """accelerate redirects the parameters that any thread sets meanwhile: a head that was given one
+    became empty, and PyTorch multiplied with whatever was in memory."""
+    model = LlamaForCausalLM(LlamaConfig(**SMALL, tie_word_embeddings=True)).bfloat16()
+    model.save_pretrained(tmp_path)
+    chunks = list(chunks_of(asked_of(64)))
+    expected = answers(score(subject_of(tmp_path, resident=resident), chunks), 21)
+    ended = threading.Event()
+
+    def build():
+        while not ended.is_set():
+            with building, init_empty_weights():
+                time.sleep(0.002)
+            time.sleep(0.002)
+
+    builder = threading.Thread(target=build)
+    builder.start()
+    try:
+        subject = subject_of(tmp_path, resident=resident)
+        found = [answers(score(subject, chunks), 21) for _ in range(40)]
+    finally:
+        ended.set()
+        builder.join()
+    assert found == [expected] * 40
 
 
 def test_a_request_without_scores_is_named(candidate):
