@@ -14,10 +14,12 @@ text, and losses of different layers add up as long as they are small
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import product
 
 import torch
+from torch import Tensor
 
+from dpq_core.evaluation.divergence import divergences
+from dpq_core.evaluation.head import head_tiles
 from dpq_core.layer.records import QuantizedLinear
 from dpq_core.model.inputs import Batch
 from dpq_core.model.streaming import StreamedModel
@@ -40,9 +42,9 @@ def block_losses(
 ) -> dict[Trial, float]:
     """The loss of each trial of a block's layers, in nats a token.
 
-    Memory: a copy of the hidden states for each trial and one more, and five tensors of `_LOGITS`
-    in FP32. `on_progress` is called after
-    each block that was passed, the output head included.
+    Memory: a copy of the hidden states for each trial and one more, and of each a tile of logits
+    (`dpq_core.evaluation.head`). `on_progress` is called after each block that was passed, the
+    output head included.
 
     Raises:
         ValueError: the 16-bit model's predictions are not finite.
@@ -60,36 +62,15 @@ def block_losses(
             for state in states.values():
                 stream.advance(state)
         on_progress()
-    reference = states.pop(None)
-    losses = _divergences(stream, reference, states)
+    reference = _flat(states.pop(None))
+    with head_tiles(stream) as tiles:
+        found = divergences(tiles, reference, [(tiles, _flat(states[trial])) for trial in trials])
     on_progress()
-    return {trial: losses[trial] for trial in trials}
+    if found and not torch.stack([each.nats for each in found]).isfinite().any(0).all():
+        raise ValueError("the 16-bit model's predictions are not finite")  # of a token, to no trial
+    return {trial: each.nats.mean().item() for trial, each in zip(trials, found, strict=True)}
 
 
-def _divergences(
-    stream: StreamedModel,
-    reference: Sequence[Batch],
-    states: Mapping[Trial | None, Sequence[Batch]],
-) -> dict[Trial | None, float]:
-    """KL from the reference's predictions to each state's, of a window or a part of it at a
-    time."""
-    sums, tokens = dict.fromkeys(states, 0.0), 0
-    vocabulary = stream.parameters[f"{stream.anatomy.parts.embedding}.weight"][0]
-    rows = max(1, _LOGITS // vocabulary)
-    with stream.head() as logits_of:
-        for number, batch in enumerate(reference):
-            windows, length = batch.hidden.shape[:2]
-            for window, first in product(range(windows), range(0, length, rows)):
-                some = slice(window, window + 1), slice(first, first + rows)
-                expected = logits_of(batch.hidden[some]).float().log_softmax(-1)
-                if not torch.isfinite(expected).all():
-                    raise ValueError("the 16-bit model's predictions are not finite")
-                tokens += expected.shape[1]
-                for trial, state in states.items():
-                    found = logits_of(state[number].hidden[some]).float().log_softmax(-1)
-                    divergence = (expected.exp() * (expected - found)).sum(-1)
-                    sums[trial] += divergence.double().sum().item()
-    return {trial: max(total / tokens, 0.0) for trial, total in sums.items()}
-
-
-_LOGITS = 1 << 25  # at a time, for a vocabulary of 262,144 those of 128 tokens
+def _flat(batches: Sequence[Batch]) -> Tensor:
+    """[tokens, hidden] of all batches."""
+    return torch.cat([batch.hidden.flatten(0, 1) for batch in batches])

@@ -42,7 +42,7 @@ STAGES = {
     "divergence": Stage(1, _ANY),
     "perplexity": Stage(2, _ANY),
     "suite": Stage(2, (*_ANY, "lm-eval")),
-    "sensitivity": Stage(1, _FORWARD),
+    "sensitivity": Stage(2, _FORWARD),
     "images": Stage(2, ("datasets", "pillow", "scikit-learn")),
     "float-networks": Stage(2, ("torch", "transformers")),
     "classifiers": Stage(2, ("torch", "onnxscript")),

@@ -5,6 +5,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from dpq_core.calibration.statistics import InputRounding, TokenWeights, calibrate_block
+from dpq_core.evaluation import divergence
+from dpq_core.evaluation.divergence import ROWS
 from dpq_core.kernels.sixteen_bit import fit
 from dpq_core.layer.linear import W4A8Linear
 from dpq_core.layer.quantize import quantize_layer
@@ -14,7 +16,6 @@ from dpq_core.model.streaming import StreamedModel
 from dpq_core.recipe import CalibrationSection, TextDataset
 from dpq_core.recipe.layer_choices import chosen_scheme
 from dpq_core.recipe.scheme import Scheme
-from dpq_core.repair import sensitivity
 from dpq_core.repair.sensitivity import Trial, block_losses
 
 SCHEME = Scheme(group_size=32, rounding="nearest", order="none")
@@ -43,9 +44,9 @@ def windows():
     return torch.randint(61, (5, 20), generator=torch.Generator().manual_seed(1))
 
 
-@pytest.mark.parametrize(("block", "logits"), [(0, 1 << 25), (2, 1 << 25), (2, 61 * 7)])
-def test_losses_are_those_of_whole_models(folder, windows, block, logits, monkeypatch):
-    monkeypatch.setattr(sensitivity, "_LOGITS", logits)  # the last: parts of windows of 20 tokens
+@pytest.mark.parametrize(("block", "rows"), [(0, ROWS), (2, ROWS), (2, 7)])
+def test_losses_are_those_of_whole_models(folder, windows, block, rows, monkeypatch):
+    monkeypatch.setattr(divergence, "ROWS", rows)  # the last: parts of windows of 20 tokens
     stream = StreamedModel(folder)
     batches = stream.begin(batches_of(windows, 2))
     for earlier in range(block):
@@ -88,3 +89,22 @@ def by_hand(folder, windows, trial, layer):
     model.set_submodule(trial.name, W4A8Linear(layer, None))
     found = model(input_ids=windows).logits.double().log_softmax(-1)
     return (expected.exp() * (expected - found)).sum(-1).mean().item()
+
+
+def test_predictions_that_are_not_finite_are_no_losses(folder, windows):
+    stream = StreamedModel(folder)
+    batches = stream.begin(batches_of(windows, 2))
+    weight = stream.reader.tensor("model.layers.0.mlp.up_proj.weight")
+    statistics = calibrate_block(
+        stream,
+        0,
+        batches,
+        InputRounding.of(SCHEME, CalibrationSection(dataset=TextDataset(path="none"))),
+        TokenWeights(False, 0),
+        advance=False,
+    )["model.layers.0.mlp.gate_proj"]
+    layer = quantize_layer(weight, statistics, SCHEME)
+    batches[1].hidden[1, 3] = torch.nan
+    trials = {Trial("model.layers.0.mlp.up_proj", "w4a8"): lambda: layer}
+    with pytest.raises(ValueError, match="16-bit model's predictions are not finite"):
+        block_losses(stream, 0, batches, trials)
