@@ -40,8 +40,8 @@ from dpq_core.evaluation.text_divergence import (
 from dpq_core.recipe import EvaluationSection, Recipe
 from dpq_core.verdict.pairing import Evaluation, Failure
 from infra.store import ArtifactRef, Store
-from tasks.support import chunks, tokenized_data
-from tasks.support.chunks import Comparison, Kept, Subject
+from tasks.support import tokenized_data
+from tasks.support.chunks import ChunkRef, Comparison, Kept, Subject, chunk_refs
 from tasks.support.model import load_tokenizer
 from tasks.support.progress import stepper
 from tasks.support.stages import computed_by
@@ -105,10 +105,10 @@ def prepare(
 
 def chunks_asked(
     data: EvaluationData, metric: str, comparison: Comparison, store: Store
-) -> list[chunks.ChunkRef]:
+) -> list[ChunkRef]:
     """The chunks of a metric; perplexity's are those that are compared."""
     compared = metric == PERPLEXITY and comparison != Comparison()
-    return chunks.chunks_of(metric, data.requests[metric], store, compared)
+    return chunk_refs(metric, data.requests[metric], store, compared)
 
 
 def find_scores(
@@ -235,8 +235,7 @@ def _suite_asked(suite: Suite, limit: int | None, encoder: Encoder, store: Store
 
     def make(folder: Path) -> None:
         asked = encoder.requests_of(suite, limit)
-        about = asked.count, asked.truncated, asked.harness_tokens
-        save_requests(folder, chunks_of(asked.asked), *about)
+        save_requests(folder, chunks_of(asked.asked), asked.count, asked.truncated)
 
     about = {"suite": suite.digest, "limit": limit, **encoder.identity}
     key = digest({**computed_by("requests"), **about})

@@ -1,7 +1,7 @@
 """What a suite asks and what a model makes of it, on disk.
 
 chunks.safetensors    <number>.ids, <number>.positions, … of each chunk, int64
-requests.json         count, truncated, harness_tokens; digest and tokens of each chunk
+requests.json         count, truncated; digest and tokens of each chunk
 
 scores.safetensors    of one chunk: requests, sums, greedy, computed
 states.safetensors    of one chunk: places, hidden, computed
@@ -16,11 +16,13 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from dpq_core.evaluation.divergence import Divergence
 from dpq_core.evaluation.forest import Chunk
 from dpq_core.evaluation.scorer import ChunkScores, LastStates
 
 _CHUNKS, _ABOUT = "chunks.safetensors", "requests.json"
 _SCORES, _STATES = "scores.safetensors", "states.safetensors"
+_DIVERGENCE = "divergence.safetensors"
 
 
 @dataclass(frozen=True)
@@ -33,18 +35,14 @@ class ChunkName:
 
 @dataclass(frozen=True)
 class Requests:
-    """count: of requests. truncated: those cut to the model's window. harness_tokens: of the
-    sequences that lm-evaluation-harness would run. chunks: in order."""
+    """count: of requests. truncated: those cut to the model's window. chunks: in order."""
 
     count: int
     truncated: int
-    harness_tokens: int
     chunks: list[ChunkName]
 
 
-def save_requests(
-    folder: Path, chunks: Iterable[Chunk], count: int, truncated: int = 0, harness_tokens: int = 0
-) -> None:
+def save_requests(folder: Path, chunks: Iterable[Chunk], count: int, truncated: int = 0) -> None:
     """Write them into an empty folder."""
     tensors, names = {}, list[ChunkName]()
     for number, chunk in enumerate(chunks):
@@ -52,7 +50,7 @@ def save_requests(
             tensors[f"{number}.{field.name}"] = getattr(chunk, field.name)
         names.append(ChunkName(chunk.digest, len(chunk)))
     save_file(tensors, folder / _CHUNKS)
-    about = Requests(count, truncated, harness_tokens, names)
+    about = Requests(count, truncated, names)
     (folder / _ABOUT).write_text(json.dumps(asdict(about)))
 
 
@@ -88,6 +86,16 @@ def load_states(folder: Path) -> LastStates:
     """Inverse of `save_states`."""
     found = load_file(folder / _STATES)
     return LastStates(**found | {"computed": int(found["computed"])})
+
+
+def save_chunk_divergence(folder: Path, found: Divergence) -> None:
+    """How far one chunk's predictions are from a baseline's, into an empty folder."""
+    save_file(vars(found), folder / _DIVERGENCE)
+
+
+def load_chunk_divergence(folder: Path) -> Divergence:
+    """Inverse of `save_chunk_divergence`."""
+    return Divergence(**load_file(folder / _DIVERGENCE))
 
 
 def _save(record: ChunkScores | LastStates, path: Path) -> None:

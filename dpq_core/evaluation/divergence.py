@@ -12,10 +12,8 @@ whose sums grow tile by tile. They run in float64: the terms are large and cance
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from dpq_core.evaluation.head import ROWS, Predicted, RunningSums, Tiles
@@ -28,23 +26,6 @@ class Divergence:
 
     nats: Tensor
     agree: Tensor
-
-    def summary(self) -> dict[str, float]:
-        """mean, median, quantiles and maximum in nats a token; `top1_agreement` a share of 1. A
-        token whose predictions are not finite makes all of them NaN."""
-        at = torch.tensor([0.5, 0.99, 0.999, 1.0], dtype=torch.float64)
-        finite = bool(torch.isfinite(self.nats).all())
-        median, high, higher, most = (
-            torch.quantile(self.nats, at).tolist() if finite else [torch.nan] * 4
-        )
-        return {
-            "mean": self.nats.mean().item() if finite else torch.nan,
-            "median": median,
-            "p99": high,
-            "p99_9": higher,
-            "max": most,
-            "top1_agreement": self.agree.double().mean().item() if finite else torch.nan,
-        }
 
 
 def joined(parts: Iterable[Divergence]) -> Divergence:
@@ -60,16 +41,6 @@ def by_request(parts: Iterable[tuple[Tensor, Divergence]]) -> Divergence:
     order = torch.cat([requests for requests, _ in found]).argsort(stable=True)
     whole = joined(each for _, each in found)
     return Divergence(whole.nats[order], whole.agree[order])
-
-
-def save_divergence(found: Divergence, path: Path) -> None:
-    """As safetensors."""
-    save_file({"nats": found.nats.contiguous(), "agree": found.agree.contiguous()}, path)
-
-
-def load_divergence(path: Path) -> Divergence:
-    """Inverse of `save_divergence`."""
-    return Divergence(**load_file(path))
 
 
 def divergence(

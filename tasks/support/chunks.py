@@ -11,7 +11,7 @@ beside it, the workers, or the memory that they have.
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -19,19 +19,15 @@ from dpq_core.checkpoint.native import by_its_library
 from dpq_core.digests import digest
 from dpq_core.evaluation.chunk_files import (
     load_chunk,
+    load_chunk_divergence,
     load_chunk_scores,
     load_requests,
     load_states,
+    save_chunk_divergence,
     save_chunk_scores,
     save_states,
 )
-from dpq_core.evaluation.divergence import (
-    Divergence,
-    by_request,
-    divergence,
-    load_divergence,
-    save_divergence,
-)
+from dpq_core.evaluation.divergence import Divergence, by_request, divergence
 from dpq_core.evaluation.forest import Chunk
 from dpq_core.evaluation.head import Tiles
 from dpq_core.evaluation.scorer import ChunkScores, LastStates, scores_of
@@ -39,7 +35,6 @@ from infra.store import ArtifactRef, Store, StoreError
 from tasks.support.stages import computed_by
 
 _SCORES, _STATES, _DIVERGENCES = "chunk-scores", "last-states", "divergences"
-_DIVERGENCE = "divergence.safetensors"
 
 
 @dataclass(frozen=True)
@@ -52,7 +47,7 @@ class Subject:
     digest: str
     source: bool = False
 
-    @property
+    @cached_property
     def identity(self) -> dict[str, str | bool]:
         """Its part of a key."""
         as_source = self.source and by_its_library(self.folder)
@@ -91,7 +86,7 @@ def loader_of(chunks: Iterable[ChunkRef], store: Store) -> Callable[[ChunkRef], 
     return lambda chunk: load_chunk(folders[chunk.requests], chunk.number)
 
 
-def chunks_of(metric: str, requests: ArtifactRef, store: Store, compared: bool) -> list[ChunkRef]:
+def chunk_refs(metric: str, requests: ArtifactRef, store: Store, compared: bool) -> list[ChunkRef]:
     """The chunks of a metric, in order."""
     names = load_requests(store.open(requests)).chunks
     return [
@@ -156,8 +151,7 @@ class Kept:
             before = self._states_of_reference(ref)
             each = divergence(theirs, before.hidden, tiles, states.hidden)
             rows = states.rows(chunk)
-            of_predictions = Divergence(each.nats[rows], each.agree[rows])
-            save_divergence(of_predictions, folder / _DIVERGENCE)
+            save_chunk_divergence(folder, Divergence(each.nats[rows], each.agree[rows]))
 
         make: dict[str, Callable[[Path], None]] = {
             _SCORES: scored,
@@ -176,10 +170,7 @@ class Kept:
         """Of all predictions, in the order of the requests. Raises StoreError as above."""
         load = loader_of(chunks, self.store)
         return by_request(
-            (
-                load(chunk).requests,
-                load_divergence(self._found(_DIVERGENCES, chunk) / _DIVERGENCE),
-            )
+            (load(chunk).requests, load_chunk_divergence(self._found(_DIVERGENCES, chunk)))
             for chunk in chunks
         )
 

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dpq_core.evaluation.divergence import Divergence, divergence, divergences, joined
+from dpq_core.evaluation.divergence import Divergence, by_request, divergence, divergences
 
 
 def tiles_of(logits, columns):
@@ -71,19 +71,18 @@ def test_nothing_is_hidden_by_a_token_that_is_not_finite():
     p = torch.randn(4, 9)
     q = p.clone()
     q[2, 3] = math.nan
-    assert all(math.isnan(value) for value in found(p, q, 4).summary().values())
+    assert found(p, q, 4).nats.isnan().tolist() == [False, False, True, False]
 
 
-def test_the_summary_is_of_all_tokens():
-    nats = torch.arange(1001, dtype=torch.float64)
-    agree = torch.arange(1001) % 4 != 0
-    summary = joined(
-        [Divergence(nats[:300], agree[:300]), Divergence(nats[300:], agree[300:])]
-    ).summary()
-    assert summary["mean"] == summary["median"] == 500
-    assert (summary["p99"], summary["max"]) == (990, 1000)
-    assert summary["p99_9"] == pytest.approx(999)
-    assert summary["top1_agreement"] == pytest.approx(750 / 1001)
+def test_chunks_are_joined_by_request():
+    nats, requests = torch.arange(6, dtype=torch.float64), torch.tensor([2, 2, 0, 1, 0, 1])
+    agree = nats % 2 == 0
+    parts = [
+        (requests[some], Divergence(nats[some], agree[some])) for some in (slice(3), slice(3, 6))
+    ]
+    whole = by_request(parts)
+    assert whole.nats.tolist() == [2, 4, 3, 5, 0, 1]
+    assert whole.agree.tolist() == [True, True, False, False, True, False]
 
 
 def test_other_tokens_are_refused():
