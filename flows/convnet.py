@@ -218,7 +218,8 @@ def convnet(recipe: ConvRecipe) -> ConvRelease:
             tracking_uri, run.run_id, recipe, last.classifier, judged, champion, source
         )
         verdict = registration.verdict
-        run.log_table(worst_layers(attempts[0].classifier), "worst-layers")
+        worst = worst_layers(attempts[0].classifier)
+        run.log_table(worst, "worst-layers")
         _log(run, recipe, verdict, last.classifier, rows, latency)
         publish_verdict(verdict, last.classifier.folder, registration, run.url)
     folder = str(last.classifier.folder)
@@ -231,7 +232,7 @@ def convnet(recipe: ConvRecipe) -> ConvRelease:
         rows,
         latency,
         inputs.notes,
-        worst_layers(attempts[0].classifier),
+        worst,
     )
 
 

@@ -59,9 +59,8 @@ _IMAGES, _WEIGHTS = "images.safetensors", "weights.safetensors"
 _SCORES, _CHECKS = "scores.parquet", "checks.json"
 _PROBES = 64  # images on which a written model must be the one that was made
 _BATCH = 32  # images at a time, scored
-_OTHER_LOGITS = (
-    0.1  # of their norm: an activation that is rounded the other way moves all that follow
-)
+# Of the logits' norm: an activation that is rounded the other way moves all that follow.
+_OTHER_LOGITS = 0.1
 _CHECKED = 512  # images, on which the file is run as it is written, several times slower
 _OTHER_ANSWERS = 0.02  # of these, on which integers may decide otherwise than the file says
 

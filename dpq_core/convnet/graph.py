@@ -18,14 +18,14 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.export import Dim, export
+from torch.export import Dim, ExportedProgram, export
 from torch.fx import GraphModule, Node
 from torch.nn import functional
 
 from dpq_core.convnet.layer import BatchNorm, Layer
 from dpq_core.errors import InputError, one_line
 
-MOST_IMAGES = 2**16  # at a time
+_MOST_IMAGES = 2**16  # at a time
 
 aten = torch.ops.aten
 OPERATIONS: dict[Any, Callable[..., Tensor]] = {
@@ -90,6 +90,12 @@ def prepared(network: nn.Module, example: Tensor) -> Prepared:
     return Prepared(graph, left)
 
 
+def exported(network: nn.Module, example: Tensor) -> ExportedProgram:
+    """As torch.export takes it, for any number of images."""
+    shapes = ({0: Dim("batch", min=1, max=_MOST_IMAGES)},)
+    return export(network, (example,), dynamic_shapes=shapes)
+
+
 def layers_of(graph: GraphModule) -> Iterator[tuple[str, Layer]]:
     """Name in the network, and module, in the order in which they are computed."""
     for node in graph.graph.nodes:
@@ -105,8 +111,7 @@ def _plain(network: nn.Module, example: Tensor) -> GraphModule:
         graph = copy.deepcopy(network)
     else:
         try:
-            shapes = ({0: Dim("batch", min=1, max=MOST_IMAGES)},)
-            program = export(network.eval(), (example,), dynamic_shapes=shapes)
+            program = exported(network.eval(), example)
         except Exception as error:  # of the compiler's many
             raise ExportError(f"the network does not export: {one_line(error, 300)}") from error
         graph = copy.deepcopy(program.module(check_guards=False))

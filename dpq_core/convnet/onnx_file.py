@@ -20,10 +20,9 @@ import torch
 from numpy.typing import NDArray
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_helper
 from torch import Tensor
-from torch.export import Dim, export
 from torch.fx import GraphModule
 
-from dpq_core.convnet.graph import MOST_IMAGES
+from dpq_core.convnet.graph import exported
 from dpq_core.convnet.grids import ROUND
 
 OPSET = 21  # the first with 4 and 16 bits
@@ -54,8 +53,7 @@ def write_onnx(graph: GraphModule, example: Tensor, path: Path, about: Mapping[s
 
 
 def _translated(graph: GraphModule, example: Tensor) -> ModelProto:
-    shapes = ({0: Dim("batch", min=1, max=MOST_IMAGES)},)
-    program = export(graph, (example,), dynamic_shapes=shapes)
+    program = exported(graph, example)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         made = torch.onnx.export(

@@ -74,14 +74,13 @@ def release(recipe: Recipe) -> Release:
     """Quantize a model, measure it against the 16-bit original, and promote it within the gates.
 
     Its speed is measured on the devices that the recipe's benchmark names. What passes the gates is
-    exported before it is registered: an export that cannot be verified rejects
-    the release. What is rejected is not exported. With `gates.approval: required` a person has the
-    last word.
+    exported before it is registered: an export that cannot be verified rejects the release. What is
+    rejected is not exported. With `gates.approval: required` a person has the last word.
 
     Raises:
-        The errors of the stages; a rejection is a result and no error. HubError: after the
-            promotion, which stands. NotMeasuredError: a number
-            that a gate needs is missing; nothing is registered, and the next run goes on.
+        The errors of the stages; a rejection is a result and no error. NotMeasuredError: a number
+            that a gate needs is missing; nothing is registered, and the next run goes on. HubError:
+            after the promotion, which stands.
     """
     if recipe.evaluation.perplexity is None and not recipe.evaluation.suites:
         raise RecipeError("evaluation measures nothing: name a perplexity data set, or suites")
