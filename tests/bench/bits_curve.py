@@ -36,15 +36,16 @@ from dpq_core.model.streaming import StreamedModel
 from dpq_core.recipe import Recipe, load_recipe
 from dpq_core.recipe.layer_choices import chosen_scheme
 from dpq_core.repair.allocation import Option, least_loss, predicted_increase, total
-from dpq_core.repair.sensitivity import Variant, block_losses
+from dpq_core.repair.sensitivity import Trial, block_losses
 
 OWN = "w4a8"
+WINDOWS_AT_ONCE = 8
 Made = dict[str, dict[str, QuantizedLinear]]  # layer → choice → quantized
 
 
 def quantize_all(
     recipe: Recipe, folder: Path
-) -> tuple[list[PlannedLayer], Made, dict[Variant, float]]:
+) -> tuple[list[PlannedLayer], Made, dict[Trial, float]]:
     """Every layer under every choice, and the loss of each."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
     section = recipe.calibration
@@ -56,13 +57,13 @@ def quantize_all(
     batches = stream.begin(batches_of(windows, section.batch_size))
     few = -(-recipe.repair.samples // section.batch_size)  # batches
     made: Made = {}
-    losses: dict[Variant, float] = {}
+    losses: dict[Trial, float] = {}
     for block in range(plan.blocks):
         before = [batch.clone() for batch in batches[:few]]
         found = calibrate_block(
             stream, block, batches, rounding, TokenWeights.of(section), advance=True
         )
-        variants = {}
+        trials = dict[Trial, QuantizedLinear]()
         for layer in plan.of_block(block):
             weight = stream.reader.tensor(f"{layer.name}.weight")
             made[layer.name] = {}
@@ -71,9 +72,9 @@ def quantize_all(
                 if scheme.bits == 4 and layer.features < scheme.group_size:
                     continue
                 made[layer.name][choice] = quantize_layer(weight, found[layer.statistics], scheme)
-                variants[Variant(layer.name, choice)] = made[layer.name][choice]
-        loaders: dict[Variant, Callable[[], QuantizedLinear]] = {
-            variant: lambda each=each: each for variant, each in variants.items()
+                trials[Trial(layer.name, choice)] = made[layer.name][choice]
+        loaders: dict[Trial, Callable[[], QuantizedLinear]] = {
+            trial: lambda each=each: each for trial, each in trials.items()
         }
         losses |= block_losses(stream, block, before, loaders)
         print(f"block {block + 1} of {plan.blocks} measured", flush=True)
@@ -90,12 +91,12 @@ def increases(
     windows = token_windows(texts, AutoTokenizer.from_pretrained(folder), section.sequence_length)
     model = load_model(folder)
     linears = {name: model.get_submodule(name) for name in made}
-    baseline = perplexity_token(model, windows, section.batch_size).value
+    baseline = perplexity_token(model, windows, WINDOWS_AT_ONCE).value
 
     def increase(choices: dict[str, str]) -> float:
         for name, choice in choices.items():
             model.set_submodule(name, W4A8Linear(made[name][choice], linears[name].bias))
-        return perplexity_token(model, windows, section.batch_size).value - baseline
+        return perplexity_token(model, windows, WINDOWS_AT_ONCE).value - baseline
 
     return baseline, increase
 
@@ -129,7 +130,7 @@ def curve(recipe: Recipe, bits: list[float], draws: int) -> Iterator[dict[str, A
             Option(
                 choice,
                 stored_bytes(layer.rows, layer.features, chosen_scheme(recipe.scheme, choice)),
-                losses[Variant(layer.name, choice)],
+                losses[Trial(layer.name, choice)],
             )
             for choice in made[layer.name]
         ]

@@ -61,6 +61,9 @@ from dpq_core.verdict.pairing import difference
 Transform = Callable[[transforms.Tensors, "Bench"], transforms.Tensors]
 
 
+_AT_ONCE = 8  # scored windows
+
+
 @dataclass(frozen=True)
 class Variant:
     """What differs from the recipe.
@@ -97,7 +100,6 @@ class Bench:
         texts = load_texts(section.dataset)
         self.windows = token_windows(texts, tokenizer, section.sequence_length)
         self.windows = self.windows[:: max(1, len(self.windows) // self.most_windows)]
-        self.batch_size = section.batch_size
         calibration = self.recipe.calibration
         self.tokens = calibration_windows(
             load_texts(calibration.dataset),
@@ -108,7 +110,7 @@ class Bench:
         self.baseline = self.score(load_model(self.folder))
 
     def score(self, model: Any) -> Scores:
-        return perplexity_token(model, self.windows, self.batch_size)
+        return perplexity_token(model, self.windows, _AT_ONCE)
 
     def run(self, variant: Variant) -> dict[str, Any]:
         start = time.monotonic()

@@ -29,6 +29,7 @@ class Row:
         16-bit model's outputs on its own inputs, stream: of what the residual stream lost
         (`prototypes`). output_range: static scales by the layers' output error.
     transform: an equivalent 16-bit model that is quantized instead, see `methods_transforms`.
+    peer: another project's tool and its scheme, see `peers`.
     suites: first documents of each suite that are scored; 0: none.
     only: of one kind of model (`llama`).
     """
@@ -46,6 +47,7 @@ class Row:
     stream: float = 0
     output_range: bool = False
     transform: str = ""
+    peer: tuple[str, str] | None = None
     suites: int = 0
     only: str = ""
 
@@ -103,12 +105,13 @@ def idea(name: str, scheme: dict[str, Any] | None = None, **rest: Any) -> Row:
 
 
 GROUP = {"propagation": "group"}
+ALL = "q_proj o_proj gate_proj down_proj"
 IDEAS = (
     idea("a group by group", **GROUP),
     idea("c half", target=0.5, **GROUP),
     idea("b refit 2", refit=2),
     idea("d q/k/v scaled", transform="scaled q_proj"),
-    idea("d all scaled (AWQ)", transform="scaled q_proj o_proj gate_proj down_proj"),
+    idea("d all scaled (AWQ)", transform=f"scaled {ALL}"),
     idea("e values rotated", transform="rotated values 0"),
     idea("hessian, b", HESSIAN, refit=2),
     idea("cs half", target=0.5, stream=0.5, only="llama", **GROUP),
@@ -124,7 +127,7 @@ IDEAS = (
     ),
     idea(
         "hessian, b, c half, d all",
-        HESSIAN, refit=2, target=0.5, transform="scaled q_proj o_proj gate_proj down_proj", **GROUP,
+        HESSIAN, refit=2, target=0.5, transform=f"scaled {ALL}", **GROUP,
     ),
     idea("hessian, b, c half, dynamic", HESSIAN | DYNAMIC, refit=2, target=0.5, **GROUP),
     idea("c whole", target=1.0, **GROUP),
@@ -135,6 +138,12 @@ IDEAS = (
     idea("damping 0.03", {"damp_frac": 0.03}),
     idea("damping 0.1", {"damp_frac": 0.1}),
     idea("ranges percentile", {"activation_range": "percentile"}),
+    idea("d all shifted", transform=f"shifted {ALL}"),
+    idea("c half, d all", target=0.5, transform=f"scaled {ALL}", **GROUP),
+    idea("c half, d all shifted", target=0.5, transform=f"shifted {ALL}", **GROUP),
+    idea("hessian, c half", HESSIAN, target=0.5, **GROUP),
+    idea("hessian, c half, d all", HESSIAN, target=0.5, transform=f"scaled {ALL}", **GROUP),
+    idea("c half, dynamic", DYNAMIC, target=0.5, **GROUP),
 )  # fmt: skip
 
 
@@ -156,12 +165,20 @@ TOKENS = (
     tokens("equal norms, first 0.06", weighting="unit 0.06"),
 )
 
+PEERS = (
+    row("llm-compressor GPTQ W4A16", part="peers", peer=("llm-compressor", "W4A16")),
+    row("llm-compressor GPTQ W4AFP8", part="peers", peer=("llm-compressor", "W4AFP8")),
+    row("llm-compressor AWQ W4AFP8", part="peers", peer=("llm-compressor-awq", "W4AFP8")),
+    row("AutoRound light W4A16", part="peers", peer=("auto-round", "W4A16")),
+    row("AutoRound W4A16", part="peers", peer=("auto-round-200", "W4A16")),
+)
+
 # Methods that decide first; then ideas and tokens by turns with the rest.
 _FIRST, _REST = METHODS[:10], METHODS[10:]
 ROWS = {
     each.name: each
     for each in (*_FIRST, *IDEAS[:6], *TOKENS[:5], *_REST[:9], *IDEAS[6:17], *TOKENS[5:9],
-                 *_REST[9:], *IDEAS[17:], *TOKENS[9:])
+                 *_REST[9:], *IDEAS[17:], *TOKENS[9:], *PEERS)
 }  # fmt: skip
 QUICK = "16 bits", "rtn W4A8", "default"
 # Documents all, of what the claims rest on; the best row is found among those that are there.

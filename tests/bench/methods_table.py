@@ -4,6 +4,7 @@
                         [--data ../shared/data] [--documents 1000] [--per-subject 40]
     python tests/bench/methods_table.py run MODEL PREPARED [--device cuda] [--out ROWS.jsonl]
                                         [--workers N] [--seconds S] [--only NAME ...] [--quick]
+                                        [--samples N] [--length N] [--windows N] [--peers FOLDER]
 
 MODEL is a folder of the Llama or Gemma 3 kind. `prepare` reads texts and lm-evaluation-harness once
 and writes two files of arrays; `run` needs torch, transformers, safetensors, numba and pydantic
@@ -18,7 +19,9 @@ of the suites. Gemma reads BOS before every window, of calibration too. Windows 
 are there to choose by, those with odd ones to report.
 
 `--workers` are processes that share the device and the list: a GPU waits for one of them half of
-the time. `--quick` has few tokens and three rows.
+the time. `--quick` has few tokens and three rows. On a CPU `--samples 48 --length 512 --windows 48`
+makes a row a matter of minutes; scored windows are then spread over the text. `--peers` is where
+the environment of other projects' tools is, or is made: their rows get the same windows of tokens.
 """
 
 import argparse
@@ -35,14 +38,18 @@ from typing import Any
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import numpy as np
+import peers
 import torch
 from methods_model import Quantized, Statistics, Subject, original_statistics, quantize_model
 from methods_rows import FULL, QUICK, ROWS, SCORED, Row, full, row
 from methods_score import Suites, WindowScores, reference, score_suites, score_windows
 from methods_transforms import transform
+from safetensors.torch import save_file
 from token_streams import streams_of
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from dpq_core.checkpoint.native import load_model
 
 TEXTS = {  # stream: file, column, what stands between rows (None: end of text)
     "c4": ("c4_sample/c4_train_00000_first.jsonl.gz", "text", None),
@@ -50,6 +57,7 @@ TEXTS = {  # stream: file, column, what stands between rows (None: end of text)
     "questions": ("web_questions/train.jsonl.gz", "question", None),
     "test": ("wikitext2_raw_test/test.jsonl.gz", "text", "\n\n"),
 }
+_PEERS_BITS = 4 + 16 / 128  # symmetric, a 16-bit scale for 128 columns
 HELD_OUT = 32_768  # last tokens of `c4`, in no Hessian
 LENGTHS = 2048, 512
 SIXTEEN = {"inner": "none", "activations": "none", "method": "rtn"}  # inputs as they are
@@ -67,6 +75,10 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=1e9, help="after which no row begins")
     parser.add_argument("--only", nargs="+", metavar="NAME", help="rows, or full:ROW")
     parser.add_argument("--quick", action="store_true", help="a few thousand tokens, three rows")
+    parser.add_argument("--samples", type=int, default=128, help="windows to calibrate on")
+    parser.add_argument("--length", type=int, default=2048, help="tokens of each of them")
+    parser.add_argument("--windows", type=int, help="scored ones of each length, instead of all")
+    parser.add_argument("--peers", type=Path, help="folder of the peers' environment")
     parser.add_argument("--documents", type=int, help="of each suite, instead of the rows' numbers")
     parser.add_argument("--per-subject", type=int, help="of MMLU's subjects, to prepare")
     parser.add_argument("--claims", type=Path, help=argparse.SUPPRESS)
@@ -143,8 +155,13 @@ class Bench:
     def __init__(self, arguments: argparse.Namespace) -> None:
         self.arguments = arguments
         self.device = torch.device(arguments.device)
-        self.samples, self.length = (2, 256) if arguments.quick else (128, 2048)
-        self.most = 2 if arguments.quick else 1 << 30  # scored windows of each length
+        self.samples, self.length, self.most = (
+            arguments.samples,
+            arguments.length,
+            arguments.windows,
+        )
+        if arguments.quick:
+            self.samples, self.length, self.most = 2, 256, 2
         self.at_once = 16_384 if self.device.type == "cuda" else 1024  # tokens
         streams = np.load(arguments.prepared / "tokens.npz")
         self.streams = {name: torch.from_numpy(streams[name].astype(np.int64)) for name in TEXTS}
@@ -174,12 +191,14 @@ class Bench:
 
     def knows(self, each: Row) -> bool:
         """Whether a row is of this kind of model, and its documents are here."""
+        if each.peer and self.arguments.peers is None:
+            return False
         there = SCORED if self.suites is None else int(self.suites.place.max()) + 1
         return each.only in ("", self.kind) and (each.suites <= SCORED or there > SCORED)
 
     def attempt(self, each: Row) -> None:
         try:
-            self.write(self.measure(each))
+            self.write(self.measure_peer(each) if each.peer else self.measure(each))
         except Exception as error:  # the other rows are worth having
             traceback.print_exc()
             self.write({"row": each.name, "error": f"{type(error).__name__}: {error}"[:500]})
@@ -217,6 +236,21 @@ class Bench:
             }
         }  # fmt: skip
 
+    def measure_peer(self, each: Row) -> dict[str, Any]:
+        """What another tool makes of the same model and windows, read by our loader."""
+        assert each.peer is not None
+        python = peers.environment(self.arguments.peers)
+        with tempfile.TemporaryDirectory() as work:
+            tokens, folder = Path(work, "tokens.safetensors"), Path(work, "quantized")
+            save_file({"tokens": self.windows(each.text).contiguous()}, tokens)
+            script = Path(__file__).with_name("peer.py")
+            inputs = self.arguments.model, tokens, folder, self.batch()
+            took = peers.run([str(each) for each in (python, script, *each.peer, *inputs)])
+            model = load_model(folder, self.device)
+            scores = self.scores(model=model)
+        seconds = {"statistics": 0.0, "layers": took["cpu"]["quantize"]}
+        return self.record(each, Quantized(), scores) | {"bits": _PEERS_BITS, "seconds": seconds}
+
     def statistics(self, each: Row) -> Statistics:
         """Of the model as it is; those of an untransformed one are kept for other rows."""
         scheme = each.scheme
@@ -244,12 +278,10 @@ class Bench:
 
     def windows(self, text: str) -> Tensor:
         """Windows to calibrate, spread evenly over a stream. [windows, length]"""
-        own = self.cut(text, self.length)
-        count = max(1, min(len(own), self.samples))
-        return own[torch.arange(count) * len(own) // count]
+        return _spread(self.cut(text, self.length), self.samples)
 
     def scored(self, length: int) -> Tensor:
-        return self.cut("test", length)[: self.most]
+        return _spread(self.cut("test", length), self.most)
 
     def cut(self, text: str, length: int) -> Tensor:
         stream = self.streams[text]
@@ -261,10 +293,12 @@ class Bench:
     def batch(self, length: int | None = None) -> int:
         return max(1, self.at_once // (length or self.length))
 
-    def scores(self, lengths: tuple[int, ...] = LENGTHS) -> dict[int, WindowScores]:
+    def scores(
+        self, lengths: tuple[int, ...] = LENGTHS, model: Any = None
+    ) -> dict[int, WindowScores]:
         """The token after a window's first is the first predicted."""
         first = 1 if self.bos is None else 2
-        model = self.subject.model
+        model = model or self.subject.model
         return {
             length: score_windows(
                 model, self.scored(length), self.references[length], first, self.batch(length)
@@ -306,6 +340,12 @@ class Bench:
         line = json.dumps({**record, "settings": settings, "opening": self.opening}) + "\n"
         with self.arguments.out.open("ab", buffering=0) as out:
             out.write(line.encode())
+
+
+def _spread(windows: Tensor, count: int | None) -> Tensor:
+    """So many windows at equal distances; all, where there are fewer or None is asked for."""
+    count = max(1, min(len(windows), count or len(windows)))
+    return windows[torch.arange(count) * len(windows) // count]
 
 
 def _short(numbers: Any) -> list[float]:

@@ -21,7 +21,8 @@ _AS_LLAMA = (
 
 @torch.inference_mode()
 def transform(subject: Subject, what: str, statistics: Statistics) -> None:
-    """Change the model in place. `scaled SITE …`, `rotated values SEED`, `rotated stream SEED`;
+    """Change the model in place. `scaled SITE …`, `shifted SITE …` (scaled by powers of two, which
+    changes no bit of what a Llama computes), `rotated values SEED`, `rotated stream SEED`;
     statistics [of 16-bit inputs] say how channels are scaled."""
     model = subject.model
     config = model.config.to_dict()
@@ -30,10 +31,11 @@ def transform(subject: Subject, what: str, statistics: Statistics) -> None:
     parameters = dict(model.named_parameters(remove_duplicate=False))
     tensors = {_renamed(n, gemma): _plain(n, p.float(), gemma) for n, p in parameters.items()}
     kind, *arguments = what.split()
-    if kind == "scaled":
-        tensors = transforms.scale_channels(
-            tensors, heads, _factors(subject, heads, arguments, statistics)
-        )
+    if kind in ("scaled", "shifted"):
+        factors = _factors(subject, heads, arguments, statistics)
+        if kind == "shifted":
+            factors = {site: factor.log2().round().exp2() for site, factor in factors.items()}
+        tensors = transforms.scale_channels(tensors, heads, factors)
     else:
         place, seed = arguments
         tensors = rotated(tensors, heads, int(seed), place == "stream", place == "values")

@@ -1,6 +1,6 @@
 """One peer, in the environment that `peers.py` made for it: knows nothing of this project.
 
-    python peer.py llm-compressor|auto-round SCHEME MODEL TOKENS OUT BATCH
+    python peer.py TOOL SCHEME MODEL TOKENS OUT BATCH
 
 TOKENS is a safetensors file with `tokens` [windows, length] int64. Prints a line of JSON: seconds
 (wall and CPU) of loading, quantizing (calibration included) and saving, threads, and the version.
@@ -9,6 +9,7 @@ TOKENS is a safetensors file with `tokens` [windows, length] int64. Prints a lin
 import json
 import sys
 import time
+from functools import partial
 from importlib.metadata import version
 from itertools import pairwise
 
@@ -18,20 +19,32 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 
 def llm_compressor(model, tokenizer, tokens, scheme, folder, batch):
+    from llmcompressor.modifiers.quantization import GPTQModifier
+
+    modifier = GPTQModifier(targets="Linear", scheme=scheme, ignore=["lm_head"], actorder=None)
+    return one_shot(model, tokenizer, tokens, modifier, folder, batch)
+
+
+def llm_compressor_awq(model, tokenizer, tokens, scheme, folder, batch):
+    from llmcompressor.modifiers.awq import AWQModifier
+
+    modifier = AWQModifier(targets="Linear", scheme=scheme, ignore=["lm_head"])
+    return one_shot(model, tokenizer, tokens, modifier, folder, batch)
+
+
+def one_shot(model, tokenizer, tokens, modifier, folder, batch):
     from datasets import Dataset
     from llmcompressor import oneshot
-    from llmcompressor.modifiers.quantization import GPTQModifier
 
     rows = Dataset.from_dict(
         {"input_ids": tokens.tolist(), "attention_mask": torch.ones_like(tokens).tolist()}
     )
-    recipe = GPTQModifier(targets="Linear", scheme=scheme, ignore=["lm_head"], actorder=None)
     yield
     oneshot(
         model=model,
         processor=tokenizer,
         dataset=rows,
-        recipe=recipe,
+        recipe=modifier,
         max_seq_length=tokens.shape[1],
         num_calibration_samples=len(tokens),
         batch_size=batch,
@@ -40,7 +53,7 @@ def llm_compressor(model, tokenizer, tokens, scheme, folder, batch):
     model.save_pretrained(folder, save_compressed=True)
 
 
-def auto_round(model, tokenizer, tokens, scheme, folder, batch):
+def auto_round(model, tokenizer, tokens, scheme, folder, batch, **settings):
     from auto_round import AutoRound
 
     batches = [{"input_ids": part} for part in tokens.split(batch)]
@@ -50,8 +63,7 @@ def auto_round(model, tokenizer, tokens, scheme, folder, batch):
         tokenizer=tokenizer,
         scheme=scheme,
         dataset=batches,
-        iters=50,  # its light recipe
-        lr=5e-3,
+        **settings,
         seqlen=tokens.shape[1],
         nsamples=len(tokens),
         batch_size=batch,
@@ -65,7 +77,9 @@ def auto_round(model, tokenizer, tokens, scheme, folder, batch):
 
 PEERS = {
     "llm-compressor": (llm_compressor, "llmcompressor"),
-    "auto-round": (auto_round, "auto-round"),
+    "llm-compressor-awq": (llm_compressor_awq, "llmcompressor"),
+    "auto-round": (partial(auto_round, iters=50, lr=5e-3), "auto-round"),  # its light recipe
+    "auto-round-200": (partial(auto_round, iters=200), "auto-round"),  # its default
 }
 STEPS = "load", "quantize", "save"
 

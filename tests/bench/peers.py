@@ -56,6 +56,7 @@ OURS = {
     "DPQ W4A8, `hopper-vllm`": {"preset": "hopper-vllm"},
     "DPQ W4A8, `activation`, Hessian search, gradient": {"scale_search": "hessian"},
 }
+WINDOWS_AT_ONCE = 8
 
 
 def main() -> None:
@@ -173,7 +174,7 @@ def scored(recipe: Recipe, source: Path, folder: Path, windows: int) -> str:
     assert text is not None
     tokenizer = AutoTokenizer.from_pretrained(source)
     tokens = token_windows(load_texts(text.dataset), tokenizer, text.sequence_length)[:windows]
-    return f"{perplexity_token(load_model(folder), tokens, text.batch_size).value:.3f}"
+    return f"{perplexity_token(load_model(folder), tokens, WINDOWS_AT_ONCE).value:.3f}"
 
 
 if __name__ == "__main__":

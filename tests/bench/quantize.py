@@ -173,12 +173,12 @@ def trailing(rows: int, features: int, block: int) -> float:
 def compile_kernels(scheme: Scheme, section: CalibrationSection) -> None:
     """By quantizing a small layer, inputs rounded as the scheme says."""
     x = torch.randn(64, 16).bfloat16()
-    statistics = InputStatistics.empty(16)
-    statistics.add_magnitudes(x)
+    found = InputStatistics.empty(16)
+    found.add_magnitudes(x)
     rounding = statistics.InputRounding.of(scheme, section)
-    scale = rounding.static_scale(statistics.magnitudes) if rounding else None
-    statistics.add_hessian(*(rounding.rounded(x, scale) if rounding else (x, None)))
-    quantize.quantize_layer(torch.randn(16, 16), statistics, scheme)
+    scale = rounding.static_scale(found.magnitudes) if rounding else None
+    found.add_hessian(*(rounding.rounded(x, scale) if rounding else (x, None)))
+    quantize.quantize_layer(torch.randn(16, 16), found, scheme)
 
 
 def print_stages(clock: Clock, floor: dict[str, float]) -> None:
