@@ -68,43 +68,32 @@ def divergences(
                 f"hidden states of {len(states)} tokens and of {len(each)}: both models must be"
                 " run on the same chunks"
             )
-    parts = list[list[Divergence]]()
-    for start in range(0, len(states), ROWS):
-        some = slice(start, start + ROWS)
-        theirs = [tiles(each[some]) for tiles, each in others]
-        parts.append(_of_tiles(zip(reference(states[some]), *theirs, strict=True), len(others)))
-    return [joined(each) for each in zip(*parts, strict=True)]
+    found = [list[Divergence]() for _ in others]
+    rows = min(each.rows for each in (reference, *(tiles for tiles, _ in others)))
+    for start in range(0, len(states), rows):
+        some = slice(start, start + rows)
+        sums = [_Sums(len(states[some]), states.device) for _ in others]
+        theirs = [tiles.logits(each[some]) for tiles, each in others]
+        for (offset, a), *rest in zip(reference.logits(states[some]), *theirs, strict=True):
+            for own, (_, b) in zip(sums, rest, strict=True):
+                own.add(offset, a, b)
+        for parts, own in zip(found, sums, strict=True):
+            parts.append(own.finished())
+    return [joined(each) for each in found]
 
 
-def _of_tiles(tiles: Iterable[tuple[tuple[int, Tensor], ...]], others: int) -> list[Divergence]:
-    """Divergences, from tiles of logits [tokens, pieces] fp32 and the number of their first piece:
-    of the reference, and of so many others."""
-    expected, at = RunningSums(), None
-    found = [RunningSums() for _ in range(others)]
-    for (first, p), *rest in tiles:
-        a = p.double()
-        expected.add(first, a)
-        largest = a.amax(-1).clamp(min=torch.finfo(a.dtype).min)  # of a tile of −∞
-        if at is None:
-            at, weights = largest, torch.zeros_like(largest)
-            apart = [torch.zeros_like(largest) for _ in range(others)]
-        moved = torch.maximum(at, largest)
-        shrunk, at = (at - moved).exp(), moved
-        shares = (a - at[:, None]).exp()
-        weights = weights * shrunk + shares.sum(-1)
-        for number, (_, q) in enumerate(rest):
-            b = q.double()
-            found[number].add(first, b)
-            # A piece that p excludes (−∞) counts nothing, whatever q says of it.
-            terms = torch.where(shares > 0, shares * (a - b), 0.0)
-            apart[number] = apart[number] * shrunk + terms.sum(-1)
-    theirs = expected.finished()
-    return [
-        _divergence(each / weights, theirs, ours.finished())
-        for each, ours in zip(apart, found, strict=True)
-    ]
+class _Sums:
+    """`definitions.compare`'s running sums of so many tokens."""
 
+    def __init__(self, tokens: int, device: torch.device) -> None:
+        self._sums = torch.zeros(5, tokens, dtype=torch.float64, device=device)
+        self._sums[[0, 3]] = LEAST
+        self._best = torch.zeros(2, tokens, dtype=torch.int64, device=device)
 
-def _divergence(apart: Tensor, theirs: Predicted, ours: Predicted) -> Divergence:
-    nats = apart - theirs.log_sums + ours.log_sums
-    return Divergence(nats.clamp(min=0).cpu(), (theirs.best == ours.best).cpu())
+    def add(self, offset: int, a: Tensor, b: Tensor) -> None:
+        compare(self._sums, self._best, offset, a, b)
+
+    def finished(self) -> Divergence:
+        largest_p, total_p, apart, largest_q, total_q = self._sums
+        nats = apart / total_p - (largest_p + total_p.log()) + (largest_q + total_q.log())
+        return Divergence(nats.clamp(min=0).cpu(), (self._best[0] == self._best[1]).cpu())

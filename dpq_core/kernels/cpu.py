@@ -1,5 +1,4 @@
-"""Quantization's inner loops on a CPU: the kernels of `dpq_core.kernels.numba_loops`, called with
-tensors.
+"""Inner loops on a CPU: the kernels of `numba_loops` and `distribution_loops`, called with tensors.
 
 They take the place of a definition in plain torch wherever `fits` says so. Memory: what is written
 is written in place.
@@ -17,7 +16,7 @@ from torch import Tensor
 
 from dpq_core.arithmetic.affine import ColumnGrid
 from dpq_core.arithmetic.formats import NumberFormat
-from dpq_core.kernels import numba_loops, products
+from dpq_core.kernels import distribution_loops, numba_loops, products
 from dpq_core.kernels.blas import AS_IS, ROW_MAJOR, TRANSPOSED, bf16_product
 
 _COLUMNS = 32  # that `numba_loops.choose` takes at a time
@@ -145,6 +144,19 @@ def quantize(
 def count_magnitudes(x: Tensor, counts: Tensor) -> None:
     """`definitions.count_magnitudes` of BF16 values of any shape, added to counts [2**15] int64."""
     numba_loops.count_magnitudes(bits_of(x).ravel(), counts.numpy())
+
+
+def compare(
+    sums: Tensor,  # [5, tokens] float64, changed
+    best: Tensor,  # [2, tokens] int64, changed
+    offset: int,
+    a: Tensor,  # [tokens, pieces] fp32
+    b: Tensor,  # [tokens, pieces] fp32
+) -> None:
+    """`definitions.compare`."""
+    a, b = a.detach().contiguous(), b.detach().contiguous()
+    arrays = sums.numpy(), best.numpy(), offset, a.numpy(), b.numpy()
+    _by_rows(distribution_loops.compare, len(a), *arrays)
 
 
 def bits_of(x: Tensor) -> NDArray[np.int16]:

@@ -1,10 +1,11 @@
-"""Quantization's inner loops as plain torch states them: what every device's kernels compute.
+"""Inner loops as plain torch states them: what every device's kernels compute.
 
     choose_block      a block of columns of the column loop      (GPTQ, DPQ)
     step_columns      a block of columns of a gradient pass      (gradient-aware rounding)
     residual          ŵ - w
     group_errors      one tried range of the scale search
     count_magnitudes  the histogram of calibration's inputs
+    compare           a tile of two models' logits              (`evaluation.divergence`)
 
 `cpu` (Numba) and `cuda` (Triton) have functions of the same names with the same order of operations
 and the same roundings; sums of products differ in the last digit. `dispatch` chooses.
@@ -104,3 +105,38 @@ def count_magnitudes(x: Tensor) -> Tensor:
     """Occurrences [2**15] int64 of each |x|, of any shape, rounded to BF16."""
     bits = x.to(torch.bfloat16).view(torch.int16).flatten().int() & (MAGNITUDES - 1)
     return torch.bincount(bits, minlength=MAGNITUDES)
+
+
+LEAST = torch.finfo(torch.float64).min  # the largest of no logits
+
+
+def compare(
+    sums: Tensor,  # [5, tokens] float64, changed
+    best: Tensor,  # [2, tokens] int64, changed
+    offset: int,  # the tile's first piece
+    a: Tensor,  # [tokens, pieces] fp32, logits of one model
+    b: Tensor,  # [tokens, pieces] fp32, of another
+) -> None:
+    """Add a tile of logits to running sums, in float64. With m and n the largest a and b so far,
+    which rows 0 and 3 of `sums` hold (`LEAST` before the first tile):
+
+        1: Σ exp(a − m)    2: Σ exp(a − m) (a − b)    4: Σ exp(b − n)
+
+    best: the first piece of m, and of n. A NaN is no largest number; it is in the sums.
+    """
+    a, b = a.double(), b.double()
+    share, shrunk = _shares(sums[0], best[0], offset, a)
+    sums[1] = sums[1] * shrunk + share.sum(-1)
+    # A piece that one model excludes (−∞) counts nothing, whatever the other says of it.
+    sums[2] = sums[2] * shrunk + torch.where(share > 0, share * (a - b), 0.0).sum(-1)
+    share, shrunk = _shares(sums[3], best[1], offset, b)
+    sums[4] = sums[4] * shrunk + share.sum(-1)
+
+
+def _shares(largest: Tensor, best: Tensor, offset: int, logits: Tensor) -> tuple[Tensor, Tensor]:
+    """exp(logit − the largest so far), and what sums over earlier tiles are multiplied with.
+    Changes `largest` and `best`."""
+    top, place = logits.max(-1)
+    higher, old = top > largest, largest.clone()
+    largest[higher], best[higher] = top[higher], place[higher] + offset
+    return (logits - largest[:, None]).exp(), (old - largest).exp()

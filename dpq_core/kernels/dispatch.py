@@ -44,3 +44,9 @@ def count_magnitudes(x: Tensor) -> Tensor:
 
         return cuda.count_magnitudes(x.to(torch.bfloat16), MAGNITUDES)
     return definitions.count_magnitudes(x)
+
+
+def compare(sums: Tensor, best: Tensor, offset: int, a: Tensor, b: Tensor) -> None:
+    """`definitions.compare`."""
+    of_device = cpu if cpu.fits(a, b) else definitions
+    of_device.compare(sums, best, offset, a, b)
