@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dpq_core.evaluation.head import ROWS, Predicted, RunningSums, Tiles
+from dpq_core.evaluation.head import Predicted, RunningSums, Tiles
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,10 +69,12 @@ def divergences(
                 " run on the same chunks"
             )
     parts = list[list[Divergence]]()
-    for start in range(0, len(states), ROWS):
-        some = slice(start, start + ROWS)
-        theirs = [tiles(each[some]) for tiles, each in others]
-        parts.append(_of_tiles(zip(reference(states[some]), *theirs, strict=True), len(others)))
+    for start in range(0, len(states), reference.rows):
+        some = slice(start, start + reference.rows)
+        theirs = [tiles.logits(each[some]) for tiles, each in others]
+        parts.append(
+            _of_tiles(zip(reference.logits(states[some]), *theirs, strict=True), len(others))
+        )
     return [joined(each) for each in zip(*parts, strict=True)]
 
 
