@@ -66,7 +66,7 @@ def attend(
     forest.carried.key_values = (key[:, :, kept], value[:, :, kept]) if len(kept) else None
     y = query.new_empty(1, query.shape[2], query.shape[1], value.shape[3])
     for span in forest.pack.spans:
-        mask = span.mask(sliding_window)
+        mask = span.sight.mask(sliding_window, query.dtype)
         found = scaled_dot_product_attention(
             query[:, :, span.start : span.stop],
             key[:, :, span.keys],

@@ -16,7 +16,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dpq_core.evaluation.head import ROWS, Predicted, RunningSums, Tiles
+from dpq_core.evaluation.head import Tiles
+from dpq_core.kernels.definitions import LEAST
+from dpq_core.kernels.dispatch import compare
 
 
 @dataclass(frozen=True, eq=False)

@@ -17,11 +17,17 @@ from torch import Tensor
 
 from dpq_core.model.blocks import BlockStream
 
-ROWS, COLUMNS = 256, 8_192  # of a tile: tokens, pieces of the vocabulary; 8 MiB stay in the cache
+ROWS, COLUMNS = 2_048, 8_192  # of a tile, at most: tokens, pieces of the vocabulary
+TILE = 1 << 21  # logits: 8 MiB stay in the cache
 
-# Of hidden states [tokens, hidden]: the first piece of each tile, and its logits [tokens, pieces]
-# in FP32, on the model's device.
-Tiles = Callable[[Tensor], Iterator[tuple[int, Tensor]]]
+
+@dataclass(frozen=True)
+class Tiles:
+    """rows: tokens of a tile. logits: of hidden states [rows, hidden], the first piece of each
+    tile, and its logits [rows, pieces] in FP32, on the model's device."""
+
+    rows: int
+    logits: Callable[[Tensor], Iterator[tuple[int, Tensor]]]
 
 
 @contextmanager
@@ -33,7 +39,7 @@ def head_tiles(stream: BlockStream, columns: int = COLUMNS) -> Iterator[Tiles]:
         whole = [(parameter, parameter.data) for parameter in head.parameters()]
         pieces = len(head.weight)
 
-        def tiles(states: Tensor) -> Iterator[tuple[int, Tensor]]:
+        def logits(states: Tensor) -> Iterator[tuple[int, Tensor]]:
             try:
                 for first in range(0, pieces, columns):
                     for parameter, data in whole:
@@ -44,7 +50,7 @@ def head_tiles(stream: BlockStream, columns: int = COLUMNS) -> Iterator[Tiles]:
                 for parameter, data in whole:
                     parameter.data = data
 
-        yield tiles
+        yield Tiles(min(ROWS, TILE // min(pieces, columns)), logits)
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,11 +94,11 @@ def predicted(
     """For each target: its log-probability, float64, and whether it is the most likely piece."""
     logs = torch.empty(len(targets), dtype=torch.float64)
     likely = torch.empty(len(targets), dtype=torch.bool)
-    for start in range(0, len(states), ROWS):
-        mine = ((rows >= start) & (rows < start + ROWS)).nonzero().flatten()
+    for start in range(0, len(states), tiles.rows):
+        mine = ((rows >= start) & (rows < start + tiles.rows)).nonzero().flatten()
         own, wanted = rows[mine] - start, targets[mine]
         sums, logits = RunningSums(), torch.full((len(mine),), torch.nan, dtype=torch.float64)
-        for first, tile in tiles(states[start : start + ROWS]):
+        for first, tile in tiles.logits(states[start : start + tiles.rows]):
             sums.add(first, tile)
             here = (wanted >= first) & (wanted < first + tile.shape[1])
             at = own[here].to(tile.device), (wanted[here] - first).to(tile.device)

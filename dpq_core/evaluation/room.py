@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from math import prod
 
 from dpq_core.evaluation.forest import CHUNK
-from dpq_core.evaluation.head import COLUMNS, ROWS
+from dpq_core.evaluation.head import TILE
 from dpq_core.evaluation.segments import PACK
 from dpq_core.model.blocks import BlockStream
 
@@ -57,7 +57,7 @@ class Sizes:
         """Bytes of a worker that has so many tokens in hand, above its process."""
         held = self.weights if self.resident else self.block + self.embedding
         pack = PACK * max(self.widest, 4 * self.hidden) * _FLOAT32 * _PASSES
-        tiles = ROWS * COLUMNS * _FLOAT32 * _PASSES
+        tiles = TILE * _FLOAT32 * _PASSES
         states = 2 * tokens * self.hidden * _SIXTEEN  # as they go, and those that predict
         return held * _SIXTEEN + pack + tiles + states
 

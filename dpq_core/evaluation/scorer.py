@@ -58,7 +58,7 @@ def last_states(
     made = rows_walk if subject.unshared else spans_walk
     walks = [made(stream, chunk) for chunk in chunks]
     with torch.no_grad():
-        with stream.embedding() as begun:
+        with stream.embedding(remembered=not subject.unshared) as begun:
             for walk in walks:
                 walk.begin(begun)
         for index in range(stream.block_count):

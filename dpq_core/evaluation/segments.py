@@ -1,7 +1,8 @@
 """A chunk cut for a block: packs of tokens that run together, spans that attend together.
 
-A pack goes through a block's linears as one sequence [1, tokens]: nothing is padded. Its attention
-goes span by span. All queries of a span have the same tokens before the span (the ancestors of its
+A pack goes through a block's linears as one sequence [1, tokens]: nothing is padded, and all packs
+but a chunk's last have one shape, for which libraries make and keep one kernel. Attention goes span
+by span. All queries of a span have the same tokens before the span (the ancestors of its
 first), so one product with their keys and the span's own serves all of them, masked by
 
     q sees k  ⇔  k ≤ q < end[k]  and  position[q] − position[k] < window, where a layer has one
@@ -23,6 +24,30 @@ SPAN = 128  # queries
 
 
 @dataclass(frozen=True, eq=False)
+class Sight:
+    """What queries see of keys. seen: [queries, keys] bool, k ≤ q < end[k]. positions: [queries],
+    [keys] int64, of both in their sequences. masks: by window and type; made when they are asked
+    for, and kept."""
+
+    seen: Tensor
+    positions: tuple[Tensor, Tensor]
+    masks: dict[tuple[int | None, torch.dtype], Tensor | None] = field(default_factory=dict)
+
+    def mask(self, window: int | None, dtype: torch.dtype) -> Tensor | None:
+        """[queries, keys], what is added to their products in a layer with this window: 0, or −∞
+        where a key is not seen; None: plainly causal."""
+        if (window, dtype) not in self.masks:
+            of_query, of_key = self.positions
+            near = None if window is None else of_query[:, None] - of_key < window
+            seen = self.seen if near is None else self.seen & near
+            plain = len(seen) == seen.shape[1] and torch.equal(seen, torch.ones_like(seen).tril())
+            added = torch.zeros(seen.shape, dtype=dtype, device=seen.device)
+            mask = None if plain else added.masked_fill_(~seen, -torch.inf)
+            self.masks[window, dtype] = mask
+        return self.masks[window, dtype]
+
+
+@dataclass(frozen=True, eq=False)
 class Span:
     """Queries [start, stop) of a pack, and the keys that they see, of those carried to the pack and
     then its own; a slice where these lie together."""
@@ -30,19 +55,7 @@ class Span:
     start: int
     stop: int
     keys: slice | Tensor
-    seen: Tensor  # [queries, keys] bool: k ≤ q < end[k]
-    positions: tuple[Tensor, Tensor]  # [queries], [keys] int64: of both in their sequences
-    masks: dict[int | None, Tensor | None] = field(default_factory=dict)
-
-    def mask(self, window: int | None) -> Tensor | None:
-        """[queries, keys] bool, of a layer with this window; None: plainly causal. Kept."""
-        if window not in self.masks:
-            of_query, of_key = self.positions
-            near = None if window is None else of_query[:, None] - of_key < window
-            seen = self.seen if near is None else self.seen & near
-            plain = torch.equal(seen, torch.ones_like(seen).tril())  # needs as many keys as queries
-            self.masks[window] = None if plain and len(seen) == seen.shape[1] else seen
-        return self.masks[window]
+    sight: Sight
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,60 +72,69 @@ class Pack:
 def packs_of(
     chunk: Chunk, device: torch.device | str = "cpu", tokens: int = PACK, queries: int = SPAN
 ) -> list[Pack]:
-    """Packs of `tokens` (of a span at least), in the order in which they run."""
-    cuts = _cuts(chunk, queries)
+    """Packs of `tokens`, the last of what is left, in the order in which they run."""
+    cuts, texts = _cuts(chunk, tokens, queries), _Texts(device)
     packs, carried = list[Pack](), torch.empty(0, dtype=torch.int64)
-    first = 0
-    for number, stop in enumerate(cuts):
-        if (number + 1 < len(cuts) and cuts[number + 1] - cuts[first] <= tokens) or number == first:
-            continue
-        start = cuts[first]
+    for start in range(0, len(chunk), tokens):
+        stop = min(start + tokens, len(chunk))
         places = torch.cat([carried, torch.arange(start, stop)])
-        bounds = zip(cuts[first:number], cuts[first + 1 : number + 1], strict=True)
-        spans = [_span(chunk, places, start, *each, device) for each in bounds]
+        inner = [cut for cut in cuts if start <= cut < stop]
+        bounds = zip(inner, [*inner[1:], stop], strict=True)
+        spans = [_span(chunk, places, start, *each, texts) for each in bounds]
         kept = (chunk.ends[places] > stop).nonzero().flatten()
         packs.append(Pack(start, stop, spans, kept.to(device)))
-        carried, first = places[kept], number
+        carried = places[kept]
     return packs
 
 
-def _span(
-    chunk: Chunk, places: Tensor, pack: int, start: int, stop: int, device: torch.device | str
-) -> Span:
+@dataclass(frozen=True)
+class _Texts:
+    """Sights, those of spans of one text alone once: so many queries see so many keys."""
+
+    device: torch.device | str
+    found: dict[tuple[int, int], Sight] = field(default_factory=dict)
+
+    def sight(self, chunk: Chunk, queries: Tensor, keys: Tensor) -> Sight:
+        size = len(queries), len(keys)
+        alone = torch.equal(chunk.positions[keys], torch.arange(len(keys)))
+        if alone and size in self.found:
+            return self.found[size]
+        seen = (keys <= queries[:, None]) & (queries[:, None] < chunk.ends[keys])
+        of_query, of_key = (chunk.positions[each].to(self.device) for each in (queries, keys))
+        sight = Sight(seen.to(self.device), (of_query, of_key))
+        if alone:
+            self.found[size] = sight
+        return sight
+
+
+def _span(chunk: Chunk, places: Tensor, pack: int, start: int, stop: int, texts: _Texts) -> Span:
     """places: in the chunk, of the keys carried to the pack and its own."""
     own = (places >= start) & (places < stop)
     index = (own | ((places < start) & (chunk.ends[places] > start))).nonzero().flatten()
-    keys, queries = places[index], torch.arange(start, stop)
-    seen = (keys <= queries[:, None]) & (queries[:, None] < chunk.ends[keys])
-    positions = chunk.positions[queries].to(device), chunk.positions[keys].to(device)
+    sight = texts.sight(chunk, torch.arange(start, stop), places[index])
     first, last = int(index[0]), int(index[-1])
     together = last + 1 - first == len(index)
-    return Span(
-        start - pack,
-        stop - pack,
-        slice(first, last + 1) if together else index.to(device),
-        seen.to(device),
-        positions,
-    )
+    keys = slice(first, last + 1) if together else index.to(texts.device)
+    return Span(start - pack, stop - pack, keys, sight)
 
 
-def _cuts(chunk: Chunk, queries: int) -> list[int]:
-    """Where spans begin, and the end. A span ends before the tokens that follow its first's nearest
-    ancestor do; it is cut where few tokens are seen across the cut."""
+def _cuts(chunk: Chunk, tokens: int, queries: int) -> list[int]:
+    """Where spans begin. A span ends before the tokens that follow its first's nearest ancestor do,
+    and with its pack; it is cut where few tokens are seen across the cut."""
     ends, positions = chunk.ends.tolist(), chunk.positions.tolist()
     cuts, ancestors = [0], list[int]()  # ends of the ancestors of the token at the last cut
     while cuts[-1] < len(chunk):
         start = cuts[-1]
-        limit = min(start + queries, ancestors[-1] if ancestors else len(chunk))
+        edge = min(start - start % tokens + tokens, len(chunk))
+        limit = min(start + queries, edge, ancestors[-1] if ancestors else edge)
         cut = limit
-        if limit < len(chunk) and positions[limit]:
+        if limit < edge and positions[limit]:
             turns = [
                 place
                 for place in range(limit, start + (limit - start) // 2, -1)
                 if positions[place] <= positions[place - 1]
             ]
             cut = min(turns, key=positions.__getitem__, default=limit)
-        ancestors += ends[start:cut]
-        ancestors = [end for end in ancestors if end > cut]
+        ancestors = [end for end in [*ancestors, *ends[start:cut]] if end > cut]
         cuts.append(cut)
-    return cuts
+    return cuts[:-1]

@@ -81,7 +81,7 @@ def _tree() -> Chunk:
 
 @torch.no_grad()
 def _run(stream: BlockStream, walk: Walk) -> Tensor:
-    with stream.embedding() as begun:
+    with stream.embedding(remembered=bool(walk.packs)) as begun:
         walk.begin(begun)
     for index in range(stream.block_count):
         with stream.block(index):

@@ -14,6 +14,7 @@ from dpq_core.evaluation.attention import Carried, Forest
 from dpq_core.evaluation.forest import Chunk, sequences_of
 from dpq_core.evaluation.segments import PACK, SPAN, Pack, packs_of
 from dpq_core.model.blocks import BlockStream
+from dpq_core.model.finite import all_finite
 from dpq_core.model.inputs import Batch, ModelInputs
 
 
@@ -49,7 +50,7 @@ class Walk:
     @property
     def finite(self) -> bool:
         """Whether all hidden states are."""
-        return all(bool(torch.isfinite(batch.hidden).all()) for batch in self.batches)
+        return all(all_finite(batch.hidden) for batch in self.batches)
 
     def states(self) -> Tensor:
         """[tokens, hidden] of the chunk's tokens."""

@@ -25,7 +25,7 @@ from dpq_core.model.empty import building, keeps_wide
 from dpq_core.model.experts import SeparateExperts
 from dpq_core.model.families import Groups, family_of, members_of
 from dpq_core.model.filling import Tensors, fill_parameters
-from dpq_core.model.inputs import Batch, ModelInputs
+from dpq_core.model.inputs import Batch, Call, ModelInputs
 from dpq_core.model.observation import anatomy_of
 from dpq_core.model.reader import CheckpointError
 
@@ -166,35 +166,45 @@ class BlockStream:
             return [begun(each) for each in inputs]
 
     @contextmanager
-    def embedding(self) -> Iterator[Callable[[ModelInputs], Batch]]:
-        """A function from inputs to their hidden states before the first block."""
+    def embedding(self, remembered: bool = False) -> Iterator[Callable[[ModelInputs], Batch]]:
+        """A function from inputs to their hidden states before the first block. remembered: what
+        the model calls its blocks with (rotary embeddings, masks) is kept with them, and `forward`
+        runs a block alone; else the model makes it anew for each."""
         part = self.vision.patches if self.images and self.vision else self.anatomy.parts.embedding
 
         def begun(inputs: ModelInputs) -> Batch:
             with torch.no_grad():
-                return Batch.of(inputs, self._begun(inputs))
+                calls = dict[str, Call]()
+                batch = Batch.of(inputs, self._begun(inputs, calls))
+                batch.calls = calls if remembered else {}
+                return batch
 
         with self._running(), self._part(part):
             yield begun
 
-    def _begun(self, inputs: ModelInputs) -> Tensor:
+    def _begun(self, inputs: ModelInputs, calls: dict[str, Call]) -> Tensor:
         if self.images:
             return self._tower(inputs, inputs["pixel_values"].to(self.dtype)).cpu()
-        return self._before_language({n: x for n, x in inputs.items() if n in _OF_TEXT}).cpu()
+        text = {n: x for n, x in inputs.items() if n in _OF_TEXT}
+        return self._before_language(text, calls).cpu()
 
-    def _before_language(self, inputs: ModelInputs) -> Tensor:
-        """What comes to the first block of the language model."""
+    def _before_language(self, inputs: ModelInputs, calls: dict[str, Call]) -> Tensor:
+        """What comes to the first block of the language model. calls: gets what comes to each,
+        besides hidden states."""
         given: list[Tensor] = []
 
-        def catch(_: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
-            given.append(arguments[0] if arguments else named["hidden_states"])
+        def caught(path: str) -> Callable[..., None]:
+            def catch(_: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
+                given.append(arguments[0] if arguments else named["hidden_states"])
+                calls[path] = Call(arguments, named).of(given[0].new_empty(0))
 
-        first = self.model.get_submodule(self._paths[self._first_language])
-        handle = first.register_forward_pre_hook(catch, with_kwargs=True)
-        try:
+            return catch
+
+        with ExitStack() as hooks:
+            for path in self._paths[self._first_language :]:
+                block = self.model.get_submodule(path)
+                hooks.enter_context(block.register_forward_pre_hook(caught(path), with_kwargs=True))
             self._run(inputs)
-        finally:
-            handle.remove()
         return given[0]
 
     def _run(self, inputs: ModelInputs, **told: Any) -> None:
@@ -272,14 +282,28 @@ class BlockStream:
         """A batch's hidden states after the block that is loaded now, on their own device."""
         assert self._loaded is not None
         path = self.block_name(self._loaded)
+        if call := batch.calls.get(path):
+            return self._alone(call, batch, path)
         with torch.set_grad_enabled(batch.hidden.requires_grad), self._feeding(path, batch.hidden):
             if self._loaded >= self._first_language:
                 states = self._language(batch, path)
             elif self.vision and path == self.vision.merger:
-                states = self._before_language(batch.inputs)
+                states = self._before_language(batch.inputs, {})
             else:
                 states = self._tower(batch.inputs, batch.inputs["pixel_values"])
         return states.to(batch.hidden.device)
+
+    def _alone(self, call: Call, batch: Batch, path: str) -> Tensor:
+        """What a block gives, called as the model would."""
+        given = call.of(batch.hidden.to(self.device))
+        with torch.set_grad_enabled(batch.hidden.requires_grad):
+            output = self.model.get_submodule(path)(*given.arguments, **given.named, **batch.told)
+        return self._states(output).to(batch.hidden.device)
+
+    def _states(self, output: Any) -> Tensor:
+        """Of what a block of the language model returns."""
+        states: Tensor = output if self.anatomy.tuple_length is None else output[0]
+        return states
 
     def advance(self, batches: Sequence[Batch]) -> None:
         """`forward` of each batch in turn, in place of its hidden states."""
@@ -300,8 +324,7 @@ class BlockStream:
             self._run(about, **batch.told)
         finally:
             handle.remove()
-        states: Tensor = given[0] if self.anatomy.tuple_length is None else given[0][0]
-        return states
+        return self._states(given[0])
 
     def _tower(self, inputs: ModelInputs, patches: Tensor) -> Tensor:
         """Hidden states of the vision tower after the block that is loaded now, if any."""
@@ -318,9 +341,8 @@ class BlockStream:
         states = hidden.to(self.device)
 
         def feed(_: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> Any:
-            if arguments:
-                return (states, *arguments[1:]), named
-            return arguments, named | {"hidden_states": states}
+            call = Call(arguments, named).of(states)
+            return call.arguments, call.named
 
         module = self.model.get_submodule(path)
         handle = module.register_forward_pre_hook(feed, with_kwargs=True)

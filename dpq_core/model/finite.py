@@ -5,12 +5,19 @@ of a residual becomes infinite, the norm after it NaN, and every logit with it.
 """
 
 import torch
+from torch import Tensor
 
 from dpq_core.errors import InputError
 
 
 class NotFiniteError(InputError):
     """A 16-bit model that overflows, with the block where it does."""
+
+
+def all_finite(states: Tensor) -> bool:
+    """Whether all elements are. What is not makes the sum so too, which takes a fortieth of the
+    time of looking at each; a sum may overflow without."""
+    return bool(states.sum().isfinite()) or bool(states.isfinite().all())
 
 
 def not_finite(block: str, dtype: torch.dtype) -> NotFiniteError:

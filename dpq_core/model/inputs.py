@@ -1,7 +1,7 @@
 """What a model is called with, and how far it has come."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -19,15 +19,32 @@ _PURPOSES: tuple[Purpose, ...] = ("both", "hessians", "scales")
 FOR = "for"
 
 
+@dataclass(frozen=True)
+class Call:
+    """What a model calls a block with: positional, the hidden states first unless they are named;
+    and by name."""
+
+    arguments: tuple[Any, ...]
+    named: Mapping[str, Any]
+
+    def of(self, hidden: Tensor) -> "Call":
+        """The same with other hidden states."""
+        if self.arguments:
+            return Call((hidden, *self.arguments[1:]), self.named)
+        return Call((), {**self.named, "hidden_states": hidden})
+
+
 @dataclass
 class Batch:
     """Inputs, and their hidden states before the next block: [batch, length, hidden], or
     [patches, vision hidden] inside a vision tower. told: further arguments of the language model,
-    which it hands on to its attention. purpose: of a calibration's."""
+    which it hands on to its attention. calls: of the language model's blocks by path, where they
+    were written down. purpose: of a calibration's."""
 
     inputs: ModelInputs
     hidden: Tensor
     told: Mapping[str, Any] = field(default_factory=dict)
+    calls: Mapping[str, Call] = field(default_factory=dict)
     purpose: Purpose = "both"
 
     @classmethod
@@ -41,7 +58,7 @@ class Batch:
 
     def clone(self) -> "Batch":
         """With hidden states of its own."""
-        return Batch(self.inputs, self.hidden.clone(), self.told, self.purpose)
+        return replace(self, hidden=self.hidden.clone())
 
 
 def batches_of(windows: Tensor | Sequence[ModelInputs], batch_size: int) -> list[ModelInputs]:

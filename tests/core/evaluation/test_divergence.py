@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dpq_core.evaluation.divergence import Divergence, by_request, divergence, divergences
+from dpq_core.evaluation.head import Tiles
 
 
 def tiles_of(logits, columns):
@@ -18,7 +19,7 @@ def tiles_of(logits, columns):
         for first in range(0, rows.shape[1], columns):
             yield first, rows[:, first : first + columns]
 
-    return tiles
+    return Tiles(256, tiles)
 
 
 def found(p, q, columns):

@@ -1,5 +1,7 @@
 """Trees of shared prefixes: every token once, and what each query sees through packs and spans."""
 
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -71,11 +73,14 @@ def test_spans_see_ancestors_within_the_window(sequences, queries, tokens, windo
         for span in pack.spans:
             assert pack.start + span.start == at
             at = pack.start + span.stop
-            keys, mask = places[span.keys], span.mask(window)
+            keys, mask = places[span.keys], span.sight.mask(window, torch.float32)
             if mask is None:
-                mask = torch.ones(span.stop - span.start, len(keys), dtype=torch.bool).tril()
-                assert mask.shape[0] == mask.shape[1]
-            for row, query in zip(mask, range(pack.start + span.start, at), strict=True):
+                plain = torch.ones(span.stop - span.start, len(keys), dtype=torch.bool).tril()
+                assert plain.shape[0] == plain.shape[1]
+            else:
+                assert mask.unique().tolist() in ([0.0], [-math.inf, 0.0])
+                plain = mask == 0
+            for row, query in zip(plain, range(pack.start + span.start, at), strict=True):
                 seen = ancestors[query][-window:] if window else ancestors[query]
                 assert keys[row].tolist() == seen
         assert at == pack.stop
