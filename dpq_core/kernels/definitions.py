@@ -122,7 +122,7 @@ def compare(
 
         1: Σ exp(a − m)    2: Σ exp(a − m) (a − b)    4: Σ exp(b − n)
 
-    best: the first piece of m, and of n. A NaN is no largest number; it is in the sums.
+    best: the first piece of m, and of n. A NaN is not the largest; it is in the sums.
     """
     a, b = a.double(), b.double()
     share, shrunk = _shares(sums[0], best[0], offset, a)
@@ -136,7 +136,7 @@ def compare(
 def _shares(largest: Tensor, best: Tensor, offset: int, logits: Tensor) -> tuple[Tensor, Tensor]:
     """exp(logit − the largest so far), and what sums over earlier tiles are multiplied with.
     Changes `largest` and `best`."""
-    top, place = logits.max(-1)
+    top, place = torch.where(logits.isnan(), -torch.inf, logits).max(-1)
     higher, old = top > largest, largest.clone()
     largest[higher], best[higher] = top[higher], place[higher] + offset
     return (logits - largest[:, None]).exp(), (old - largest).exp()

@@ -43,7 +43,7 @@ def _exp(x: Any) -> Any:
     series = 1 + r * (
         1 + r * (_2 + r * (_3 + r * (_4 + r * (_5 + r * (_6 + r * (_7 + r * high))))))
     )
-    scale = ((np.float64(shifted).view(np.int64) + _BIAS) << _MANTISSA).view(np.float64)
+    scale = np.int64((np.float64(shifted).view(np.int64) + _BIAS) << _MANTISSA).view(np.float64)
     return 0.0 if x < _LEAST else series * scale
 
 

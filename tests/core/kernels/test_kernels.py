@@ -185,3 +185,34 @@ def test_without_a_folder_to_write_to_nothing_is_kept(monkeypatch):
     with pytest.raises(RuntimeError, match="cannot cache"):
         numba.njit(cache=True)(lambda x: x + 1)
     assert numba_loops.compiled()(lambda x: x + 1)(2) == 3
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.integers(0, 2**31), st.integers(1, 100), st.sampled_from([1, 7, 31, 32, 33, 97]))
+def test_two_distributions_are_compared_as_the_definition_does(seed, tokens, pieces):
+    torch.manual_seed(seed)
+    found, expected = ((_no_logits(tokens)) for _ in range(2))
+    for tile in range(3):
+        a, b = torch.randn(2, tokens, pieces) * 20
+        b, b[-1] = b.round(), b[0] + 1000  # ties; a row that lies elsewhere
+        a[:, 0], b[0, -1] = -torch.inf, -torch.inf
+        if seed % 3 == 0:
+            b[tokens // 2, tile % pieces] = torch.nan
+        for each, module in ((found, cpu), (expected, definitions)):
+            module.compare(*each, tile * pieces, a, b)
+    assert torch.equal(found[1], expected[1])
+    torch.testing.assert_close(found[0], expected[0], rtol=1e-12, atol=1e-12, equal_nan=True)
+
+
+def _no_logits(tokens):
+    sums = torch.zeros(5, tokens, dtype=torch.float64)
+    sums[[0, 3]] = definitions.LEAST
+    return sums, torch.zeros(2, tokens, dtype=torch.int64)
+
+
+def test_exponentials_are_exact_to_the_last_place():
+    b = -torch.logspace(-12, 2.8, 100_000)[:, None]  # one piece a token: Σ exp(b − 0) is exp(b)
+    sums, best = _no_logits(len(b))
+    sums[[0, 3]] = 0
+    cpu.compare(sums, best, 0, b, b)
+    torch.testing.assert_close(sums[4], b.double().exp()[:, 0], rtol=4e-16, atol=0)
