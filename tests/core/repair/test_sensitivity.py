@@ -5,8 +5,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from dpq_core.calibration.statistics import InputRounding, TokenWeights, calibrate_block
-from dpq_core.evaluation import divergence
-from dpq_core.evaluation.divergence import ROWS
+from dpq_core.evaluation import head
+from dpq_core.evaluation.head import ROWS
 from dpq_core.kernels.sixteen_bit import fit
 from dpq_core.layer.linear import W4A8Linear
 from dpq_core.layer.quantize import quantize_layer
@@ -46,7 +46,7 @@ def windows():
 
 @pytest.mark.parametrize(("block", "rows"), [(0, ROWS), (2, ROWS), (2, 7)])
 def test_losses_are_those_of_whole_models(folder, windows, block, rows, monkeypatch):
-    monkeypatch.setattr(divergence, "ROWS", rows)  # the last: parts of windows of 20 tokens
+    monkeypatch.setattr(head, "ROWS", rows)  # the last: parts of windows of 20 tokens
     stream = StreamedModel(folder)
     batches = stream.begin(batches_of(windows, 2))
     for earlier in range(block):
