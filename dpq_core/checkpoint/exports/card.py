@@ -62,10 +62,12 @@ def model_card(
     verdict: str | None = None,
     gates: Sequence[Mapping[str, str]] = (),
     standings: str = "",
+    attested: str | None = None,
 ) -> str:
     """README.md of a native checkpoint, or of its export where `export` is that one's manifest.
 
     gates: the rows of the gate table, as they are shown. standings: how they came out, in a line.
+    attested: what was found of an engine that served it, in a line.
     """
     native = checkpoint.manifest
     name = export["format"] if export else "native"
@@ -89,6 +91,7 @@ def model_card(
         standings=f" {standings[:1].upper()}{standings[1:]}." if standings else "",
         uses=_uses(name, checkpoint),
         checks=export["checks"] if export else {},
+        attested=attested,
         reader=export["reader"] if export else "",
         distance=export["distance"] if export else None,
         tolerance=export["tolerance"]["logits"] if export else 0,
