@@ -7,7 +7,8 @@ their log q. Ours are log p, over the whole vocabulary, of the model that define
     divergence   KL of both with all pieces outside S_t taken together as one:
                  Σ_{i ∈ S_t} p_i (log p_i − log q_i) + r_p (log r_p − log r_q)
                  with r = 1 − Σ_{i ∈ S_t}
-    agreement    share of the tokens whose most likely piece is the same
+    agreement    share of the tokens whose most likely piece is the same; of pieces that are equally
+                 likely, as in 16 bits many are, any
 
 Taking pieces together never raises a divergence (the log-sum inequality), so this is a lower bound
 of KL(p ‖ q), and is that where S_t is the vocabulary.
@@ -79,7 +80,7 @@ def agreement(
         max_difference=float(apart.abs().max()),
         bias=float(apart.mean()),
         divergence=float(nats.clamp(min=0).mean()),
-        top1_agreement=float(best[:, 1].double().mean()),
+        top1_agreement=float(_agree(ours, theirs, best).double().mean()),
         loss=-float(ours[:, 0].mean()),
         engine_loss=-float(theirs[:, 0].mean()),
     )
@@ -98,6 +99,13 @@ def exceeded(found: Agreement, limits: AttestLimits) -> list[str]:
     if found.top1_agreement < 0.5:
         reasons.append("so far apart are two models: does the engine serve another one?")
     return reasons
+
+
+def _agree(ours: Tensor, theirs: Tensor, best: Tensor) -> Tensor:
+    """Whether a piece is the most likely one, or equal to it, for both; all [tokens, pieces].
+    best: the first of ours, which may be none of the pieces."""
+    first = (ours == ours.amax(1, keepdim=True)) & (theirs == theirs.amax(1, keepdim=True))
+    return first.any(1) & best.any(1)
 
 
 def _table(windows: Tensor, said: Sequence[Sequence[Said]], top: int) -> tuple[Tensor, Tensor]:

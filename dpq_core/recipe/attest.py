@@ -16,7 +16,7 @@ class AttestLimits(Section):
     )
     max_difference: float = Field(2.0, gt=0, description="nats, the largest of them")
     divergence: float = Field(
-        0.02, gt=0, description="nats a token, with all but the engine's most likely pieces as one"
+        0.002, gt=0, description="nats a token, with all but the engine's most likely pieces as one"
     )
     top1_agreement: float = Field(
         0.9, gt=0, le=1, description="share of the tokens whose most likely one is the same"

@@ -100,6 +100,22 @@ def test_fewer_pieces_give_a_lower_bound(models, windows):
     assert 0 < found[0] < found[-1]
 
 
+def test_of_equally_likely_pieces_any_is_the_same(models, windows):
+    folder, model, _ = models
+    said = said_by(model, windows, 5)
+    for entries in said:
+        for entry in entries:
+            least = min(entry, key=entry.get)
+            entry[least] = max(entry.values())
+    found = agreement(subject_of(folder, dtype=torch.float32), windows, said, 5)
+    assert found.top1_agreement == 1
+    for entries in said:
+        for entry in entries:
+            entry[min(entry)] += 1e-3 + max(entry.values()) - entry[min(entry)]
+    other = agreement(subject_of(folder, dtype=torch.float32), windows, said, 5)
+    assert other.top1_agreement < 1
+
+
 def test_another_model_is_beyond_all_limits(models, windows):
     folder, _, other = models
     found = agreement(
