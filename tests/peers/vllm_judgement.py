@@ -4,16 +4,16 @@ vLLM's environment, and knows nothing of this project.
     python vllm_judgement.py 90 < CASES.json > JUDGEMENTS.json
 
 90: the card's compute capability, times ten. A case: name, quantization_config (of an export's
-config.json), rows, columns. Of each: scheme, kernel, and of each kernel that was asked before it why
-not; or the error. vLLM is told that it runs on CUDA on such a card; what its compiled library would
-say of the card (`cutlass_scaled_mm_supports_…`) is what that library's source says, as it is not
+config.json), rows, columns. Of each: scheme, kernel, and why not of each kernel that was asked
+before it; or the error. vLLM is told that it runs on CUDA on such a card. What its compiled library
+would say of the card (`cutlass_scaled_mm_supports_…`) is what that library's source says: it is not
 here. No kernel is run.
 """
 
 import json
 import os
 import sys
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import torch
 import vllm.platforms as platforms
@@ -54,6 +54,9 @@ sys.modules["vllm.vllm_flash_attn"] = _attention
 
 import vllm.model_executor.kernels.linear as linear  # noqa: E402
 from vllm.config import VllmConfig, set_current_vllm_config  # noqa: E402
+from vllm.distributed import parallel_state  # noqa: E402
+
+parallel_state._TP = SimpleNamespace(rank_in_group=0, world_size=1)
 
 asked = []  # kernel, why not (None: it is taken)
 
@@ -85,12 +88,12 @@ linear.is_supported_and_can_implement_kernel = can
 
 from vllm.model_executor.layers.linear import LinearBase  # noqa: E402
 from vllm.model_executor.layers.quantization import auto_gptq  # noqa: E402
-from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors import (  # noqa: E402, E501
+from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors import (  # noqa: E402
     CompressedTensorsConfig,
 )
 
 
-class Layer(LinearBase):
+class Linear(LinearBase):
     """A linear layer as far as a scheme looks at it."""
 
     def __init__(self):
@@ -110,11 +113,11 @@ def judged(case):
     }
     if config["quant_method"] == "gptq":
         method = auto_gptq.AutoGPTQLinearMethod(auto_gptq.AutoGPTQConfig.from_config(config))
-        method.create_weights(Layer(), **sizes)
+        method.create_weights(Linear(), **sizes)
         return type(method).__name__
     parsed = CompressedTensorsConfig.from_config(config)
     parsed.packed_modules_mapping = {}
-    layer = Layer()
+    layer = Linear()
     scheme = parsed.get_scheme(layer, "model.layers.0.mlp.down_proj")
     scheme.create_weights(layer=layer, **sizes)
     return type(scheme).__name__
