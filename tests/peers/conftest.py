@@ -41,6 +41,11 @@ def vllm_python():
 
 
 @pytest.fixture(scope="session")
+def export_rows():
+    return EXPORTS
+
+
+@pytest.fixture(scope="session")
 def exported(quickstart_model, tmp_path_factory):
     """A folder of the shipped model, rounded to nearest, as a row of `EXPORTS`."""
     made = {}

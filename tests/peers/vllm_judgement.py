@@ -137,7 +137,9 @@ def told(case):
 def main():
     cases, out = json.load(sys.stdin), os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # vLLM prints too
-    with set_current_vllm_config(VllmConfig()):
+    config = VllmConfig()
+    config.model_config = SimpleNamespace(dtype=torch.bfloat16)
+    with set_current_vllm_config(config):
         json.dump({case["name"]: told(case) for case in cases}, out)
     out.close()
 
