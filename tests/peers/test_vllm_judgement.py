@@ -12,6 +12,7 @@ import pytest
 
 from dpq_core.checkpoint.exports.compressed_tensors import COMPRESSED_TENSORS
 from dpq_core.checkpoint.exports.gptq import layout_config
+from dpq_core.checkpoint.exports.vllm import KERNELS, kind_of
 from dpq_core.recipe.scheme import Scheme
 
 pytestmark = pytest.mark.slow
@@ -85,7 +86,7 @@ def reasons(judged):
     said = {}
     for card, found in judged.items():
         for name, each in found.items():
-            error = each["error"] and each["error"].split(": ", 1)[-1][:160]
+            error = each["error"] and each["error"].split(": ", 1)[-1].split(" for layer_name")[0]
             for what, why in [(name, error)] if error else each["passed over"]:
                 line = (short(what), " ".join(str(why).split()))
                 if card not in said.setdefault(line, []):
@@ -103,6 +104,23 @@ def test_the_table_is_what_vllm_says(judged):
         PAGE.write_text(new, "utf-8")
     assert new == PAGE.read_text("utf-8")
     assert table(judged) in new
+
+
+def test_the_model_card_names_what_vllm_chooses(judged, export_rows):
+    for name, (scheme, form) in export_rows.items():
+        parsed = Scheme.model_validate(scheme)
+        if refused_everywhere(judged, f"{name}, {form}"):
+            continue
+        chosen = {
+            kind: short(kernel)
+            for card, kind in CARDS.items()
+            if (kernel := judged[card][f"{name}, {form}"]["kernel"])
+        }
+        assert KERNELS[kind_of(parsed, form)] == chosen
+
+
+def refused_everywhere(judged, row):
+    return all(judged[card][row]["error"] for card in CARDS)
 
 
 def test_the_kernels_that_our_presets_are_for(judged):

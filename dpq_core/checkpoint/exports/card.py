@@ -11,6 +11,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from dpq_core.checkpoint.exports.compressed_tensors import vllm_obstacle
 from dpq_core.checkpoint.exports.format import targets_of
+from dpq_core.checkpoint.exports.vllm import shown_kernels
 from dpq_core.checkpoint.native import MANIFEST, QuantizedCheckpoint
 from dpq_core.digests import file_digest
 from dpq_core.recipe.scheme import Scheme
@@ -152,7 +153,19 @@ def _uses(name: str, checkpoint: QuantizedCheckpoint) -> list[str]:
             else "With vLLM, on hardware that has its kernels (four-bit weights with FP8 "
             "activations: Hopper):\n\n```sh\nvllm serve …  # this folder\n```"
         )
+        return uses if obstacle else [*uses, *_kernels(name, checkpoint)]
+    if name == "gptq":
+        four = [t.scheme for t in targets_of(checkpoint) if t.scheme.method != "none"]
+        if all(scheme.symmetric for scheme in four):
+            return [*uses, *_kernels(name, checkpoint)]
+        uses.append("Not for vLLM: it takes symmetric GPTQ files alone (scheme.symmetric: true).")
     return uses
+
+
+def _kernels(name: str, checkpoint: QuantizedCheckpoint) -> list[str]:
+    """Which kernels vLLM would take."""
+    kernels = shown_kernels(targets_of(checkpoint), name)
+    return [f"By vLLM 0.32's own code, not tried on such cards: {kernels}."] if kernels else []
 
 
 def _template() -> Any:
