@@ -45,3 +45,9 @@ def remote_code_allowed() -> bool:
     """Whether a deployment runs checkpoints' own code where a recipe trusts it:
     `DPQ_ALLOW_REMOTE_CODE=1`; not by default."""
     return os.environ.get("DPQ_ALLOW_REMOTE_CODE") == "1"
+
+
+def signing_key() -> Path | None:
+    """Ed25519 key (PEM) that statements about engines are signed by: `DPQ_SIGNING_KEY`."""
+    path = os.environ.get("DPQ_SIGNING_KEY")
+    return Path(path) if path else None

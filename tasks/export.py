@@ -7,6 +7,7 @@ from typing import Any
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
+from dpq_core.attestation.statement import FILE, read_statement, summary
 from dpq_core.checkpoint.exports import failures, read_export
 from dpq_core.checkpoint.exports.card import CARD, model_card
 from dpq_core.checkpoint.native import QuantizedCheckpoint
@@ -28,6 +29,12 @@ class Export:
     def wrong(self) -> str | None:
         """What its checks found."""
         return "; ".join(failures(self.manifest)) or None
+
+    @property
+    def attested(self) -> str | None:
+        """What the statement that lies beside it says of an engine."""
+        path = self.artifact.folder / FILE
+        return summary(read_statement(path)["predicate"]) if path.is_file() else None
 
     def as_row(self) -> dict[str, Any]:
         return {
@@ -74,5 +81,5 @@ def cards(
     for each in exports:
         if each.wrong:
             continue
-        card = model_card(native, each.manifest, verdict, gates, standings)
+        card = model_card(native, each.manifest, verdict, gates, standings, each.attested)
         (each.artifact.folder / CARD).write_text(card, "utf-8")

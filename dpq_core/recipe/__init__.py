@@ -3,6 +3,7 @@
 Without torch: commands that compute nothing read recipes too.
 """
 
+from dpq_core.recipe.attest import AttestLimits, AttestSection
 from dpq_core.recipe.benchmark import BenchmarkSection, DeviceKind
 from dpq_core.recipe.calibration import CalibrationSection
 from dpq_core.recipe.datasets import TextDataset
@@ -22,6 +23,8 @@ __all__ = [
     "CHOICES",
     "METHODS",
     "PRESETS",
+    "AttestLimits",
+    "AttestSection",
     "BenchmarkSection",
     "CalibrationSection",
     "DeviceKind",

@@ -45,6 +45,9 @@ class GatesSection(Section):
         description="tokens/s of W4A8 over BF16, decoding one sequence; must be reached on every"
         " device of benchmark.devices",
     )
+    attested: bool = Field(
+        False, description="the engine of attest computes the export within attest.limits"
+    )
     allow_limited: bool = Field(False, description="judge a run whose documents were limited")
     approval: Literal["none", "required"] = Field(
         "none", description="required: a person decides on a release that passed its gates"

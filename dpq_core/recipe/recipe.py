@@ -5,6 +5,7 @@ from typing import Any, Literal, Self
 from pydantic import Field, ValidationError, model_validator
 
 from dpq_core.digests import digest
+from dpq_core.recipe.attest import AttestSection
 from dpq_core.recipe.benchmark import BenchmarkSection
 from dpq_core.recipe.calibration import CalibrationSection
 from dpq_core.recipe.credentials import CREDENTIALS, credentials_in, texts
@@ -42,6 +43,7 @@ class Recipe(Section):
         default_factory=list,
         description="formats to write and verify before a promotion",
     )
+    attest: AttestSection = AttestSection()
     registry: RegistrySection = RegistrySection()
     execution: ExecutionSection = ExecutionSection()
     variants: dict[str, dict[str, Any]] | None = Field(
@@ -118,6 +120,28 @@ class Recipe(Section):
                 )
         return self
 
+    @model_validator(mode="after")
+    def _engine_has_something_to_say(self) -> Self:
+        section = self.attest
+        if section.engine is None:
+            if self.gates.attested:
+                raise ValueError(
+                    "gates.attested is set, and no engine attests: add attest.engine, or leave the"
+                    " gate out"
+                )
+            return self
+        if section.format not in self.export:
+            raise ValueError(
+                f"attest.format is {section.format}, which export does not name: add it there, or"
+                " choose one that it names"
+            )
+        if self.evaluation.perplexity is None:
+            raise ValueError(
+                f"attest.engine is {section.engine}, and there is no text to ask it: add"
+                " evaluation.perplexity"
+            )
+        return self
+
     @property
     def digest(self) -> str:
         """Identity of the run's instructions: everything but how and where it is executed, and
@@ -128,6 +152,10 @@ class Recipe(Section):
         if not self.benchmark.devices:  # a release is not timed
             left_out["benchmark"] = True
             unasked.add("throughput_ratio")
+        if self.attest.engine is None:
+            left_out["attest"] = True
+        if not self.gates.attested:
+            unasked.add("attested")
         if unasked:
             left_out["gates"] = unasked
         return digest(self.model_dump(mode="json", exclude=left_out))

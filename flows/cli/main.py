@@ -16,6 +16,7 @@ import typer
 
 from dpq_core.recipe import DeviceKind, Recipe, RecipeError, load_recipe
 from flows.by_name import flow_named
+from flows.cli.attest import attest
 from flows.cli.automation import approve, deploy, reject, trigger, webhook
 from flows.cli.convnet import app as convnet_app
 from flows.cli.errors import errors, print_json
@@ -33,7 +34,7 @@ app.add_typer(convnet_app, name="convnet")
 app.add_typer(mirror_app, name="mirror")
 app.add_typer(store_app, name="store")
 app.add_typer(trigger, name="trigger")
-for command in (rollback, deploy, approve, reject, webhook):
+for command in (attest, rollback, deploy, approve, reject, webhook):
     app.command()(command)
 app.command("import")(import_model)
 

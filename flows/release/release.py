@@ -12,6 +12,7 @@ from dpq_core.recipe import Recipe, RecipeError
 from dpq_core.verdict.gates import Verdict
 from flows.benchmark import publish_times, with_benchmark
 from flows.release.approval import approved
+from flows.release.attest_stage import log_attestation, with_attestation
 from flows.release.candidate import Attempt, attempt, baseline_of, check_baseline
 from flows.release.export_stage import with_exports, write_cards
 from flows.release.measurements import measure
@@ -30,6 +31,7 @@ from tasks.log import log_evaluation, log_metrics, log_release, log_verdict
 from tasks.preflight import preflight
 from tasks.publish import check_hub, destination_of, published, pushed
 from tasks.register import Registration, base_of, register
+from tasks.support.attestation import check_engine
 from tasks.support.chunks import Comparison
 from tasks.support.divergences import spots_of
 from tasks.support.memory import MemoryUse
@@ -37,7 +39,8 @@ from tasks.support.memory import MemoryUse
 
 @dataclass(frozen=True)
 class Release:
-    """What came of a release. hub: address of the commit there. memory: of quantizing. scoring: of
+    """What came of a release. attested: what an
+    engine computed, in a line. hub: address of the commit there. memory: of quantizing. scoring: of
     the baseline's evaluation."""
 
     verdict: Verdict
@@ -48,6 +51,7 @@ class Release:
     rounds: list[dict[str, Any]]
     exports: list[Export]
     report: Report
+    attested: str | None
     hub: str | None
     memory: MemoryUse
     scoring: MemoryUse
@@ -64,6 +68,7 @@ class Release:
             "exports": [each.as_row() for each in self.exports],
             "report": self.report.address,
             "report_error": self.report.error,
+            "attested": self.attested,
             "hub": self.hub,
         }
 
@@ -74,8 +79,9 @@ def release(recipe: Recipe) -> Release:
     """Quantize a model, measure it against the 16-bit original, and promote it within the gates.
 
     Its speed is measured on the devices that the recipe's benchmark names. What passes the gates is
-    exported before it is registered: an export that cannot be verified rejects the release. What is
-    rejected is not exported. With `gates.approval: required` a person has the last word.
+    exported before it is registered: an export that cannot be verified rejects the release, and so
+    does one that an engine computes otherwise under `gates.attested`. What is rejected is not
+    exported. With `gates.approval: required` a person has the last word.
 
     Raises:
         The errors of the stages; a rejection is a result and no error. NotMeasuredError: a number
@@ -89,6 +95,7 @@ def release(recipe: Recipe) -> Release:
     name, registry = recipe.registered_name, Registry(tracking_uri)
     destination = destination_of(recipe.registry.destination, registry)
     check_hub(recipe)
+    check_engine(recipe.attest)
     champion = registry.champion(name)
     tags = {"recipe_digest": recipe.digest, "champion_at_start": str(champion or "")}
     with tracked_run(tracking_uri, recipe.registry.experiment, name, tags, artifact_root) as run:
@@ -102,6 +109,7 @@ def release(recipe: Recipe) -> Release:
         repaired = repair(recipe, inputs, baseline, attempt(recipe, inputs, baseline))
         timed, speeds = with_benchmark(baseline, repaired.last)
         last, exports = with_exports(baseline, timed)
+        last, attested = with_attestation(baseline, last, exports)
         repaired.attempts[-1] = last
         checkpoint, manifest = last.candidate.checkpoint, last.candidate.manifest
         log_release(run, last.recipe, model, manifest, last.verdict.metrics)
@@ -111,7 +119,10 @@ def release(recipe: Recipe) -> Release:
         parts = log_evaluation(run, recipe, {"baseline": baseline, "candidate": last.measured})
         judged, approval = approved(last.verdict, recipe.gates)
         about = {"asked_digest": recipe.digest, **approval}
+        if attested:
+            about["attested"] = attested.line
         log_verdict(run, judged)
+        log_attestation(run, attested)
         write_cards(run, checkpoint, exports, judged)
         source = published(destination, registry, judged, name, checkpoint, exports)
         registration = register(
@@ -140,7 +151,8 @@ def release(recipe: Recipe) -> Release:
             _log_rounds(run, repaired.attempts, rounds, tracking_uri, artifact_root)
         spots = spots_of(last.measured, Store(recipe.execution.store), verdict.judged_on)
         publish_spots(spots)
-        outcome = Outcome(model, last, registration, exports, parts, rounds, speeds, spots)
+        said = attested.line if attested else None
+        outcome = Outcome(model, last, registration, exports, parts, rounds, speeds, spots, said)
         report = report_or_error(run, tracking_uri, outcome)
         hub = pushed(recipe, model, registry, registration, checkpoint, exports)
     folder = str(checkpoint.folder)
@@ -153,6 +165,7 @@ def release(recipe: Recipe) -> Release:
         rounds=rounds,
         exports=exports,
         report=report,
+        attested=said,
         hub=hub,
         memory=memory,
         scoring=scoring,

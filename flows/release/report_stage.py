@@ -44,6 +44,7 @@ class Outcome:
     rounds: Sequence[Mapping[str, Any]]
     speeds: Sequence[Times] = ()
     spots: Sequence[Spot] = ()
+    attested: str | None = None
 
 
 @dataclass(frozen=True)
@@ -109,6 +110,7 @@ def _gathered(run: TrackedRun, tracking_uri: str, outcome: Outcome) -> "ReportDa
         parts=outcome.parts,
         speeds=outcome.speeds,
         spots=outcome.spots,
+        attested=outcome.attested,
         environment={
             "Random seeds": seeds(recipe),
             "Versions": versions(),

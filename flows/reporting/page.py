@@ -96,6 +96,8 @@ def skipped(data: ReportData) -> list[str]:
         lines.append("Exports: none, the recipe asks for no other format")
     elif not data.exports:
         lines.append(f"Exports ({', '.join(recipe.export)}): not written, the gates came first")
+    if data.exports and data.attested is None:
+        lines.append("An engine's arithmetic: not attested in this release")
     if data.verdict.verdict != "promoted" and not recipe.repair.enabled:
         lines.append("Repair: not tried, the recipe does not enable it")
     return lines

@@ -18,7 +18,7 @@ class ReportData:
     """What a report tells of a release. sizes: bytes of weights, 16-bit model and candidate.
     past: versions of the registered model with this one, the oldest first. parts: tables of suites'
     categories and subjects. checks: of integrity, None where passed. spots: of the text, the
-    farthest from the 16-bit model first."""
+    farthest from the 16-bit model first. attested: what an engine computes, in a line."""
 
     made: datetime
     recipe: Recipe
@@ -39,6 +39,7 @@ class ReportData:
     environment: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     speeds: Sequence[Times] = ()
     spots: Sequence[Spot] = ()
+    attested: str | None = None
 
     @property
     def errors(self) -> dict[str, float]:

@@ -11,6 +11,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from dpq_core.checkpoint.exports.compressed_tensors import vllm_obstacle
 from dpq_core.checkpoint.exports.format import targets_of
+from dpq_core.checkpoint.exports.vllm import shown_kernels
 from dpq_core.checkpoint.native import MANIFEST, QuantizedCheckpoint
 from dpq_core.digests import file_digest
 from dpq_core.recipe.scheme import Scheme
@@ -62,10 +63,12 @@ def model_card(
     verdict: str | None = None,
     gates: Sequence[Mapping[str, str]] = (),
     standings: str = "",
+    attested: str | None = None,
 ) -> str:
     """README.md of a native checkpoint, or of its export where `export` is that one's manifest.
 
     gates: the rows of the gate table, as they are shown. standings: how they came out, in a line.
+    attested: what was found of an engine that served it, in a line.
     """
     native = checkpoint.manifest
     name = export["format"] if export else "native"
@@ -89,6 +92,7 @@ def model_card(
         standings=f" {standings[:1].upper()}{standings[1:]}." if standings else "",
         uses=_uses(name, checkpoint),
         checks=export["checks"] if export else {},
+        attested=attested,
         reader=export["reader"] if export else "",
         distance=export["distance"] if export else None,
         tolerance=export["tolerance"]["logits"] if export else 0,
@@ -149,7 +153,19 @@ def _uses(name: str, checkpoint: QuantizedCheckpoint) -> list[str]:
             else "With vLLM, on hardware that has its kernels (four-bit weights with FP8 "
             "activations: Hopper):\n\n```sh\nvllm serve …  # this folder\n```"
         )
+        return uses if obstacle else [*uses, *_kernels(name, checkpoint)]
+    if name == "gptq":
+        four = [t.scheme for t in targets_of(checkpoint) if t.scheme.method != "none"]
+        if all(scheme.symmetric for scheme in four):
+            return [*uses, *_kernels(name, checkpoint)]
+        uses.append("Not for vLLM: it takes symmetric GPTQ files alone (scheme.symmetric: true).")
     return uses
+
+
+def _kernels(name: str, checkpoint: QuantizedCheckpoint) -> list[str]:
+    """Which kernels vLLM would take."""
+    kernels = shown_kernels(targets_of(checkpoint), name)
+    return [f"By vLLM 0.32's own code, not tried on such cards: {kernels}."] if kernels else []
 
 
 def _template() -> Any:
