@@ -239,11 +239,14 @@ def convnet(recipe: ConvRecipe) -> ConvRelease:
 @flow(name="convnet ladder")
 @attended
 def convnet_ladder(recipe: ConvRecipe) -> dict[str, list[dict[str, Any]]]:
-    """The whitepaper's comparisons on one network: `rows`, and `latency` of the integer one."""
+    """The whitepaper's comparisons on one network: `rows`, and `latency` of the integer one.
+    Without `qat.enabled` nothing is fine-tuned."""
     share_machine(recipe.execution.threads_per_worker)
     inputs = _Inputs.of(recipe, images(recipe))
     rows = [{"variant": "float", "accuracy": inputs.scores.scores.value, "delta": 0.0}]
-    rows += [_ladder_row(inputs, name, *LADDER[name]) for name in LADDER]
+    left_out = () if recipe.qat.enabled else ("fine-tuned",)
+    chosen = {name: row for name, row in LADDER.items() if row[0] not in left_out}
+    rows += [_ladder_row(inputs, name, *chosen[name]) for name in chosen]
     integers = inputs.measure(*LADDER["per channel"])
     latency = inputs.latency(integers.classifier)
     create_table_artifact(rows, key="convnet-ladder", description=recipe.network.kind)
