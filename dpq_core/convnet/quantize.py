@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
+from dpq_core.convnet.compensation import channel_means, compensate
 from dpq_core.convnet.graph import Prepared, layers_of, prepared
 from dpq_core.convnet.grids import Mode, Rounding, WeightRounding
 from dpq_core.convnet.images import Images
@@ -30,21 +31,32 @@ def post_training(
 ) -> Prepared:
     """Quantize without training, on `calibration.batches` batches from the start of `images`.
 
+    What weights and biases are given back (`dpq_core.convnet.compensation`) is found on
+    `calibration.compensation_pictures` of these.
+
     With a scheme of neither weights nor activations: the float graph, batch norm folded.
 
     Raises:
         ExportError: the network does not export.
     """
     made = rounding_graph(network, images.inputs(slice(2)), scheme)
-    graph = made.graph
+    graph, roundings = made.graph, {}
     for _, layer in layers_of(graph):
         layer.fold()
+        if scheme.compensates:  # outputs will be the float graph's: so are their ranges
+            roundings[layer], layer.rounding = layer.rounding, None
+    x = images.inputs(slice(calibration.compensation_pictures))
+    means = channel_means(made, x) if scheme.bias_correction else None
     if scheme.activations:
         with torch.no_grad():
             for start in range(0, len(images), calibration.batch_size)[: calibration.batches]:
                 graph(images.inputs(slice(start, start + calibration.batch_size)))
                 step()
+    for layer, rounding in roundings.items():
+        layer.rounding = rounding
     _settle(graph)
+    if scheme.compensates:
+        compensate(made, x, scheme.chooses_codes, means)
     return made
 
 

@@ -136,6 +136,9 @@ class WeightScheme(Section):
         description="leave out a bit, for processors whose products of bytes saturate; null: where"
         " this one's do",
     )
+    rounding: Literal["nearest", "outputs"] = Field(
+        "nearest", description="after training: outputs chooses codes that keep a layer's outputs"
+    )
 
     @model_validator(mode="after")
     def _known(self) -> Self:
@@ -157,6 +160,23 @@ class ConvScheme(Section):
 
     weights: WeightScheme | None = WeightScheme()
     activations: ActivationScheme | None = ActivationScheme()
+    bias_correction: bool = Field(
+        False, description="after training: keep the mean of each channel of a layer's outputs"
+    )
+
+    @model_validator(mode="after")
+    def _something_is_rounded(self) -> Self:
+        if self.bias_correction and self.weights is None:
+            raise ValueError("bias_correction gives back what weights lose: set weights, or false")
+        return self
+
+    @property
+    def chooses_codes(self) -> bool:
+        return self.weights is not None and self.weights.rounding == "outputs"
+
+    @property
+    def compensates(self) -> bool:
+        return self.chooses_codes or self.bias_correction
 
     def on(self, saturates: bool) -> "ConvScheme":
         """With `reduce_range` decided: whether the processor's products of bytes saturate."""
@@ -171,6 +191,11 @@ class ConvScheme(Section):
 class CalibrationSection(Section):
     batches: int = Field(100, ge=1)
     batch_size: int = Field(32, ge=1)
+    compensation_pictures: int = Field(
+        64,
+        ge=1,
+        description="held in memory at once: weights.rounding outputs, and bias_correction",
+    )
 
 
 class QatSection(Section):
