@@ -39,8 +39,14 @@ def channel_means(made: Prepared, x: Tensor) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def compensate(made: Prepared, x: Tensor, codes: bool, means: dict[str, Tensor] | None) -> None:
-    """Change a settled graph's weights, which stay on their grids, and biases.
+def compensate(
+    made: Prepared,
+    x: Tensor,
+    codes: bool,
+    means: dict[str, Tensor] | None,
+    only: Layer | None = None,
+) -> Tensor:
+    """Change a settled graph's weights, which stay on their grids, and biases; its logits for x.
 
     Args:
         x: an input; its activations are in memory at once.
@@ -61,13 +67,14 @@ def compensate(made: Prepared, x: Tensor, codes: bool, means: dict[str, Tensor] 
         return y + (off.reshape(-1, *[1] * (y.dim() - 2)) if layer.convolution else off)
 
     hooks = []
-    for layer in made.layers.values():
+    for layer in [only] if only else made.layers.values():
         if codes:
             hooks.append(layer.register_forward_pre_hook(choose))
         if means is not None:
             hooks.append(layer.register_forward_hook(correct))
     with _hooks(hooks):
-        made.graph(x)
+        logits: Tensor = made.graph(x)
+    return logits
 
 
 def _means(layer: Layer, y: Tensor) -> Tensor:

@@ -8,6 +8,8 @@ and gradients go through as if they were not. In the last epochs batch norm is f
 statistics, as in inference. Networks are exported in inference: what drops out does not.
 """
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
@@ -20,6 +22,11 @@ from dpq_core.convnet.placing import place_roundings, strip
 from dpq_core.convnet.ranges import range_of
 from dpq_core.convnet.recipe import CalibrationSection, ConvScheme, QatSection, TrainingSection
 from dpq_core.convnet.train import Step, fit
+from dpq_core.errors import InputError
+
+
+class LayerError(InputError):
+    """A layer that a scheme names and a network does not have."""
 
 
 def post_training(
@@ -46,7 +53,7 @@ def post_training(
         if scheme.compensates:  # outputs will be the float graph's: so are their ranges
             roundings[layer], layer.rounding = layer.rounding, None
     x = images.inputs(slice(calibration.compensation_pictures))
-    means = channel_means(made, x) if scheme.bias_correction else None
+    means = channel_means(made, x) if scheme.corrects_biases else None
     if scheme.activations:
         with torch.no_grad():
             for start in range(0, len(images), calibration.batch_size)[: calibration.batches]:
@@ -109,14 +116,25 @@ def rounding_graph(
     """The network's graph with a scheme's roundings in it; those of activations watch."""
     made = prepared(network, example)
     strip(made.graph)
-    if scheme.weights:
-        for _, layer in layers_of(made.graph):
-            layer.rounding = WeightRounding(scheme.weights)
+    if weights := scheme.weights:
+        _check_names(weights.layers, made)
+        for name, layer in layers_of(made.graph):
+            layer.rounding = WeightRounding(weights.in_bits(weights.bits_of(name)))
     if activations := scheme.activations:
         place_roundings(
             made.graph, lambda: Rounding(activations.bits, range_of(activations, training))
         )
     return made
+
+
+def _check_names(layers: Iterable[str], made: Prepared) -> None:
+    """Raises LayerError for one that the network does not have."""
+    for name in layers:
+        if name not in made.layers:
+            raise LayerError(
+                f"scheme.weights.layers names {name}, and the network has"
+                f" {', '.join(sorted(made.layers))}"
+            )
 
 
 def freeze_batch_norm(graph: GraphModule, frozen: bool) -> None:

@@ -50,10 +50,15 @@ def release(recipe: RecipePath, overrides: Overrides = None, as_json: AsJson = F
 
 
 @app.command()
-def compare(recipe: RecipePath, overrides: Overrides = None, as_json: AsJson = False) -> None:
+def compare(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    row: Annotated[list[str] | None, typer.Option(help="of the ladder, repeatable")] = None,
+    as_json: AsJson = False,
+) -> None:
     """Print the whitepaper's ladder on the recipe's network, and the latency of its integers."""
     with errors(as_json):
-        found = _run("convnet_ladder", load_conv_recipe(recipe, overrides))
+        found = _run("convnet_ladder", load_conv_recipe(recipe, overrides), row)
         if as_json:
             print_json(found)
         else:
@@ -91,7 +96,7 @@ def export(
             )
 
 
-def _run(name: str, recipe: ConvRecipe) -> Any:
+def _run(name: str, recipe: ConvRecipe, *more: Any) -> Any:
     """A flow on its services; imported late, as in `flows.cli.main`."""
     check_extra("dpq convnet", "convnet", "onnxruntime", "onnxscript", "sklearn")
     from infra.orchestration.services import services
@@ -100,6 +105,6 @@ def _run(name: str, recipe: ConvRecipe) -> Any:
         from flows import convnet
         from flows.cli.progress import progress
 
-        run: Callable[[ConvRecipe], Any] = getattr(convnet, name)
+        run: Callable[..., Any] = getattr(convnet, name)
         with progress():
-            return run(recipe)
+            return run(recipe, *more)

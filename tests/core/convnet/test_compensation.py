@@ -15,7 +15,6 @@ from dpq_core.convnet.networks import build_network
 from dpq_core.convnet.quantize import post_training
 from dpq_core.convnet.recipe import (
     CalibrationSection,
-    ConvRecipe,
     ConvScheme,
     ImagesSection,
     NetworkSection,
@@ -23,7 +22,6 @@ from dpq_core.convnet.recipe import (
     WeightScheme,
 )
 from dpq_core.convnet.train import fit, predict, seeded
-from dpq_core.recipe import RecipeError, validated
 
 FOUR = Codes(-7, 7, 4)
 FLOAT = ConvScheme(weights=None, activations=None)
@@ -186,9 +184,3 @@ def test_the_file_holds_what_was_chosen(made, images, tmp_path):
     simulated = predict(found.graph, images.test)
     written = predict(Classifier(tmp_path, "as written"), images.test)
     assert (written - simulated).norm() < 0.02 * simulated.norm()
-
-
-def test_biases_alone_have_nothing_to_give_back():
-    scheme = {"scheme": {"weights": None, "bias_correction": True}}
-    with pytest.raises(RecipeError, match="bias_correction gives back what weights lose"):
-        validated(ConvRecipe, scheme, "recipe")

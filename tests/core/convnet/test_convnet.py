@@ -125,7 +125,7 @@ KINDS = {4: TensorProto.INT4, 8: TensorProto.INT8, 16: TensorProto.INT16}
 @pytest.mark.parametrize(
     "scheme",
     [
-        WeightScheme(bits=bits, per=per, symmetric=symmetric)
+        WeightScheme(bits=bits, per=per, symmetric=symmetric, rounding="nearest")
         for bits in (4, 8, 16)
         for per, symmetric in (("channel", True), ("channel", False), ("layer", False))
     ]
