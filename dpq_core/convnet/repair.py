@@ -49,7 +49,7 @@ def trials(
             after each layer.
     """
     assert scheme.weights is not None
-    expected = before.graph(x).log_softmax(1)
+    expected = before.graph(x).double().log_softmax(1)
     means = channel_means(before, x) if scheme.corrects_biases else None
     found = []
     for name, layer in before.layers.items():
@@ -59,7 +59,7 @@ def trials(
             layer.rounding = WeightRounding(scheme.weights.in_bits(bits))
             layer.rounding.settle(layer.weight)
             logits = compensate(before, x, scheme.chooses_codes, means, only=layer)
-            loss = _divergence(expected, logits.log_softmax(1))
+            loss = _divergence(expected, logits.double().log_softmax(1))
             found.append(Trial(name, bits, layer.weight.numel(), loss))
             layer.weight.data, layer.rounding, layer.bias = weight.clone(), None, bias
             if bias is not None and kept is not None:
@@ -100,5 +100,5 @@ def raised(scheme: ConvScheme, bits: Mapping[str, Bits]) -> ConvScheme:
 
 
 def _divergence(expected: Tensor, found: Tensor) -> float:
-    """Of log probabilities [n, classes]: nats."""
-    return float((expected.exp() * (expected - found)).sum(1).double().mean())
+    """Of log probabilities, fp64 [n, classes]: nats."""
+    return float((expected.exp() * (expected - found)).sum(1).mean())

@@ -102,7 +102,7 @@ def test_fine_tuned_where_the_gate_fails_and_rejected_where_that_does_not_help(c
 
 
 def test_repair_gives_the_worst_layers_more_bits_until_the_gates_pass(convnet, registry):
-    """Four bits per layer and the nearest codes ruin a depthwise network; half of that is let by."""
+    """Four bits per layer, nearest codes, ruin a depthwise network; half of that is let by."""
     weights = "{bits: 4, per: layer, symmetric: false, rounding: nearest}"
     plain = [f"scheme.weights={weights}", "scheme.bias_correction=false", "qat.enabled=false"]
 
