@@ -280,7 +280,7 @@ def losses_of_layers(network, images, scheme):
     from dpq_core.convnet.repair import trials
 
     none = ConvScheme(weights=None, activations=None)
-    network.get_parameter("7.weight").data.mul_(3000)  # hardly trained, it is sure of nothing
+    network.get_parameter("7.weight").data.mul_(400)  # hardly trained, it is sure of nothing
     before = post_training(network, images.train, none, CalibrationSection())
     found = trials(before, scheme, [4], images.train.inputs(slice(16)))
     return of_tensors({"losses": torch.tensor([each.loss for each in found if each.bits == 4])})
