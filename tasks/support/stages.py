@@ -47,7 +47,7 @@ STAGES = {
     "float-networks": Stage(2, ("torch", "transformers")),
     "classifiers": Stage(3, ("torch", "onnxscript")),
     "layer-losses": Stage(1, ("torch",)),
-    "image-scores": Stage(2, ("onnxruntime",)),
+    "image-scores": Stage(3, ("onnxruntime",)),
 }
 
 

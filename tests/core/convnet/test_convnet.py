@@ -197,6 +197,9 @@ def test_the_file_runs_in_integers_and_gives_what_the_graph_gives(kind, networks
 def test_what_runs_is_counted_where_it_runs(networks, images, tmp_path):
     schemes = {
         "weights only": ConvScheme(activations=None),
+        "activations only": ConvScheme(
+            weights=None
+        ),  # as the file says, and not as onnxruntime likes
         "sixteen bits": ConvScheme(activations=ActivationScheme(bits=16)),
         "per layer": ConvScheme(weights=PER_LAYER),
     }
@@ -206,6 +209,7 @@ def test_what_runs_is_counted_where_it_runs(networks, images, tmp_path):
         found[name] = kernel_counts(tmp_path)
     simulated = {"integer": 0, "float": 3}
     assert found["weights only"] == found["sixteen bits"] == simulated
+    assert found["activations only"] == simulated
     assert found["per layer"]["integer"] > 0
 
 
