@@ -1,6 +1,7 @@
 """The second pipeline: a convolutional classifier in integers, measured, gated, registered.
 
-float baseline → post-training quantization → gates → fine-tuning where they fail → register
+float baseline → post-training quantization → gates → more bits, or fine-tuning, where they fail
+→ register
 """
 
 from dataclasses import asdict, dataclass
@@ -11,7 +12,9 @@ from prefect.artifacts import create_table_artifact
 
 from dpq_core.convnet.executor import saturates
 from dpq_core.convnet.gates import accuracy_change, chance_warning, float_checks, judge_classifier
-from dpq_core.convnet.recipe import ActivationScheme, ConvRecipe, ConvScheme, WeightScheme
+from dpq_core.convnet.recipe import ConvRecipe, ConvScheme
+from dpq_core.convnet.repair import bits_within, mean_bits, raised
+from dpq_core.errors import InputError
 from dpq_core.machine.device import share_machine
 from dpq_core.verdict.gates import Verdict
 from dpq_core.verdict.halves import ALL, CHOOSING, JUDGING
@@ -37,38 +40,51 @@ from tasks.convnet import (
     train,
     worst_layers,
 )
+from tasks.layer_losses import layer_losses
 from tasks.log import log_metrics, log_verdict
 from tasks.publish import destination_of, published
 from tasks.register import Registration
 
-_LAYER = WeightScheme(per="layer", symmetric=False)
-_FOUR_BITS = WeightScheme(bits=4)
 
-# The whitepaper's ladder: how each row is made, and its scheme.
+def _paper(
+    bits: int = 8, per: str = "channel", symmetric: bool = True, activations: int | None = 8
+) -> ConvScheme:
+    """A row of the whitepaper's: the nearest codes, and nothing given back."""
+    return ConvScheme.model_validate(
+        {
+            "weights": {"bits": bits, "per": per, "symmetric": symmetric, "rounding": "nearest"},
+            "activations": {"bits": activations} if activations else None,
+            "bias_correction": False,
+        }
+    )
+
+
+def _compensated(bits: int, rounding: str, biases: bool) -> ConvScheme:
+    weights = {"bits": bits, "rounding": rounding}
+    return ConvScheme.model_validate({"weights": weights, "bias_correction": biases})
+
+
+# The whitepaper's ladder, and what is given back after training: how each row is made, its scheme.
 LADDER: dict[str, tuple[Method, ConvScheme]] = {
-    "weights only, per channel": ("post-training", ConvScheme(activations=None)),
-    "weights only, per layer": ("post-training", ConvScheme(weights=_LAYER, activations=None)),
+    "weights only, per channel": ("post-training", _paper(activations=None)),
+    "weights only, per layer": ("post-training", _paper(8, "layer", False, None)),
     "activations only": ("post-training", ConvScheme(weights=None)),
-    "per channel": ("post-training", ConvScheme()),
-    "per channel, asymmetric": (
-        "post-training",
-        ConvScheme(weights=WeightScheme(symmetric=False)),
-    ),
-    "per layer": ("post-training", ConvScheme(weights=_LAYER)),
-    "4-bit weights, per channel": ("post-training", ConvScheme(weights=_FOUR_BITS)),
-    "4-bit weights, per layer": (
-        "post-training",
-        ConvScheme(weights=WeightScheme(bits=4, per="layer", symmetric=False)),
-    ),
-    "4-bit activations": ("post-training", ConvScheme(activations=ActivationScheme(bits=4))),
-    "16 bits": (
-        "post-training",
-        ConvScheme(weights=WeightScheme(bits=16), activations=ActivationScheme(bits=16)),
-    ),
+    "per channel": ("post-training", _paper()),
+    "per channel, asymmetric": ("post-training", _paper(symmetric=False)),
+    "per layer": ("post-training", _paper(8, "layer", False)),
+    "4-bit weights, per channel": ("post-training", _paper(4)),
+    "4-bit weights, per layer": ("post-training", _paper(4, "layer", False)),
+    "4-bit activations": ("post-training", _paper(activations=4)),
+    "16 bits": ("post-training", _paper(16, activations=16)),
+    "biases": ("post-training", _compensated(8, "nearest", True)),
+    "codes and biases": ("post-training", _compensated(8, "outputs", True)),
+    "4-bit weights, biases": ("post-training", _compensated(4, "nearest", True)),
+    "4-bit weights, codes": ("post-training", _compensated(4, "outputs", False)),
+    "4-bit weights, codes and biases": ("post-training", _compensated(4, "outputs", True)),
     "QAT per channel": ("fine-tuned", ConvScheme()),
-    "QAT per layer": ("fine-tuned", ConvScheme(weights=_LAYER)),
-    "QAT 4-bit weights, per channel": ("fine-tuned", ConvScheme(weights=_FOUR_BITS)),
-    "QAT 4-bit activations": ("fine-tuned", ConvScheme(activations=ActivationScheme(bits=4))),
+    "QAT per layer": ("fine-tuned", _paper(8, "layer", False)),
+    "QAT 4-bit weights, per channel": ("fine-tuned", _paper(4)),
+    "QAT 4-bit activations": ("fine-tuned", _paper(activations=4)),
 }
 
 
@@ -109,6 +125,7 @@ class _Measured:
 
     method: Method
     classifier: ArtifactRef
+    scheme: ConvScheme
     found: ImageScores
     look: Verdict
 
@@ -122,6 +139,7 @@ class _Measured:
         metrics = self.look.metrics
         return {
             "method": self.method,
+            "layers raised": len(self.scheme.weights.layers) if self.scheme.weights else 0,
             "gates missed": ", ".join(self.missed) or "none",
             "accuracy": metrics["accuracy"].candidate,
             "delta": metrics["accuracy"].delta,
@@ -149,7 +167,7 @@ class _Inputs:
         inputs = cls(recipe, pictures, trained, baseline, scores)
         for note in inputs.notes:
             get_run_logger().warning(note)
-        for which in (CHOOSING, JUDGING) if recipe.qat.enabled else (ALL,):
+        for which in (CHOOSING, JUDGING) if recipe.looks else (ALL,):
             inputs.judge(baseline, scores, which).or_error("the float network")
         return inputs
 
@@ -157,7 +175,20 @@ class _Inputs:
         here = scheme.on(saturates())
         made = quantize_classifier(self.recipe, here, method, self.pictures, self.trained)
         found = score_classifier(self.recipe, made, self.pictures)
-        return _Measured(method, made, found, self.judge(made, found, which))
+        return _Measured(method, made, scheme, found, self.judge(made, found, which))
+
+    def repaired(self, which: str) -> list[_Measured]:
+        """Classifiers of more and more bits, until one misses no gate or the budget is spent."""
+        section, attempts = self.recipe.repair, list[_Measured]()
+        measured = layer_losses(self.recipe, self.pictures, self.trained)
+        least = mean_bits(measured, self.recipe.scheme)
+        for part in range(1, section.max_rounds + 1):
+            budget = least + (section.max_bits_per_weight - least) * part / section.max_rounds
+            scheme = raised(self.recipe.scheme, bits_within(measured, budget))
+            attempts.append(self.measure("post-training", scheme, which))
+            if not attempts[-1].missed:
+                break
+        return attempts
 
     def judge(self, classifier: ArtifactRef, found: ImageScores, which: str) -> Verdict:
         """On the images that `which` says (`dpq_core.verdict.halves`)."""
@@ -189,7 +220,8 @@ class _Inputs:
 def convnet(recipe: ConvRecipe) -> ConvRelease:
     """Quantize a classifier, measure it against the float one, and promote it within the gates.
 
-    With `qat.enabled` half of the images say whether to fine-tune, and the other half judge.
+    With `repair.enabled` or `qat.enabled` half of the images say whether to give more bits or to
+    fine-tune, and the other half judge.
 
     Raises:
         The errors of the stages; a rejection is a result and no error.
@@ -205,9 +237,11 @@ def convnet(recipe: ConvRecipe) -> ConvRelease:
         pictures = images(recipe)
         base_of_classifier(recipe).check(registry, name, champion)
         inputs = _Inputs.of(recipe, pictures)
-        look, judges = (CHOOSING, JUDGING) if recipe.qat.enabled else (ALL, ALL)
+        look, judges = (CHOOSING, JUDGING) if recipe.looks else (ALL, ALL)
         attempts = [inputs.measure("post-training", recipe.scheme, look)]
-        if attempts[0].missed and recipe.qat.enabled:
+        if attempts[0].missed and recipe.repair.enabled:
+            attempts += inputs.repaired(look)
+        if attempts[-1].missed and recipe.qat.enabled:
             attempts.append(inputs.measure("fine-tuned", recipe.scheme, look))
         last = attempts[-1]
         judged = inputs.judge(last.classifier, last.found, judges).or_error("the classifier")
@@ -238,12 +272,22 @@ def convnet(recipe: ConvRecipe) -> ConvRelease:
 
 @flow(name="convnet ladder")
 @attended
-def convnet_ladder(recipe: ConvRecipe) -> dict[str, list[dict[str, Any]]]:
-    """The whitepaper's comparisons on one network: `rows`, and `latency` of the integer one."""
+def convnet_ladder(
+    recipe: ConvRecipe, only: list[str] | None = None
+) -> dict[str, list[dict[str, Any]]]:
+    """The whitepaper's comparisons on one network: `rows`, and `latency` of the integer one.
+
+    Args:
+        only: names of rows; without, all, but for those that are fine-tuned unless `qat.enabled`.
+
+    Raises:
+        LadderError: no such row.
+    """
+    chosen = _rows(recipe, only)
     share_machine(recipe.execution.threads_per_worker)
     inputs = _Inputs.of(recipe, images(recipe))
     rows = [{"variant": "float", "accuracy": inputs.scores.scores.value, "delta": 0.0}]
-    rows += [_ladder_row(inputs, name, *LADDER[name]) for name in LADDER]
+    rows += [_ladder_row(inputs, name, *chosen[name]) for name in chosen]
     integers = inputs.measure(*LADDER["per channel"])
     latency = inputs.latency(integers.classifier)
     create_table_artifact(rows, key="convnet-ladder", description=recipe.network.kind)
@@ -253,6 +297,19 @@ def convnet_ladder(recipe: ConvRecipe) -> dict[str, list[dict[str, Any]]]:
         run.log_table(rows, "ladder")
         run.log_table(latency, "latency")
     return {"rows": rows, "latency": latency}
+
+
+class LadderError(InputError):
+    """A row that the ladder does not have."""
+
+
+def _rows(recipe: ConvRecipe, only: list[str] | None) -> dict[str, tuple[Method, ConvScheme]]:
+    for name in only or ():
+        if name not in LADDER:
+            raise LadderError(f"row {name!r} is unknown: there are {'; '.join(LADDER)}")
+    left_out = () if recipe.qat.enabled else ("fine-tuned",)
+    known = [name for name, (method, _) in LADDER.items() if method not in left_out]
+    return {name: LADDER[name] for name in only or known}
 
 
 def _ladder_row(inputs: _Inputs, name: str, method: Method, scheme: ConvScheme) -> dict[str, Any]:

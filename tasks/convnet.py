@@ -93,7 +93,7 @@ def images(recipe: ConvRecipe) -> ArtifactRef:
         ImagesError: they cannot be read.
     """
     section = recipe.images.model_dump(mode="json", exclude={"folder"})
-    key = digest({**_by("images"), "images": section, "files": sources(recipe.images)})
+    key = digest({**by_cpu("images"), "images": section, "files": sources(recipe.images)})
 
     def make(folder: Path) -> None:
         save_images(load_images(recipe.images), folder / _IMAGES)
@@ -113,7 +113,7 @@ def train(recipe: ConvRecipe, pictures: ArtifactRef) -> ArtifactRef:
     of = _local(recipe.network)
     key = digest(
         {
-            **_by("float-networks"),
+            **by_cpu("float-networks"),
             "images": pictures.sha256,
             "weights": _weights_of(of),
             **about,
@@ -121,7 +121,7 @@ def train(recipe: ConvRecipe, pictures: ArtifactRef) -> ArtifactRef:
     )
 
     def make(folder: Path) -> None:
-        found, section = _open_images(pictures, store), recipe.training
+        found, section = open_images(pictures, store), recipe.training
         with seeded(section.seed) as generator:
             network = build_network(of, found.shape, found.classes).train()
             step = stepper("train", section.epochs)
@@ -163,11 +163,11 @@ def quantize_classifier(
         **recipe.model_dump(mode="json", include=fields if scheme != FLOAT else set()),
     }
     made_of = {"trained": trained.sha256, "images": pictures.sha256}
-    key = digest({**_by("classifiers"), **made_of, **about})
+    key = digest({**by_cpu("classifiers"), **made_of, **about})
 
     def make(folder: Path) -> None:
-        found = _open_images(pictures, store)
-        network = _open_network(recipe, found, trained)
+        found = open_images(pictures, store)
+        network = open_network(recipe, found, trained)
         made = _quantized(recipe, scheme, method, found, network)
         content = {**about, **made_of, "classes": found.classes, "names": found.names}
         pixels = {"size": found.shape[1], "channels": found.shape[0]}
@@ -188,10 +188,10 @@ def score_classifier(
     integers, how many other answers the same file gives in floating point."""
     store = Store(recipe.execution.store)
     of = {"classifier": classifier.sha256, "images": pictures.sha256}
-    key = digest({**_by("image-scores"), **of})
+    key = digest({**by_cpu("image-scores"), **of})
 
     def make(folder: Path) -> None:
-        test, of = _open_images(pictures, store).test, store.open(classifier)
+        test, of = open_images(pictures, store).test, store.open(classifier)
         kernels, other = kernel_counts(of), 0
         step = stepper("score", -(-len(test) // _BATCH))
         logits = predict(Classifier(of), test, _BATCH, step)
@@ -222,7 +222,7 @@ def time_classifier(
     """Milliseconds of the float file (batch norm folded) and of the quantized one, both run by
     onnxruntime, in one run; a row a batch size. Not stored: this machine, now."""
     store = Store(recipe.execution.store)
-    train = _open_images(pictures, store).train
+    train = open_images(pictures, store).train
     models: dict[str, Callable[[Tensor], Tensor]] = {
         "float_ms": Classifier(store.open(baseline)),
         "int8_ms": Classifier(store.open(classifier)),
@@ -308,7 +308,7 @@ def _check_written(folder: Path, made: Prepared, probe: Images) -> None:
         )
 
 
-def _by(stage: str) -> dict[str, Any]:
+def by_cpu(stage: str) -> dict[str, Any]:
     """What computes it, for a key: these networks run on the CPU."""
     return computed_by(stage, kind_of("cpu").arithmetic(0))
 
@@ -337,11 +337,11 @@ def _local(network: NetworkSection) -> NetworkSection:
     return network.model_copy(update={"id": str(folder)})
 
 
-def _open_images(pictures: ArtifactRef, store: Store) -> ImageSet:
+def open_images(pictures: ArtifactRef, store: Store) -> ImageSet:
     return read_images(store.open(pictures) / _IMAGES)
 
 
-def _open_network(recipe: ConvRecipe, found: ImageSet, trained: ArtifactRef) -> nn.Module:
+def open_network(recipe: ConvRecipe, found: ImageSet, trained: ArtifactRef) -> nn.Module:
     with seeded(recipe.training.seed):
         network = build_network(_local(recipe.network), found.shape, found.classes)
     load_model(network, str(trained.folder / _WEIGHTS))

@@ -8,10 +8,13 @@ and gradients go through as if they were not. In the last epochs batch norm is f
 statistics, as in inference. Networks are exported in inference: what drops out does not.
 """
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
+from dpq_core.convnet.compensation import channel_means, compensate
 from dpq_core.convnet.graph import Prepared, layers_of, prepared
 from dpq_core.convnet.grids import Mode, Rounding, WeightRounding
 from dpq_core.convnet.images import Images
@@ -19,6 +22,11 @@ from dpq_core.convnet.placing import place_roundings, strip
 from dpq_core.convnet.ranges import range_of
 from dpq_core.convnet.recipe import CalibrationSection, ConvScheme, QatSection, TrainingSection
 from dpq_core.convnet.train import Step, fit
+from dpq_core.errors import InputError
+
+
+class LayerError(InputError):
+    """A layer that a scheme names and a network does not have."""
 
 
 def post_training(
@@ -30,21 +38,32 @@ def post_training(
 ) -> Prepared:
     """Quantize without training, on `calibration.batches` batches from the start of `images`.
 
+    What weights and biases are given back (`dpq_core.convnet.compensation`) is found on
+    `calibration.compensation_pictures` of these.
+
     With a scheme of neither weights nor activations: the float graph, batch norm folded.
 
     Raises:
         ExportError: the network does not export.
     """
     made = rounding_graph(network, images.inputs(slice(2)), scheme)
-    graph = made.graph
+    graph, roundings = made.graph, {}
     for _, layer in layers_of(graph):
         layer.fold()
+        if scheme.compensates:  # outputs will be the float graph's: so are their ranges
+            roundings[layer], layer.rounding = layer.rounding, None
+    x = images.inputs(slice(calibration.compensation_pictures))
+    means = channel_means(made, x) if scheme.corrects_biases else None
     if scheme.activations:
         with torch.no_grad():
             for start in range(0, len(images), calibration.batch_size)[: calibration.batches]:
                 graph(images.inputs(slice(start, start + calibration.batch_size)))
                 step()
+    for layer, rounding in roundings.items():
+        layer.rounding = rounding
     _settle(graph)
+    if scheme.compensates:
+        compensate(made, x, scheme.chooses_codes, means)
     return made
 
 
@@ -97,14 +116,25 @@ def rounding_graph(
     """The network's graph with a scheme's roundings in it; those of activations watch."""
     made = prepared(network, example)
     strip(made.graph)
-    if scheme.weights:
-        for _, layer in layers_of(made.graph):
-            layer.rounding = WeightRounding(scheme.weights)
+    if weights := scheme.weights:
+        _check_names(weights.layers, made)
+        for name, layer in layers_of(made.graph):
+            layer.rounding = WeightRounding(weights.in_bits(weights.bits_of(name)))
     if activations := scheme.activations:
         place_roundings(
             made.graph, lambda: Rounding(activations.bits, range_of(activations, training))
         )
     return made
+
+
+def _check_names(layers: Iterable[str], made: Prepared) -> None:
+    """Raises LayerError for one that the network does not have."""
+    for name in layers:
+        if name not in made.layers:
+            raise LayerError(
+                f"scheme.weights.layers names {name}, and the network has"
+                f" {', '.join(sorted(made.layers))}"
+            )
 
 
 def freeze_batch_norm(graph: GraphModule, frozen: bool) -> None:

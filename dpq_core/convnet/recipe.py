@@ -136,12 +136,29 @@ class WeightScheme(Section):
         description="leave out a bit, for processors whose products of bytes saturate; null: where"
         " this one's do",
     )
+    rounding: Literal["nearest", "outputs"] | None = Field(
+        None,
+        description="after training: outputs chooses codes that keep a layer's outputs; null: those"
+        " where bits are 4, and else the nearest",
+    )
+
+    layers: dict[str, Bits] = Field(
+        default_factory=dict, description="bits of single layers, by their names in the network"
+    )
 
     @model_validator(mode="after")
     def _known(self) -> Self:
         if self.per == "layer" and self.symmetric:
             raise ValueError("weights per layer are asymmetric: set symmetric: false")
         return self
+
+    def bits_of(self, layer: str) -> Bits:
+        return self.layers.get(layer, self.bits)
+
+    def in_bits(self, bits: Bits) -> "WeightScheme":
+        """Of a layer. Eight bits are what saturates (`ConvScheme.on`)."""
+        reduce = self.reduce_range and (bits == 8 or (bits == self.bits and not self.layers))
+        return self.model_copy(update={"bits": bits, "reduce_range": reduce, "layers": {}})
 
 
 class ActivationScheme(Section):
@@ -157,12 +174,31 @@ class ConvScheme(Section):
 
     weights: WeightScheme | None = WeightScheme()
     activations: ActivationScheme | None = ActivationScheme()
+    bias_correction: bool = Field(
+        True, description="after training: keep the mean of each channel of a layer's outputs"
+    )
+
+    @property
+    def chooses_codes(self) -> bool:
+        if self.weights is None:
+            return False
+        by_itself = "outputs" if self.weights.bits == 4 else "nearest"
+        return (self.weights.rounding or by_itself) == "outputs"
+
+    @property
+    def corrects_biases(self) -> bool:
+        return self.weights is not None and self.bias_correction
+
+    @property
+    def compensates(self) -> bool:
+        return self.chooses_codes or self.corrects_biases
 
     def on(self, saturates: bool) -> "ConvScheme":
         """With `reduce_range` decided: whether the processor's products of bytes saturate."""
         if self.weights is None or self.weights.reduce_range is not None:
             return self
-        eight = self.activations is not None and self.activations.bits == self.weights.bits == 8
+        bits = {self.weights.bits, *self.weights.layers.values()}
+        eight = self.activations is not None and self.activations.bits == 8 and 8 in bits
         reduce = saturates and eight
         weights = self.weights.model_copy(update={"reduce_range": reduce})
         return self.model_copy(update={"weights": weights})
@@ -171,6 +207,11 @@ class ConvScheme(Section):
 class CalibrationSection(Section):
     batches: int = Field(100, ge=1)
     batch_size: int = Field(32, ge=1)
+    compensation_pictures: int = Field(
+        64,
+        ge=1,
+        description="held in memory at once: weights.rounding outputs, and bias_correction",
+    )
 
 
 class QatSection(Section):
@@ -189,6 +230,14 @@ class QatSection(Section):
         if self.frozen_epochs > self.epochs:
             raise ValueError(f"frozen_epochs {self.frozen_epochs} exceed epochs {self.epochs}")
         return self
+
+
+class ConvRepair(Section):
+    enabled: bool = Field(False, description="give layers more bits where a gate fails")
+    candidates: list[Bits] = Field([8, 16], min_length=1, description="bits besides the scheme's")
+    max_bits_per_weight: float = Field(8.0, gt=4, le=16, description="budget of all layers")
+    max_rounds: int = Field(3, ge=1, description="equal parts in which the budget is spent")
+    pictures: int = Field(32, ge=1, description="of the training split, to measure losses on")
 
 
 class ConvGates(Section):
@@ -229,6 +278,7 @@ class ConvRecipe(Section):
     training: TrainingSection = TrainingSection()
     scheme: ConvScheme = ConvScheme()
     calibration: CalibrationSection = CalibrationSection()
+    repair: ConvRepair = ConvRepair()
     qat: QatSection = QatSection()
     gates: ConvGates = ConvGates()
     benchmark: BenchmarkSection = BenchmarkSection()
@@ -253,10 +303,23 @@ class ConvRecipe(Section):
         return self
 
     @model_validator(mode="after")
+    def _something_can_be_repaired(self) -> Self:
+        if self.repair.enabled and self.scheme.weights is None:
+            raise ValueError(
+                "repair gives weights more bits: set scheme.weights, or enabled: false"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _an_archive_is_trained(self) -> Self:
         if self.network.kind == "exported" and self.training.epochs:
             raise ValueError("an exported network is trained: set training.epochs: 0")
         return self
+
+    @property
+    def looks(self) -> bool:
+        """Whether half of the images choose, and the other half judge."""
+        return self.repair.enabled or self.qat.enabled
 
     @property
     def base_model(self) -> str:

@@ -1,7 +1,10 @@
-"""`dpq convnet RECIPE`, and `dpq convnet compare RECIPE`: the second pipeline."""
+"""`dpq convnet RECIPE`, `dpq convnet compare RECIPE`, `dpq convnet export FOLDER TO`: the second
+pipeline."""
 
 from collections.abc import Callable
-from typing import Any
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
@@ -47,10 +50,15 @@ def release(recipe: RecipePath, overrides: Overrides = None, as_json: AsJson = F
 
 
 @app.command()
-def compare(recipe: RecipePath, overrides: Overrides = None, as_json: AsJson = False) -> None:
+def compare(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    row: Annotated[list[str] | None, typer.Option(help="of the ladder, repeatable")] = None,
+    as_json: AsJson = False,
+) -> None:
     """Print the whitepaper's ladder on the recipe's network, and the latency of its integers."""
     with errors(as_json):
-        found = _run("convnet_ladder", load_conv_recipe(recipe, overrides))
+        found = _run("convnet_ladder", load_conv_recipe(recipe, overrides), row)
         if as_json:
             print_json(found)
         else:
@@ -59,7 +67,36 @@ def compare(recipe: RecipePath, overrides: Overrides = None, as_json: AsJson = F
             show_tables(*found.values())
 
 
-def _run(name: str, recipe: ConvRecipe) -> Any:
+@app.command()
+def export(
+    classifier: Annotated[Path, typer.Argument(help="folder of a released one", metavar="FOLDER")],
+    to: Annotated[Path, typer.Argument(help="new folder", metavar="TO")],
+    format_: Annotated[str, typer.Option("--format", help="onnx, openvino")],
+    pictures: Annotated[Path, typer.Option(help="folder of pictures to compare classes on")],
+    most: Annotated[int, typer.Option(min=8, help="pictures")] = 64,
+    as_json: AsJson = False,
+) -> None:
+    """Write a classifier for another runtime, and compare it with the file that was scored."""
+    with errors(as_json):
+        check_extra("dpq convnet", "convnet", "onnxruntime")
+        from dpq_core.convnet.exports import export_classifier, pictures_in, sample, writable
+
+        writable(format_)
+        found = sample(classifier, pictures_in(pictures, most))
+        written = export_classifier(classifier, format_, to, found)
+        if as_json:
+            print_json(asdict(written))
+        else:
+            from flows.cli.terminal import show_tables
+
+            show_tables([{"file": str(to / n), "bytes": size} for n, size in written.files.items()])
+            typer.echo(
+                f"{written.same} of {written.pictures} pictures have the scored file's class;"
+                f" logits {100 * written.distance:.2f} % away"
+            )
+
+
+def _run(name: str, recipe: ConvRecipe, *more: Any) -> Any:
     """A flow on its services; imported late, as in `flows.cli.main`."""
     check_extra("dpq convnet", "convnet", "onnxruntime", "onnxscript", "sklearn")
     from infra.orchestration.services import services
@@ -68,6 +105,6 @@ def _run(name: str, recipe: ConvRecipe) -> Any:
         from flows import convnet
         from flows.cli.progress import progress
 
-        run: Callable[[ConvRecipe], Any] = getattr(convnet, name)
+        run: Callable[..., Any] = getattr(convnet, name)
         with progress():
-            return run(recipe)
+            return run(recipe, *more)

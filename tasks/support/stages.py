@@ -45,8 +45,9 @@ STAGES = {
     "sensitivity": Stage(2, _FORWARD),
     "images": Stage(2, ("datasets", "pillow", "scikit-learn")),
     "float-networks": Stage(2, ("torch", "transformers")),
-    "classifiers": Stage(2, ("torch", "onnxscript")),
-    "image-scores": Stage(2, ("onnxruntime",)),
+    "classifiers": Stage(3, ("torch", "onnxscript")),
+    "layer-losses": Stage(1, ("torch",)),
+    "image-scores": Stage(3, ("onnxruntime",)),
 }
 
 

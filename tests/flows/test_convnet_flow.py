@@ -101,6 +101,28 @@ def test_fine_tuned_where_the_gate_fails_and_rejected_where_that_does_not_help(c
     assert content["metrics"]["accuracy"]["documents"] == 256
 
 
+def test_repair_gives_the_worst_layers_more_bits_until_the_gates_pass(convnet, registry):
+    """Four bits per layer, nearest codes, ruin a depthwise network; half of that is let by."""
+    weights = "{bits: 4, per: layer, symmetric: false, rounding: nearest}"
+    plain = [f"scheme.weights={weights}", "scheme.bias_correction=false", "qat.enabled=false"]
+
+    def released(*more):
+        sets = (word for each in (*plain, *more) for word in ("--set", each))
+        return json.loads(convnet("--json", *sets).stdout)
+
+    (ruined,) = released()["attempts"]
+    assert ruined["delta"] < -2
+    repair = "repair={enabled: true, max_bits_per_weight: 8, max_rounds: 2}"
+    content = released(repair, f"gates.accuracy_drop={-ruined['delta'] / 2}")
+    first, *rounds = content["attempts"]
+    assert (first["layers raised"], first["gates missed"]) == (0, "accuracy")
+    raised = [each["layers raised"] for each in rounds]
+    assert 0 < raised[0] <= raised[-1]
+    assert all(each["delta"] > first["delta"] for each in rounds)
+    assert rounds[-1]["gates missed"] == "none"
+    assert content["judged_on"] == JUDGING
+
+
 def test_some_of_the_images_promote_nothing(convnet, registry):
     champion = registry.champion(NAME)
     result = convnet("--json", "--set", "gates.allow_limited=false")
@@ -130,8 +152,9 @@ def test_the_ladder_has_a_row_a_variant(convnet, monkeypatch):
     from flows import convnet as module
 
     few = ("weights only, per layer", "per channel", "per layer")
-    monkeypatch.setattr(module, "LADDER", {name: module.LADDER[name] for name in few})
-    result = convnet("--json", command=["compare"])
+    known = (*few, "QAT per channel")
+    monkeypatch.setattr(module, "LADDER", {name: module.LADDER[name] for name in known})
+    result = convnet("--json", "--set", "qat.enabled=false", command=["compare"])
     assert result.exit_code == 0, result.stderr
     content = json.loads(result.stdout)
     rows = {row["variant"]: row for row in content["rows"]}
@@ -152,3 +175,16 @@ def test_a_float_network_below_the_recipe_s_limit_promotes_nothing(convnet, regi
     (reason,) = json.loads(result.stdout)["reasons"]
     assert "is below gates.float_accuracy_at_least 99.9: images.preset" in reason
     assert registry.champion(NAME) == champion
+
+
+def test_rows_of_the_ladder_are_chosen_by_name(convnet):
+    result = convnet("--json", "--row", "activations only", command=["compare"])
+    assert result.exit_code == 0, result.stderr
+    assert [row["variant"] for row in json.loads(result.stdout)["rows"]] == [
+        "float",
+        "activations only",
+    ]
+    result = convnet("--json", "--row", "per chanel", command=["compare"])
+    assert result.exit_code == 1
+    (reason,) = json.loads(result.stdout)["reasons"]
+    assert reason.startswith("row 'per chanel' is unknown: there are weights only, per channel; ")

@@ -50,7 +50,7 @@ CORRECTED = SECTION.model_copy(update={"propagation": "groups", "correction": 0.
 SCHEME = Scheme(group_size=32, scale_search="hessian")
 # What they hold is an answer, not bytes: whether a checkpoint is whole, an answer right.
 ANSWERS = {"model", "integrity", "suite"}
-CONVNETS = {"images", "float-networks", "classifiers", "image-scores"}
+CONVNETS = {"images", "float-networks", "classifiers", "layer-losses", "image-scores"}
 ARITHMETIC = kind_of("cpu").arithmetic(0)
 
 
@@ -261,6 +261,8 @@ def made_by_convnets(stage):
         weights = {k: t for k, t in network.state_dict().items() if t.is_floating_point()}
         return of_tensors(weights)
     scheme = ConvScheme().on(saturates=False)
+    if stage == "layer-losses":
+        return losses_of_layers(network, images, scheme)
     made = post_training(network, images.train, scheme, CalibrationSection(batches=2))
     to = folder() / stage
     to.mkdir()
@@ -270,6 +272,18 @@ def made_by_convnets(stage):
         content = sha256((to / MODEL).read_bytes()).hexdigest()
         return content, [float(logits.abs().mean())]
     return of_tensors({"logits": logits})
+
+
+def losses_of_layers(network, images, scheme):
+    from dpq_core.convnet.quantize import post_training
+    from dpq_core.convnet.recipe import CalibrationSection, ConvScheme
+    from dpq_core.convnet.repair import trials
+
+    none = ConvScheme(weights=None, activations=None)
+    network.get_parameter("7.weight").data.mul_(400)  # hardly trained, it is sure of nothing
+    before = post_training(network, images.train, none, CalibrationSection())
+    found = trials(before, scheme, [4], images.train.inputs(slice(16)))
+    return of_tensors({"losses": torch.tensor([each.loss for each in found if each.bits == 4])})
 
 
 MAKERS = {
