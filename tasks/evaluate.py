@@ -111,6 +111,11 @@ def chunks_asked(
     return chunk_refs(metric, data.requests[metric], store, compared)
 
 
+def compared_tokens(data: EvaluationData, store: Store) -> int:
+    """Tokens of the perplexity text, whose last hidden states are kept of a 16-bit model."""
+    return sum(each.tokens for each in load_requests(store.open(data.requests[PERPLEXITY])).chunks)
+
+
 def find_scores(
     recipe: Recipe, subject: Subject, data: EvaluationData, metric: str
 ) -> ArtifactRef | None:

@@ -22,11 +22,11 @@ from dpq_core.model.plan import Plan, kept_lines, plan_layers
 from dpq_core.recipe import Recipe, RecipeError
 from dpq_core.recipe.layer_choices import chosen_scheme
 from infra.store import ArtifactRef, Store
-from tasks.evaluate import EvaluationData, prepare
+from tasks.evaluate import EvaluationData, compared_tokens, prepare
 from tasks.score import memory_for_states
 from tasks.support import fitting, tokenized_data
 from tasks.support.activation_store import load_leaves
-from tasks.support.memory import check_room, check_scoring_room
+from tasks.support.memory import check_room, check_scoring_room, check_states_room
 from tasks.support.model import Model, inspect, load_tokenizer, stream_of
 from tasks.support.worker import Worker, about_worker, workers_here
 
@@ -81,6 +81,9 @@ def preflight(recipe: Recipe) -> Inputs:
     )
     _check_tokens(recipe, plan, tokenized_data.count_tokens(calibration, store))
     evaluation = prepare(recipe.evaluation, tokenizer, config, store, worker.arithmetic)
+    if recipe.evaluation.perplexity:
+        kept = Sizes.of(stream).kept(compared_tokens(evaluation, store))
+        check_states_room(kept, needed, recipe, store)
     read = {"calibration": calibration, "evaluation.perplexity": evaluation.perplexity}
     fitting.check_ids(config, tokenizer, read, store)
     return Inputs(

@@ -16,7 +16,7 @@ from dpq_core.model.blocks import BlockStream
 
 RESIDENT = 1 << 30  # bytes
 _PASSES = 4  # arrays of a pack's widest product that are alive at a time
-_FLOAT32, _SIXTEEN = 4, 2
+_FLOAT32, _SIXTEEN, _PLACE = 4, 2, 8
 # Kernels that oneDNN keeps, 1,024 of them, one a shape: about 0.45 GB; and lm-evaluation-harness.
 _PROCESS = 550 << 20
 
@@ -52,6 +52,10 @@ class Sizes:
         their hidden states."""
         allowed = min(self.weights * _SIXTEEN // 4, available)
         return CHUNK if self.resident else max(CHUNK, allowed // (self.hidden * _SIXTEEN))
+
+    def kept(self, tokens: int) -> int:
+        """Bytes of disk that the last hidden states of so many tokens take, each with its place."""
+        return tokens * (self.hidden * _SIXTEEN + _PLACE)
 
     def bytes_of(self, tokens: int) -> int:
         """Bytes of a worker that has so many tokens in hand, above its process."""

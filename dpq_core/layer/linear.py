@@ -59,18 +59,19 @@ class W4A8Linear(nn.Module):
             to = x, self.weight8, self.bias, self.channel_scale
             return forward_rows.forward(*to, scale, self.inner)
         x8 = x.float() if scale is None else round_to(x.float() / scale, self.inner)
-        y = self._sums(x8) * self.channel_scale
+        of_bf16 = self.activations != "none" or x.dtype == torch.bfloat16
+        y = self._sums(x8, of_bf16) * self.channel_scale
         if scale is not None:
             y = y * scale
         if self.bias is not None:
             y = y + self.bias
         return y.to(x.dtype)
 
-    def _sums(self, x8: Tensor) -> Tensor:
-        """x8 · Ŵ8ᵀ in FP32, of x8 [..., in] fp32. BF16 holds both where x8 is of 8 bits: tensor
-        cores multiply them, exactly."""
-        exact = x8.is_cuda and self.activations != "none" and self.weight8.dtype == torch.bfloat16
-        if not exact or x8.requires_grad:
+    def _sums(self, x8: Tensor, of_bf16: bool) -> Tensor:
+        """x8 · Ŵ8ᵀ in FP32, of x8 [..., in] fp32. of_bf16: BF16 holds it, being of 8 bits or BF16
+        itself: tensor cores multiply both as they are, exactly, and no FP32 copy of Ŵ8 is made."""
+        exact = of_bf16 and self.weight8.dtype == torch.bfloat16
+        if not (exact and x8.is_cuda) or x8.requires_grad:
             return nn.functional.linear(x8, self.weight8.float())
         rows = x8.reshape(-1, self.in_features).to(torch.bfloat16)
         sums = torch.mm(rows, self.weight8.T, out_dtype=torch.float32)

@@ -113,6 +113,14 @@ def check_room(recipe: Recipe, needed: Footprint, store: Store, worker: Worker) 
         )
 
 
+def check_states_room(kept: int, needed: Footprint, recipe: Recipe, store: Store) -> None:
+    """Enough disk for the 16-bit model's last hidden states, beside what quantizing takes of the
+    store. kept: their bytes. Raises RoomError."""
+    beside = needed.disk - (needed.statistics if recipe.execution.scratch else 0)
+    what = f"last hidden states of the perplexity text ({shown_bytes(kept)}), layers and checkpoint"
+    _check_disk("store", store, what, kept + beside)
+
+
 def check_scoring_room(execution: ExecutionSection, needed: Room, worker: Worker) -> None:
     """Enough memory for the evaluation, here and on every worker's device. Raises RoomError."""
     if worker.memory is not None and needed.device > worker.memory:

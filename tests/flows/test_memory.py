@@ -7,7 +7,12 @@ import torch
 from conftest import run_flow
 from test_same_bytes import in_store
 
-from dpq_core.evaluation.room import Room
+from dpq_core.evaluation.chunk_files import save_states
+from dpq_core.evaluation.forest import chunks_of
+from dpq_core.evaluation.requests import asked_of_windows
+from dpq_core.evaluation.room import Room, Sizes
+from dpq_core.evaluation.scorer import last_states
+from dpq_core.evaluation.subject import subject_of
 from flows.quantize import quantize
 from infra.care import stored
 from infra.store import Store
@@ -46,6 +51,27 @@ def test_too_little_disk_unless_the_store_has_it_all(recipe, tmp_path, monkeypat
     with pytest.raises(RoomError, match=r"execution.store: .* and 1.0 kB are free: .*dpq store gc"):
         run_flow(quantize, in_store(recipe, tmp_path / "store"))
     assert run_flow(quantize, recipe).checkpoint == done.checkpoint
+
+
+def test_too_little_disk_for_the_kept_states(recipe, tmp_path, monkeypatch):
+    """What layers and checkpoint take is there, and not much more."""
+    needed = run_flow(quantize, recipe).inputs.footprint
+    monkeypatch.setattr(memory, "_free", lambda folder: needed.disk + 1000)
+    what = r"execution.store: .*: last hidden states of the perplexity text \(\d.*\), layers and"
+    with pytest.raises(RoomError, match=what + ".*are free: .*dpq store gc"):
+        run_flow(quantize, in_store(recipe, tmp_path / "store"))
+    assert not (tmp_path / "store" / "statistics").exists()
+
+
+def test_kept_states_take_what_is_predicted(quickstart_model, tmp_path):
+    subject = subject_of(quickstart_model)
+    chunks = chunks_of(asked_of_windows(torch.arange(600).remainder(250).reshape(2, 300)))
+    (chunk,) = chunks
+    (states,) = last_states(subject, [chunk])
+    save_states(tmp_path, states)
+    (file,) = tmp_path.iterdir()
+    predicted = Sizes.of(subject.stream).kept(len(chunk))
+    assert predicted <= file.stat().st_size <= predicted + 1000  # its header
 
 
 @pytest.mark.parametrize("runner", ["threads", "processes"])

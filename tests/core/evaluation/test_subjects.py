@@ -94,7 +94,7 @@ def test_the_head_in_tiles_is_the_head(tmp_path):
     stream = subject_of(tmp_path, dtype=torch.float32).stream
     states = torch.randn(7, model.config.hidden_size)
     with torch.no_grad(), head_tiles(stream, columns=50) as tiles:
-        parts = [tile for _, tile in tiles(states)]
+        parts = [tile for _, tile in tiles.logits(states)]
         whole = stream.logits(states[None])[0]
     assert [part.shape[1] for part in parts] == [50] * (len(whole[0]) // 50) + [len(whole[0]) % 50]
     torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=1e-5, atol=1e-5)

@@ -7,6 +7,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from dpq_core.arithmetic.formats import FORMATS, round_to
 from dpq_core.kernels import blas, cpu, forward_rows
@@ -128,6 +130,43 @@ def test_16_bit_arithmetic_is_an_ordinary_linear(method):
     weight = layer.decoded().bfloat16()
     y = W4A8Linear(layer, None)(x)
     assert torch.equal(y, torch.nn.functional.linear(x, weight))
+
+
+class Products(TorchDispatchMode):
+    """The types of what was multiplied, and of the sums."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, function, types, arguments=(), named=None):
+        y = function(*arguments, **(named or {}))
+        if "mm" in str(function):
+            self.found.append((arguments[0].dtype, arguments[1].dtype, y.dtype))
+        return y
+
+
+@pytest.mark.parametrize(
+    ("activations", "dtype", "operands"),
+    [
+        ("static", torch.bfloat16, torch.bfloat16),
+        ("dynamic", torch.float32, torch.bfloat16),
+        ("none", torch.bfloat16, torch.bfloat16),
+        ("none", torch.float32, torch.float32),
+    ],
+)
+def test_a_gpu_multiplies_bf16_operands_with_fp32_sums(activations, dtype, operands):
+    """By types and shapes alone: no GPU is here, so no number is."""
+    layer = quantized(Scheme(activations=activations, group_size=16))
+    linear = W4A8Linear(layer, None)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        for name, tensor in list(linear.named_buffers()):
+            setattr(linear, name, torch.empty(tensor.shape, dtype=tensor.dtype, device="cuda"))
+        x = torch.empty(2, 5, FEATURES, dtype=dtype, device="cuda")
+        with Products() as products:
+            y = linear(x)
+    assert products.found == [(operands, operands, torch.float32)]
+    assert (y.shape, y.dtype) == ((2, 5, ROWS), dtype)
 
 
 @pytest.mark.parametrize("inner", ["e4m3", "int8"])

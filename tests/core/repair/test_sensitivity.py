@@ -6,7 +6,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from dpq_core.calibration.statistics import InputRounding, TokenWeights, calibrate_block
 from dpq_core.evaluation import head
+<<<<<<< HEAD
 from dpq_core.evaluation.head import ROWS
+=======
+>>>>>>> m3
 from dpq_core.kernels.sixteen_bit import fit
 from dpq_core.layer.linear import W4A8Linear
 from dpq_core.layer.quantize import quantize_layer
@@ -44,7 +47,7 @@ def windows():
     return torch.randint(61, (5, 20), generator=torch.Generator().manual_seed(1))
 
 
-@pytest.mark.parametrize(("block", "rows"), [(0, ROWS), (2, ROWS), (2, 7)])
+@pytest.mark.parametrize(("block", "rows"), [(0, head.ROWS), (2, head.ROWS), (2, 7)])
 def test_losses_are_those_of_whole_models(folder, windows, block, rows, monkeypatch):
     monkeypatch.setattr(head, "ROWS", rows)  # the last: parts of windows of 20 tokens
     stream = StreamedModel(folder)
