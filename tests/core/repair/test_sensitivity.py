@@ -6,7 +6,6 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from dpq_core.calibration.statistics import InputRounding, TokenWeights, calibrate_block
 from dpq_core.evaluation import head
-from dpq_core.evaluation.head import ROWS
 from dpq_core.kernels.sixteen_bit import fit
 from dpq_core.layer.linear import W4A8Linear
 from dpq_core.layer.quantize import quantize_layer
