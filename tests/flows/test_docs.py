@@ -137,7 +137,8 @@ def test_commands_options_and_settings_exist(page):
         named_recipe = Path(parameters.get("recipe") or QUICKSTART)
         recipe = named_recipe if named_recipe.is_file() else QUICKSTART
         given = parameters.get("overrides") or parameters.get("settings") or []
-        (load_conv_recipe if "convnet" in words else load_recipe)(REPOSITORY / recipe, given)
+        convnet = "convnet" in words and "recipe" in parameters
+        (load_conv_recipe if convnet else load_recipe)(REPOSITORY / recipe, given)
     for words in mentions(page, "dpq"):
         for alternative in words[0].split("|"):
             command, left = resolve([alternative, *words[1:]])
