@@ -14,6 +14,7 @@ CHOICES: dict[str, dict[str, Any]] = {
     "w4a8-g32": {"group_size": 32},
     "w8a8": {"bits": 8},
     "w8a8-int8": {"bits": 8, "inner": "int8"},
+    "w8a16": {"bits": 8, "inner": "int8", "activations": "none"},
     "bf16": {"method": "none", "bits": 4, "inner": "none", "activations": "none"},
 }
 

@@ -6,8 +6,8 @@ vLLM's environment, and knows nothing of this project.
 90: the card's compute capability, times ten. A case: name, quantization_config (of an export's
 config.json), rows, columns. Of each: scheme, kernel, and why not of each kernel that was asked
 before it; or the error. vLLM is told that it runs on CUDA on such a card. What its compiled library
-would say of the card (`cutlass_scaled_mm_supports_…`) is what that library's source says: it is not
-here. No kernel is run.
+would say of the card (`cutlass_scaled_mm_supports_…`) is assumed, not asked: it is not here. No
+kernel is run.
 """
 
 import json
@@ -43,7 +43,7 @@ platforms._current_platform = Card()
 
 from vllm import _custom_ops as ops  # noqa: E402
 
-# csrc of vLLM 0.32, built with CUDA 12.8: FP8 from Ada on, in blocks from Hopper on.
+# Assumed of its compiled library: FP8 from Ada on, in blocks and in groups from Hopper on.
 ops.cutlass_scaled_mm_supports_fp8 = lambda capability: capability >= 89
 ops.cutlass_scaled_mm_supports_block_fp8 = lambda capability: capability >= 90
 ops.cutlass_group_gemm_supported = lambda capability: capability >= 90

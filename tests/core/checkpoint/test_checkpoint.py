@@ -191,6 +191,7 @@ MIXED = {
     "model.layers.0.self_attn.q_proj": "w8a8",
     "model.layers.0.mlp.down_proj": "bf16",
     "model.layers.1.self_attn.o_proj": "w8a8-int8",
+    "model.layers.1.self_attn.q_proj": "w8a16",
     DOWN: "w4a8-g32",
 }
 

@@ -18,7 +18,7 @@ from dpq_core.recipe.scheme import Scheme
 from dpq_core.repair.sensitivity import Trial, block_losses
 
 SCHEME = Scheme(group_size=32, rounding="nearest", order="none")
-CHOICES = ("w4a8", "w8a8", "bf16")
+CHOICES = ("w4a8", "w8a8", "w8a16", "bf16")
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +78,7 @@ def test_losses_are_those_of_whole_models(folder, windows, block, rows, monkeypa
         choice: sum(loss for trial, loss in found.items() if trial.choice == choice)
         for choice in CHOICES
     }
-    assert by_choice["w4a8"] > by_choice["w8a8"] > by_choice["bf16"] == 0
+    assert by_choice["w4a8"] > by_choice["w8a8"] > by_choice["w8a16"] > by_choice["bf16"] == 0
 
 
 @torch.inference_mode()
