@@ -1,7 +1,8 @@
-"""Four-bit codes in bytes.
+"""Codes in bytes.
 
-Weights: eight codes an int32 along the input, lowest nibble first; a row whose length is no
-multiple of eight is filled with zeros. Zero points: two a byte along the groups, low nibble first.
+Weights: eight codes of four bits (or four of eight) an int32 along the input, lowest first; a row
+whose length is no multiple of that is filled with zeros. Zero points: two a byte along the groups,
+low nibble first.
 """
 
 import torch
@@ -11,10 +12,11 @@ from torch.nn.functional import pad
 _SHIFTS = torch.arange(0, 32, 4, dtype=torch.int64)
 
 
-def pack_codes(codes: Tensor) -> Tensor:
-    """[out, in] uint8 codes 0…15 → [out, ceil(in / 8)] int32."""
-    nibbles: Tensor = pad(codes, (0, -codes.shape[1] % 8)).unflatten(1, (-1, 8)).long()
-    words = (nibbles << _SHIFTS.to(codes.device)).sum(2)
+def pack_codes(codes: Tensor, bits: int = 4) -> Tensor:
+    """[out, in] uint8 codes of 4 or 8 bits → [out, ceil(in · bits / 32)] int32."""
+    a_word = 32 // bits
+    parts: Tensor = pad(codes, (0, -codes.shape[1] % a_word)).unflatten(1, (-1, a_word)).long()
+    words = (parts << torch.arange(0, 32, bits, device=codes.device)).sum(2)
     return torch.where(words >= 1 << 31, words - (1 << 32), words).to(torch.int32)
 
 

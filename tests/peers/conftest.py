@@ -25,6 +25,7 @@ EXPORTS = {
     ),
     "W8A8, FP8": ({**_W8A8, "activations": "dynamic"}, "compressed-tensors"),
     "W8A8, INT8": ({**_W8A8, "inner": "int8", "activations": "dynamic"}, "compressed-tensors"),
+    "W8A16, INT8": ({**_W8A8, "inner": "int8", "activations": "none"}, "compressed-tensors"),
     "W4A16": ({**_W4A16, "symmetric": True}, "compressed-tensors"),
     "W4A16, symmetric": ({**_W4A16, "symmetric": True}, "gptq"),
     "W4A16, asymmetric": (_W4A16, "gptq"),

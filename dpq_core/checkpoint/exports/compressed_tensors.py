@@ -8,9 +8,10 @@
     weight_shape       [2] int64
     input_scale        [1] fp32          sx; static activations only
 
-8 bits, `float-quantized` (E4M3) or `int-quantized`, one scale a row:
+8 bits, `float-quantized` (E4M3) or `int-quantized`, one scale a row; INT8 weights with inputs in
+16 bits `pack-quantized`, four codes plus 128 an int32:
 
-    weight [N, K], weight_scale [N, 1], input_scale as above
+    weight [N, K], or weight_packed [N, K/4] int32; weight_scale [N, 1]; input_scale as above
 
 Layers with different schemes are different `config_groups`, with their names as targets; those in
 16 bits are in `ignore`. Each group names its own format: the library guesses `int-quantized`, a
@@ -112,9 +113,11 @@ def _group(scheme: Scheme) -> dict[str, Any]:
     if scheme.bits == 4:
         weights = {"num_bits": 4, "type": "int", "strategy": "group"}
         weights |= {"group_size": scheme.group_size, "symmetric": scheme.symmetric}
-        packing = "pack-quantized"
     else:
         weights = number | {"strategy": "channel", "symmetric": True}
+    if _packed(scheme):
+        packing = "pack-quantized"
+    else:
         packing = "int-quantized" if scheme.inner == "int8" else "float-quantized"
     inputs = None
     if scheme.activations != "none":
@@ -129,12 +132,22 @@ def _group(scheme: Scheme) -> dict[str, Any]:
     }
 
 
+def _packed(scheme: Scheme) -> bool:
+    """Whether codes are packed into words: integers that are multiplied in 16 bits, as vLLM's
+    kernels for these read them."""
+    return scheme.bits == 4 or (scheme.inner == "int8" and scheme.activations == "none")
+
+
 def _tensors(layer: QuantizedLinear, target: Target, _: Quantization) -> dict[str, Tensor]:
     weight = layer.weight
     assert not isinstance(weight, Tensor)
     tensors = {"weight_scale": _scale(weight, target.dtype)}
-    if isinstance(weight, RoundedWeight):
+    if not _packed(layer.scheme):
+        assert isinstance(weight, RoundedWeight)
         tensors["weight"] = weight.values
+    elif isinstance(weight, RoundedWeight):
+        tensors["weight_packed"] = pack_codes((weight.values.short() + 128).to(torch.uint8), 8)
+        tensors["weight_shape"] = torch.tensor(weight.values.shape)
     else:
         tensors["weight_packed"] = pack_codes(weight.codes)
         tensors["weight_shape"] = torch.tensor(weight.codes.shape)
@@ -155,15 +168,15 @@ def _scale(weight: QuantizedWeight | RoundedWeight, dtype: torch.dtype) -> Tenso
 def _shapes(target: Target) -> dict[str, tuple[list[int], str]]:
     rows, scheme = target.rows, target.scheme
     shapes: dict[str, tuple[list[int], str]] = {}
-    if scheme.bits == 8:
-        shapes["weight"] = ([rows, target.features], "I8" if scheme.inner == "int8" else "F8_E4M3")
-        shapes["weight_scale"] = ([rows, 1], target.stored_dtype)
-    else:
-        shapes["weight_packed"] = ([rows, -(-target.features // 8)], "I32")
-        shapes["weight_scale"] = ([rows, target.groups], target.stored_dtype)
+    groups = target.groups if scheme.bits == 4 else 1
+    shapes["weight_scale"] = ([rows, groups], target.stored_dtype)
+    if _packed(scheme):
+        shapes["weight_packed"] = ([rows, -(-target.features * scheme.bits // 32)], "I32")
         shapes["weight_shape"] = ([2], "I64")
-        if not scheme.symmetric:
-            shapes["weight_zero_point"] = ([-(-rows // 8), target.groups], "I32")
+    else:
+        shapes["weight"] = ([rows, target.features], "I8" if scheme.inner == "int8" else "F8_E4M3")
+    if scheme.bits == 4 and not scheme.symmetric:
+        shapes["weight_zero_point"] = ([-(-rows // 8), groups], "I32")
     if scheme.activations == "static":
         shapes["input_scale"] = ([1], "F32")
     return shapes

@@ -22,6 +22,7 @@ KERNELS: dict[str, dict[str, str]] = {
     },
     "W8A8-INT8": dict.fromkeys(("Ampere", *_OTHERS), "CutlassInt8ScaledMM"),
     "W4A16": _FOUR_BITS,
+    "W8A16": _FOUR_BITS,
 }
 
 

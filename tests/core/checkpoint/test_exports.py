@@ -35,15 +35,16 @@ from dpq_core.recipe import CalibrationSection, ExportName, TextDataset
 from dpq_core.recipe.scheme import Scheme
 
 VOCABULARY = 97
-QUERY, UP, DOWN = (
-    f"model.layers.{path}" for path in ("0.self_attn.q_proj", "0.mlp.up_proj", "1.mlp.down_proj")
+QUERY, UP, VALUE, DOWN = (
+    f"model.layers.{path}"
+    for path in ("0.self_attn.q_proj", "0.mlp.up_proj", "1.self_attn.v_proj", "1.mlp.down_proj")
 )
 STATIC, DYNAMIC = {"group_size": 32}, {"group_size": 32, "activations": "dynamic"}
 SYMMETRIC = DYNAMIC | {"symmetric": True}
 HOPPER = {"preset": "hopper-vllm", "group_size": 32}
 GAUDI = {"preset": "gaudi-inc", "group_size": 32}
 W4A16 = {"group_size": 32, "method": "gptq", "inner": "none", "activations": "none"}
-MIXED = {QUERY: "w8a8-int8", UP: "bf16", DOWN: "w8a8"}
+MIXED = {QUERY: "w8a8-int8", UP: "bf16", DOWN: "w8a8", VALUE: "w8a16"}
 LICENCE = "---\nlicense: other\nlicense_name: small-model\n---\n\n# Base\n"
 
 
@@ -165,11 +166,15 @@ def test_the_same_arithmetic_gives_the_same_logits(exported, name, scheme):
 def test_transformers_loads_mixed_layers_each_with_its_own_arithmetic(exported, native):
     folder = exported("compressed-tensors", STATIC, MIXED)
     config = json.loads((folder / "config.json").read_text())["quantization_config"]
-    groups = {group["format"]: group for group in config["config_groups"].values()}
+    groups = {
+        (group["format"], group["weights"]["num_bits"]): group["targets"]
+        for group in config["config_groups"].values()
+    }
     assert config["format"] == "mixed-precision"
-    assert groups["float-quantized"]["targets"] == [DOWN]
-    assert groups["int-quantized"]["targets"] == [QUERY]
-    assert len(groups["pack-quantized"]["targets"]) == 14 - 3
+    assert groups["float-quantized", 8] == [DOWN]
+    assert groups["int-quantized", 8] == [QUERY]
+    assert groups["pack-quantized", 8] == [VALUE]
+    assert len(groups["pack-quantized", 4]) == 14 - 4
     assert config["ignore"] == ["lm_head", UP]
     model = fit(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16))
     found = logits(model.eval())
@@ -542,8 +547,8 @@ def test_the_card_says_what_it_is(exported, native):
     folder = exported("compressed-tensors", STATIC, MIXED)
     card = (folder / "README.md").read_text()
     assert card.startswith("---\nlicense: other\nlicense_name: small-model\nbase_model: tiny\n")
-    assert "| 11 | dpq, 4 bits, asymmetric groups of 32, arithmetic in E4M3 up to 448" in card
-    assert card.count("| 1 | ") == 2 + 2  # w8a8, w8a8-int8, bf16, and what was skipped
+    assert "| 10 | dpq, 4 bits, asymmetric groups of 32, arithmetic in E4M3 up to 448" in card
+    assert card.count("| 1 | ") == 3 + 2  # w8a8, w8a8-int8, w8a16, bf16, and what was skipped
     assert "AutoModelForCausalLM.from_pretrained" in card
     assert "Not for vLLM: model.layers.0" in card
     for name, entry in manifest_of(folder)["files"].items():
