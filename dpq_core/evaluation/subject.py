@@ -17,11 +17,10 @@ from dpq_core.evaluation.attention import attend_by_spans
 from dpq_core.evaluation.sharing import why_not_shared
 from dpq_core.layer.records import QuantizedLinear
 from dpq_core.model.blocks import BlockStream
-from dpq_core.model.empty import empty_of
 from dpq_core.model.proof import InMemory
 from dpq_core.model.quantization import quantization_of, reads_fp8
 from dpq_core.model.reader import CheckpointReader
-from dpq_core.model.streaming import empty_model, load_config
+from dpq_core.model.streaming import empty_model
 
 Layers = Mapping[str, Callable[[], QuantizedLinear]]  # by full name
 
@@ -90,12 +89,7 @@ def subject_of(
     """
     if not streamable(folder, source):
         return in_memory(load_model(folder, device, trust_remote_code), device)
-    if dtype is None:
-        model = empty_model(folder, trust_remote_code)
-    else:
-        config: Any = load_config(folder, trust_remote_code)
-        config.dtype = dtype
-        model = empty_of(config, trust_remote_code, dtype)
+    model = empty_model(folder, trust_remote_code, dtype)
     layers: Layers = {}
     if (folder / MANIFEST).is_file():
         checkpoint = QuantizedCheckpoint(folder, trust_remote_code)

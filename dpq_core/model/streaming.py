@@ -24,6 +24,7 @@ class StreamedModel(BlockStream):
     Args:
         images: as above.
         trust_remote_code: run the checkpoint's own model code.
+        dtype: as `empty_model` has it.
 
     Raises:
         CheckpointError: unreadable checkpoint, or as above.
@@ -38,16 +39,20 @@ class StreamedModel(BlockStream):
         device: torch.device | str = "cpu",
         images: bool = False,
         trust_remote_code: bool = False,
+        dtype: torch.dtype | None = None,
     ) -> None:
         reader = CheckpointReader(folder)
-        super().__init__(empty_model(folder, trust_remote_code), reader, device, images)
+        super().__init__(empty_model(folder, trust_remote_code, dtype), reader, device, images)
 
 
-def empty_model(folder: Path, trust_remote_code: bool = False) -> Any:
+def empty_model(
+    folder: Path, trust_remote_code: bool = False, dtype: torch.dtype | None = None
+) -> Any:
     """The transformers model of a checkpoint's configuration, parameters without memory, experts
     one by one.
 
-    Sixteen-bit checkpoints keep their type; anything wider is run in BF16.
+    dtype: that it is run in; None: sixteen-bit checkpoints keep their type, anything wider is run
+    in BF16.
 
     Raises:
         CheckpointError: a configuration that transformers does not know, or only with the
@@ -57,7 +62,9 @@ def empty_model(folder: Path, trust_remote_code: bool = False) -> Any:
     for each in (config, config.get_text_config()):
         if hasattr(each, "quantization_config"):
             del each.quantization_config  # transformers and lm-eval would look it up
-    return empty_of(config, trust_remote_code, stored_type(folder))
+    if dtype is not None:
+        config.dtype = dtype
+    return empty_of(config, trust_remote_code, dtype or stored_type(folder))
 
 
 def sixteen_bit_type(config: Any, folder: Path) -> torch.dtype:

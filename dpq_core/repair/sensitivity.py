@@ -7,6 +7,10 @@ tokens, in nats a token. Forward passes only. One pass through the blocks before
 which are unchanged, serves all layers of the block; the passes after it run side by side, a block's
 weights read once for all of them.
 
+Run the model in FP32 (`StreamedModel`'s `dtype`): in 16 bits the least change of a layer turns
+roundings in all that follows, which alone cost SmolLM2-135M 0.0013 nats a layer, where INT8 weights
+cost 0.00001 (`docs/log.md`).
+
 To first order the loss is what the logarithm of perplexity rises by on the model's own kind of
 text, and losses of different layers add up as long as they are small
 (`dpq_core.repair.allocation`).

@@ -38,10 +38,16 @@ class Model:
     revision: str | None = None
 
 
-def stream_of(recipe: Recipe, model: Model, device: torch.device | str = "cpu") -> StreamedModel:
-    """A model, to be run block by block on what the recipe calibrates with."""
+def stream_of(
+    recipe: Recipe,
+    model: Model,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+) -> StreamedModel:
+    """A model, to be run block by block on what the recipe calibrates with, in its own type or in
+    `dtype`."""
     images = recipe.calibration.image_column is not None
-    return StreamedModel(model.folder, device, images, recipe.model.trust_remote_code)
+    return StreamedModel(model.folder, device, images, recipe.model.trust_remote_code, dtype)
 
 
 def resolve(model: ModelSection) -> tuple[Path, str | None]:

@@ -227,9 +227,11 @@ def sensitivity():
     from dpq_core.checkpoint.native import QuantizedCheckpoint
 
     native = QuantizedCheckpoint(checkpoint()[0])
+    stream = StreamedModel(model(), dtype=torch.float32)
+    batches = stream.begin(batches_of(windows(), 2))
     names = ["model.layers.0.mlp.down_proj", "model.layers.0.self_attn.q_proj"]
     layers = {Trial(name, "golden"): lambda name=name: native.layer(name) for name in names}
-    return of_numbers([*block_losses(*begun()[:1], 0, begun()[1], layers).values()])
+    return of_numbers([*block_losses(stream, 0, batches, layers).values()])
 
 
 def made_by_convnets(stage):

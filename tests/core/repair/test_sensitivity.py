@@ -9,6 +9,7 @@ from dpq_core.evaluation import head
 from dpq_core.kernels.sixteen_bit import fit
 from dpq_core.layer.linear import W4A8Linear
 from dpq_core.layer.quantize import quantize_layer
+from dpq_core.layer.records import QuantizedLinear
 from dpq_core.model.inputs import batches_of
 from dpq_core.model.plan import plan_layers
 from dpq_core.model.streaming import StreamedModel
@@ -88,6 +89,24 @@ def by_hand(folder, windows, trial, layer):
     model.set_submodule(trial.name, W4A8Linear(layer, None))
     found = model(input_ids=windows).logits.double().log_softmax(-1)
     return (expected.exp() * (expected - found)).sum(-1).mean().item()
+
+
+def test_a_loss_falls_with_the_square_of_the_change(folder, windows):
+    """Down to changes that BF16 rounds away or makes as large as any other."""
+    stream = StreamedModel(folder, dtype=torch.float32)
+    name = "model.layers.0.mlp.up_proj"
+    weight = stream.reader.tensor(f"{name}.weight").float()
+    noise = torch.randn(weight.shape, generator=torch.Generator().manual_seed(0)) * weight.std()
+    scheme = chosen_scheme(SCHEME, "bf16")
+
+    def changed(by):
+        return lambda: QuantizedLinear(scheme, weight + by * noise, None, None)
+
+    trials = {Trial(name, str(by)): changed(by) for by in (0.04, 0.02, 0.01)}
+    losses = block_losses(stream, 0, stream.begin(batches_of(windows, 2)), trials)
+    largest, middle, least = losses.values()
+    assert largest / middle == pytest.approx(4, rel=0.1)
+    assert middle / least == pytest.approx(4, rel=0.1)
 
 
 def test_predictions_that_are_not_finite_are_no_losses(folder, windows):
