@@ -15,7 +15,8 @@ import httpx
 
 from infra.errors import one_line
 
-_TIMEOUT = 5.0  # s, for an answer
+_TIMEOUT = 5.0  # s, for a connection
+_ANSWER = 30.0  # s: a busy server is there, and takes its time
 _PATIENCE = 5.0  # s, for a server that is being started again
 _PAUSE = 0.5  # s
 _PORTS = {"postgresql": 5432, "mysql": 3306, "mssql": 1433}
@@ -41,7 +42,10 @@ def check_prefect(url: str) -> None:
     where = f"PREFECT_API_URL is {_shown(url)}"
     try:
         with temporary_settings({PREFECT_API_URL: url, PREFECT_CLIENT_MAX_RETRIES: 0}):
-            client = get_client(httpx_settings={"timeout": _TIMEOUT}, sync_client=True)
+            client = get_client(
+                httpx_settings={"timeout": httpx.Timeout(_ANSWER, connect=_TIMEOUT)},
+                sync_client=True,
+            )
             health = _patiently(lambda: client.request("GET", "/health"))
             if health.text.strip() == "true":
                 client.request("GET", "/admin/version")  # wants the password; health does not
@@ -101,7 +105,11 @@ def not_mlflow(uri: str, reason: str) -> str:
 def _asked(url: str) -> httpx.Response:
     insecure = os.environ.get("MLFLOW_TRACKING_INSECURE_TLS", "").lower() == "true"
     authority = os.environ.get("MLFLOW_TRACKING_SERVER_CERT_PATH")
-    return httpx.get(url, timeout=_TIMEOUT, verify=False if insecure else authority or True)
+    return httpx.get(
+        url,
+        timeout=httpx.Timeout(_ANSWER, connect=_TIMEOUT),
+        verify=False if insecure else authority or True,
+    )
 
 
 def _check_folder(folder: Path) -> None:

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from collections import Counter
 
 from house import ROOT, TOP, picture
 
@@ -96,6 +97,14 @@ def test_the_picture_is_drawn_from_the_imports():
     if os.environ.get("DPQ_WRITE_DOCS"):
         PAGE.write_text(drawn, "utf-8")
     assert PAGE.read_text("utf-8") == drawn, "stale: DPQ_WRITE_DOCS=1 draws it"
+
+
+def test_files_of_tests_have_names_of_their_own():
+    """pytest takes one of those with the same name, and only says so where both are asked for."""
+    names = Counter(path.name for path in (ROOT / "tests").rglob("*.py"))
+    twice = {name for name, count in names.items() if count > 1}
+    assert names["test_architecture.py"] == 1
+    assert twice <= {"__init__.py", "conftest.py"}
 
 
 def test_modules_are_short():

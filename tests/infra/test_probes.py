@@ -29,6 +29,7 @@ def _impatient(_settings_read_again, monkeypatch):
     monkeypatch.setattr(probes, "_PATIENCE", 0.2)
     monkeypatch.setattr(probes, "_PAUSE", 0.05)
     monkeypatch.setattr(probes, "_TIMEOUT", 0.5)
+    monkeypatch.setattr(probes, "_ANSWER", 0.5)
     for name in ("PREFECT_API_URL", "MLFLOW_TRACKING_URI"):
         monkeypatch.delenv(name, raising=False)
     with temporary_settings(restore_defaults={PREFECT_API_URL}):
