@@ -29,6 +29,7 @@ from tasks.evaluate import Measured, load_evaluation
 from tasks.preflight import Inputs, preflight, replanned
 from tasks.support.chunks import Comparison
 from tasks.support.divergences import divergence_of
+from tasks.support.memory import check_states_room
 
 Differences = Mapping[str, Difference]
 
@@ -73,6 +74,7 @@ def compare(recipe: Recipe) -> list[Row]:
     variants = variant_recipes(recipe)
     share_machine(recipe.execution.threads_per_worker)
     inputs = preflight(recipe)
+    check_states_room(recipe, inputs.kept_states, inputs.footprint)
     reference, kept = baseline_of(inputs), Comparison(kept=True)
     baseline = _load(recipe, measure(recipe, inputs.evaluation, reference, kept))
     rows = [_baseline_row(baseline)]

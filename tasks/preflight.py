@@ -26,7 +26,7 @@ from tasks.evaluate import EvaluationData, compared_tokens, prepare
 from tasks.score import memory_for_states
 from tasks.support import fitting, tokenized_data
 from tasks.support.activation_store import load_leaves
-from tasks.support.memory import check_room, check_scoring_room, check_states_room
+from tasks.support.memory import check_room, check_scoring_room
 from tasks.support.model import Model, inspect, load_tokenizer, stream_of
 from tasks.support.worker import Worker, about_worker, workers_here
 
@@ -35,7 +35,8 @@ from tasks.support.worker import Worker, about_worker, workers_here
 class Inputs:
     """What a run starts from, checked: a model, its plan and what that takes, tokens, and the
     evaluation's data and what that takes. worker: what the run's workers are. leaves: parts of the
-    calibration samples that tasks can share."""
+    calibration samples that tasks can share. kept_states: bytes of the last hidden states that are
+    kept where candidates are compared."""
 
     worker: Worker
     model: Model
@@ -45,6 +46,7 @@ class Inputs:
     leaves: int
     evaluation: EvaluationData
     scoring: Room
+    kept_states: int
 
 
 @task(name="preflight", cache_policy=NO_CACHE)
@@ -81,9 +83,7 @@ def preflight(recipe: Recipe) -> Inputs:
     )
     _check_tokens(recipe, plan, tokenized_data.count_tokens(calibration, store))
     evaluation = prepare(recipe.evaluation, tokenizer, config, store, worker.arithmetic)
-    if recipe.evaluation.perplexity:
-        kept = Sizes.of(stream).kept(compared_tokens(evaluation, store))
-        check_states_room(kept, needed, recipe, store)
+    compared = compared_tokens(evaluation, store) if recipe.evaluation.perplexity else 0
     read = {"calibration": calibration, "evaluation.perplexity": evaluation.perplexity}
     fitting.check_ids(config, tokenizer, read, store)
     return Inputs(
@@ -95,6 +95,7 @@ def preflight(recipe: Recipe) -> Inputs:
         leaves=_checked_leaves(recipe, calibration, store),
         evaluation=evaluation,
         scoring=scoring,
+        kept_states=Sizes.of(stream).kept(compared),
     )
 
 

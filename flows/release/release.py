@@ -34,7 +34,7 @@ from tasks.register import Registration, base_of, register
 from tasks.support.attestation import check_engine
 from tasks.support.chunks import Comparison
 from tasks.support.divergences import spots_of
-from tasks.support.memory import MemoryUse
+from tasks.support.memory import MemoryUse, check_states_room
 
 
 @dataclass(frozen=True)
@@ -100,6 +100,7 @@ def release(recipe: Recipe) -> Release:
     tags = {"recipe_digest": recipe.digest, "champion_at_start": str(champion or "")}
     with tracked_run(tracking_uri, recipe.registry.experiment, name, tags, artifact_root) as run:
         inputs = preflight(recipe)
+        check_states_room(recipe, inputs.kept_states, inputs.footprint)
         base_of(recipe, inputs.model).check(registry, name, champion)
         model, data = inputs.model, inputs.evaluation
         with watched() as peaks:

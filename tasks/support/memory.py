@@ -113,9 +113,10 @@ def check_room(recipe: Recipe, needed: Footprint, store: Store, worker: Worker) 
         )
 
 
-def check_states_room(kept: int, needed: Footprint, recipe: Recipe, store: Store) -> None:
+def check_states_room(recipe: Recipe, kept: int, needed: Footprint) -> None:
     """Enough disk for the 16-bit model's last hidden states, beside what quantizing takes of the
     store. kept: their bytes. Raises RoomError."""
+    store = Store(recipe.execution.store)
     beside = needed.disk - (needed.statistics if recipe.execution.scratch else 0)
     what = f"last hidden states of the perplexity text ({shown_bytes(kept)}), layers and checkpoint"
     _check_disk("store", store, what, kept + beside)

@@ -14,6 +14,7 @@ from dpq_core.evaluation.room import Room, Sizes
 from dpq_core.evaluation.scorer import last_states
 from dpq_core.evaluation.subject import subject_of
 from flows.quantize import quantize
+from flows.release.release import release
 from infra.care import stored
 from infra.store import Store
 from tasks.support import memory
@@ -59,7 +60,7 @@ def test_too_little_disk_for_the_kept_states(recipe, tmp_path, monkeypatch):
     monkeypatch.setattr(memory, "_free", lambda folder: needed.disk + 1000)
     what = r"execution.store: .*: last hidden states of the perplexity text \(\d.*\), layers and"
     with pytest.raises(RoomError, match=what + ".*are free: .*dpq store gc"):
-        run_flow(quantize, in_store(recipe, tmp_path / "store"))
+        run_flow(release, in_store(recipe, tmp_path / "store"))
     assert not (tmp_path / "store" / "statistics").exists()
 
 
