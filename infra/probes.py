@@ -15,7 +15,7 @@ import httpx
 
 from infra.errors import one_line
 
-_TIMEOUT = 5.0  # s, for a connection
+_CONNECTION = 5.0  # s, for a connection
 _ANSWER = 30.0  # s: a busy server is there, and takes its time
 _PATIENCE = 5.0  # s, for a server that is being started again
 _PAUSE = 0.5  # s
@@ -42,10 +42,7 @@ def check_prefect(url: str) -> None:
     where = f"PREFECT_API_URL is {_shown(url)}"
     try:
         with temporary_settings({PREFECT_API_URL: url, PREFECT_CLIENT_MAX_RETRIES: 0}):
-            client = get_client(
-                httpx_settings={"timeout": httpx.Timeout(_ANSWER, connect=_TIMEOUT)},
-                sync_client=True,
-            )
+            client = get_client(httpx_settings={"timeout": _limits()}, sync_client=True)
             health = _patiently(lambda: client.request("GET", "/health"))
             if health.text.strip() == "true":
                 client.request("GET", "/admin/version")  # wants the password; health does not
@@ -89,7 +86,7 @@ def check_mlflow(uri: str) -> None:
             _check_folder(Path(uri.partition(":///")[2].partition("?")[0]).parent)
         elif scheme in _PORTS and parsed.hostname:
             place = (parsed.hostname, parsed.port or _PORTS[scheme])
-            _patiently(lambda: socket.create_connection(place, _TIMEOUT)).close()
+            _patiently(lambda: socket.create_connection(place, _CONNECTION)).close()
     except (httpx.HTTPError, httpx.InvalidURL, OSError, ValueError) as error:
         raise ProbeError(not_mlflow(uri, f"nothing answers there ({one_line(error)})")) from error
 
@@ -105,11 +102,11 @@ def not_mlflow(uri: str, reason: str) -> str:
 def _asked(url: str) -> httpx.Response:
     insecure = os.environ.get("MLFLOW_TRACKING_INSECURE_TLS", "").lower() == "true"
     authority = os.environ.get("MLFLOW_TRACKING_SERVER_CERT_PATH")
-    return httpx.get(
-        url,
-        timeout=httpx.Timeout(_ANSWER, connect=_TIMEOUT),
-        verify=False if insecure else authority or True,
-    )
+    return httpx.get(url, timeout=_limits(), verify=False if insecure else authority or True)
+
+
+def _limits() -> httpx.Timeout:
+    return httpx.Timeout(_ANSWER, connect=_CONNECTION)
 
 
 def _check_folder(folder: Path) -> None:

@@ -25,7 +25,13 @@ from dpq_core.convnet.artifact import (
     read_manifest,
     save_classifier,
 )
-from dpq_core.convnet.executor import Classifier, kernel_counts, latencies
+from dpq_core.convnet.executor import (
+    Classifier,
+    kernel_counts,
+    latencies,
+    other_answers,
+    too_many,
+)
 from dpq_core.convnet.graph import Prepared
 from dpq_core.convnet.images import (
     Images,
@@ -62,7 +68,6 @@ _BATCH = 32  # images at a time, scored
 # Of the logits' norm: an activation that is rounded the other way moves all that follow.
 _OTHER_LOGITS = 0.1
 _CHECKED = 512  # images, on which the file is run as it is written, several times slower
-_OTHER_ANSWERS = 0.02  # of these, on which integers may decide otherwise than the file says
 
 
 @dataclass(frozen=True)
@@ -199,7 +204,7 @@ def score_classifier(
             few = test.first(_CHECKED)
             step = stepper("check", -(-len(few) // _BATCH))
             written = predict(Classifier(of, "as written"), few, _BATCH, step)
-            other = int((logits[: len(few)].argmax(1) != written.argmax(1)).sum())
+            other = other_answers(logits[: len(few)], written)
         save_scores(score(logits, test, recipe.images.source), folder / _SCORES)
         write_json(folder / _CHECKS, {"other_answers": other, "kernels": kernels})
 
@@ -207,7 +212,7 @@ def score_classifier(
     scores, checks = load_scores(folder / _SCORES), json.loads((folder / _CHECKS).read_text())
     other, wrong = int(checks["other_answers"]), None
     checked = min(len(scores), _CHECKED)
-    if other > max(_OTHER_ANSWERS * checked, 1):
+    if too_many(other, checked):
         wrong = (
             f"integer kernels give another class than the file says for {other} of {checked}:"
             " where their sums saturate, set scheme.weights.reduce_range: true"

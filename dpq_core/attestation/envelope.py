@@ -24,6 +24,7 @@ from cryptography.hazmat.primitives.serialization import (
 )
 
 from dpq_core.attestation.statement import StatementError
+from dpq_core.errors import one_line
 
 PAYLOAD = "application/vnd.in-toto+json"
 _MAKE = "make one with openssl genpkey -algorithm ed25519"
@@ -38,7 +39,7 @@ def private_key(path: Path) -> Ed25519PrivateKey:
     try:
         key = load_pem_private_key(path.read_bytes(), None)
     except (OSError, ValueError, TypeError) as error:
-        raise StatementError(f"the key {path} cannot be read: {_why(error)}") from error
+        raise StatementError(f"the key {path} cannot be read: {one_line(error, 200)}") from error
     if not isinstance(key, Ed25519PrivateKey):
         raise StatementError(f"the key {path} is no Ed25519 key: {_MAKE}")
     return key
@@ -64,7 +65,7 @@ def opened(envelope: dict[str, Any], path: Path) -> dict[str, Any]:
         body = base64.b64decode(envelope["payload"], validate=True)
         signatures = [base64.b64decode(each["sig"]) for each in envelope["signatures"]]
     except (OSError, ValueError, KeyError, TypeError, binascii.Error) as error:
-        raise StatementError(f"the envelope or the key {path}: {_why(error)}") from error
+        raise StatementError(f"the envelope or the key {path}: {one_line(error, 200)}") from error
     if not isinstance(key, Ed25519PublicKey):
         raise StatementError(f"the key {path} is no Ed25519 key: {_MAKE}")
     if envelope.get("payloadType") != PAYLOAD or not any(_by(key, s, body) for s in signatures):
@@ -89,7 +90,3 @@ def _by(key: Ed25519PublicKey, signature: bytes, body: bytes) -> bool:
 
 def _pae(body: bytes) -> bytes:
     return b" ".join([b"DSSEv1", b"%d" % len(PAYLOAD), PAYLOAD.encode(), b"%d" % len(body), body])
-
-
-def _why(error: Exception) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__

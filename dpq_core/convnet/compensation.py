@@ -10,8 +10,8 @@ then what it will get when it runs,
 and what goes on to the next layer are the outputs as mended.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -33,7 +33,9 @@ def channel_means(made: Prepared, x: Tensor) -> dict[str, Tensor]:
 
         return hook
 
-    with _hooks([m.register_forward_hook(keep(name)) for name, m in made.layers.items()]):
+    with ExitStack() as hooks:
+        for name, layer in made.layers.items():
+            hooks.enter_context(layer.register_forward_hook(keep(name)))
         made.graph(x)
     return found
 
@@ -66,13 +68,12 @@ def compensate(
         layer.bias.add_(off)
         return y + (off.reshape(-1, *[1] * (y.dim() - 2)) if layer.convolution else off)
 
-    hooks = []
-    for layer in [only] if only else made.layers.values():
-        if codes:
-            hooks.append(layer.register_forward_pre_hook(choose))
-        if means is not None:
-            hooks.append(layer.register_forward_hook(correct))
-    with _hooks(hooks):
+    with ExitStack() as hooks:
+        for layer in [only] if only else made.layers.values():
+            if codes:
+                hooks.enter_context(layer.register_forward_pre_hook(choose))
+            if means is not None:
+                hooks.enter_context(layer.register_forward_hook(correct))
         logits: Tensor = made.graph(x)
     return logits
 
@@ -81,12 +82,3 @@ def _means(layer: Layer, y: Tensor) -> Tensor:
     """By channel: dimension 1 of a convolution, the last of a linear layer."""
     channel = 1 if layer.convolution else y.dim() - 1
     return y.mean([each for each in range(y.dim()) if each != channel])
-
-
-@contextmanager
-def _hooks(hooks: list[Any]) -> Iterator[None]:
-    try:
-        yield
-    finally:
-        for each in hooks:
-            each.remove()

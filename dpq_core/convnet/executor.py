@@ -36,6 +36,7 @@ _FLOATING = ("Conv", "FusedConv", "Gemm", "FusedGemm", "MatMul", "FusedMatMul")
 # It quantizes, per layer, weights that a file holds in floating point between roundings.
 _NOT_OF_ITSELF = ["WeightBiasQuantization"]
 _WARM_UP = 3  # runs before those that are timed
+_OTHER_ANSWERS = 0.02  # of the pictures, at least one: nearly ties, which rounding turns
 
 
 class Classifier:
@@ -53,6 +54,16 @@ class Classifier:
         """fp32 [n, channels, height, width] → logits fp32 [n, classes]."""
         (logits,) = self._session.run(None, {INPUT: x.contiguous().numpy()})
         return torch.from_numpy(logits)
+
+
+def other_answers(logits: Tensor, others: Tensor) -> int:
+    """Pictures that two runs of a classifier, [n, classes] each, do not give the same class."""
+    return int((logits.argmax(1) != others.argmax(1)).sum())
+
+
+def too_many(other: int, pictures: int) -> bool:
+    """Whether so many other answers are more than rounding in another order explains."""
+    return other > max(_OTHER_ANSWERS * pictures, 1)
 
 
 def kernel_counts(folder: Path) -> Mapping[str, int]:

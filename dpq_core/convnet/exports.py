@@ -19,13 +19,12 @@ import torch
 from torch import Tensor
 
 from dpq_core.convnet.artifact import read_manifest
-from dpq_core.convnet.executor import Classifier
+from dpq_core.convnet.executor import Classifier, other_answers, too_many
 from dpq_core.convnet.files import MODEL
 from dpq_core.convnet.images import Images, square
 from dpq_core.convnet.recipe import ImagesSection
 from dpq_core.errors import InputError, check_extra, one_line
 
-_OTHER_ANSWERS = 0.02  # of the pictures, at least one: nearly ties, which rounding turns
 _BATCH = 32
 _LEAST = 8  # pictures that tell anything
 _ENDINGS = {".bmp", ".jpeg", ".jpg", ".png", ".webp"}
@@ -141,16 +140,15 @@ def _logits(model: Runs, pictures: Images) -> Tensor:
 
 
 def _compared(name: str, to: Path, expected: Tensor, found: Tensor) -> Written:
-    count = len(expected)
-    same = int((expected.argmax(1) == found.argmax(1)).sum())
+    count, other = len(expected), other_answers(expected, found)
     distance = float((found - expected).norm() / expected.norm())
-    if count - same > max(_OTHER_ANSWERS * count, 1) or not found.isfinite().all():
+    if too_many(other, count) or not found.isfinite().all():
         raise ConvExportError(
-            f"{name}: another class than the scored file's for {count - same} of {count} pictures,"
+            f"{name}: another class than the scored file's for {other} of {count} pictures,"
             f" logits {100 * distance:.1f} % away: nothing is kept"
         )
     files = {path.name: path.stat().st_size for path in sorted(to.iterdir())}
-    return Written(name, files, count, same, distance)
+    return Written(name, files, count, count - other, distance)
 
 
 def _copy(model: Path, to: Path) -> None:

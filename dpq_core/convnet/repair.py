@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import kl_div
 
 from dpq_core.convnet.compensation import channel_means, compensate
 from dpq_core.convnet.graph import Prepared
@@ -59,7 +60,8 @@ def trials(
             layer.rounding = WeightRounding(scheme.weights.in_bits(bits))
             layer.rounding.settle(layer.weight)
             logits = compensate(before, x, scheme.chooses_codes, means, only=layer)
-            loss = _divergence(expected, logits.double().log_softmax(1))
+            found_logs = logits.double().log_softmax(1)
+            loss = kl_div(found_logs, expected, reduction="batchmean", log_target=True).item()
             found.append(Trial(name, bits, layer.weight.numel(), loss))
             layer.weight.data, layer.rounding, layer.bias = weight.clone(), None, bias
             if bias is not None and kept is not None:
@@ -97,8 +99,3 @@ def raised(scheme: ConvScheme, bits: Mapping[str, Bits]) -> ConvScheme:
     assert scheme.weights is not None
     more = {name: each for name, each in bits.items() if each != scheme.weights.bits}
     return scheme.model_copy(update={"weights": scheme.weights.model_copy(update={"layers": more})})
-
-
-def _divergence(expected: Tensor, found: Tensor) -> float:
-    """Of log probabilities, fp64 [n, classes]: nats."""
-    return float((expected.exp() * (expected - found)).sum(1).mean())

@@ -21,9 +21,8 @@ _ANY = {"inline": "always", "error_model": "numpy"}
 _LEAST = -700.0  # e to the power of less is no normal float64; counted as nothing
 _UNITS = 1.5 * 2.0**52  # adding it leaves no bits below 1
 _TO_BINARY = 1 / math.log(2)
-_LN2_HIGH = (
-    6.93147180369123816490e-01  # ln 2 in two parts: n · the first is exact (fdlibm, e_exp.c)
-)
+# ln 2 in two parts, of which n · the first is exact (fdlibm, e_exp.c)
+_LN2_HIGH = 6.93147180369123816490e-01
 _LN2_LOW = 1.90821492927058770002e-10
 _BIAS, _MANTISSA = np.int64(1023), np.int64(52)
 _2, _3, _4, _5, _6, _7, _8, _9, _10, _11, _12 = (1 / math.factorial(k) for k in range(2, 13))
@@ -75,18 +74,22 @@ def _sums(a: _Floats, b: _Floats, most_a: float, most_b: float) -> Any:
     whole = len(a) // LANES * LANES
     for start in range(0, whole, LANES):
         for lane in range(LANES):
-            p, q = np.float64(a[start + lane]), np.float64(b[start + lane])
-            share = _exp(p - most_a)
-            total[lane] += share
-            apart[lane] += share * (p - q) if share > 0 else 0.0
-            other[lane] += _exp(q - most_b)
+            _add(total, apart, other, lane, a[start + lane], b[start + lane], most_a, most_b)
     for at in range(whole, len(a)):
-        p, q, lane = np.float64(a[at]), np.float64(b[at]), at - whole
-        share = _exp(p - most_a)
-        total[lane] += share
-        apart[lane] += share * (p - q) if share > 0 else 0.0
-        other[lane] += _exp(q - most_b)
+        _add(total, apart, other, at - whole, a[at], b[at], most_a, most_b)
     return _added(total), _added(apart), _added(other)
+
+
+@numba.njit(**_ANY)
+def _add(
+    total: Any, apart: Any, other: Any, lane: int, a: Any, b: Any, most_a: float, most_b: float
+) -> None:
+    """One piece's part of each sum."""
+    p, q = np.float64(a), np.float64(b)
+    share = _exp(p - most_a)
+    total[lane] += share
+    apart[lane] += share * (p - q) if share > 0 else 0.0
+    other[lane] += _exp(q - most_b)
 
 
 @numba.njit(**_ANY)

@@ -39,9 +39,8 @@ from tasks.support.memory import MemoryUse, check_states_room
 
 @dataclass(frozen=True)
 class Release:
-    """What came of a release. attested: what an
-    engine computed, in a line. hub: address of the commit there. memory: of quantizing. scoring: of
-    the baseline's evaluation."""
+    """What came of a release. attested: what an engine computed, in a line. hub: address of the
+    commit there. memory: of quantizing. scoring: of the baseline's evaluation."""
 
     verdict: Verdict
     checkpoint: str

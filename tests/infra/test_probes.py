@@ -28,7 +28,7 @@ def _settings_read_again():
 def _impatient(_settings_read_again, monkeypatch):
     monkeypatch.setattr(probes, "_PATIENCE", 0.2)
     monkeypatch.setattr(probes, "_PAUSE", 0.05)
-    monkeypatch.setattr(probes, "_TIMEOUT", 0.5)
+    monkeypatch.setattr(probes, "_CONNECTION", 0.5)
     monkeypatch.setattr(probes, "_ANSWER", 0.5)
     for name in ("PREFECT_API_URL", "MLFLOW_TRACKING_URI"):
         monkeypatch.delenv(name, raising=False)

@@ -9,20 +9,20 @@ from collections.abc import Iterable
 from dpq_core.checkpoint.exports.format import Target
 from dpq_core.recipe.scheme import Scheme
 
-_FOUR_BITS = {"Ampere": "Marlin", "Ada": "Marlin", "Hopper": "Machete", "Blackwell": "Marlin"}
+_MARLIN = {"Ampere": "Marlin", "Ada": "Marlin", "Hopper": "Machete", "Blackwell": "Marlin"}
 _OTHERS = ("Ada", "Hopper", "Blackwell")
 
 # A card that is not named is refused.
 KERNELS: dict[str, dict[str, str]] = {
     "W4A8-FP8": {"Hopper": "CutlassW4A8"},
-    "W4A8-INT8": _FOUR_BITS,
+    "W4A8-INT8": _MARLIN,
     "W8A8-FP8": {
         "Ampere": "MarlinFP8ScaledMM",
         **dict.fromkeys(_OTHERS, "CutlassFP8ScaledMM"),
     },
     "W8A8-INT8": dict.fromkeys(("Ampere", *_OTHERS), "CutlassInt8ScaledMM"),
-    "W4A16": _FOUR_BITS,
-    "W8A16": _FOUR_BITS,
+    "W4A16": _MARLIN,
+    "W8A16-INT8": _MARLIN,
 }
 
 
@@ -30,9 +30,10 @@ def kind_of(scheme: Scheme, form: str) -> str | None:
     """The row of a layer; None: 16 bits."""
     if scheme.method == "none":
         return None
+    number = "INT8" if scheme.inner == "int8" else "FP8"
     if form == "gptq" or scheme.inner == "none" or scheme.activations == "none":
-        return f"W{scheme.bits}A16"
-    return f"W{scheme.bits}A8-{'INT8' if scheme.inner == 'int8' else 'FP8'}"
+        return "W4A16" if scheme.bits == 4 else f"W8A16-{number}"
+    return f"W{scheme.bits}A8-{number}"
 
 
 def shown_kernels(targets: Iterable[Target], form: str) -> str | None:

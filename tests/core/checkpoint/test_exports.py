@@ -25,6 +25,7 @@ from dpq_core.checkpoint.exports import (
 )
 from dpq_core.checkpoint.exports.card import licence_of
 from dpq_core.checkpoint.exports.gptq import moved_up, packed
+from dpq_core.checkpoint.exports.vllm import KERNELS, kind_of
 from dpq_core.checkpoint.native import QuantizedCheckpoint, load_model, load_quantized
 from dpq_core.kernels.sixteen_bit import fit
 from dpq_core.layer.grid import Grid
@@ -541,6 +542,17 @@ def test_an_export_is_written_whole_or_not_at_all(native, tmp_path):
 
 
 # The card.
+
+
+@pytest.mark.parametrize(
+    ("scheme", "known"),
+    [
+        ({"bits": 8, "inner": "int8", "activations": "none"}, True),
+        ({"bits": 8, "activations": "none"}, False),  # FP8 weights alone: vLLM was not asked
+    ],
+)
+def test_a_card_names_kernels_that_vllm_was_asked_for(scheme, known):
+    assert (kind_of(Scheme(**scheme), "compressed-tensors") in KERNELS) == known
 
 
 def test_the_card_says_what_it_is(exported, native):
