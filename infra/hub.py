@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from infra.errors import one_line
+from infra.remote import files_to_send
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
@@ -132,12 +133,7 @@ def _operations(
     """What makes a branch that holds `there` hold the folder."""
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 
-    files = {
-        str(path.relative_to(folder)): path
-        for path in sorted(folder.rglob("*"))
-        if path.is_file() and not path.name.startswith(".")
-    }
-    contents: dict[str, Path | bytes] = {**files, **instead}
+    contents: dict[str, Path | bytes] = {**files_to_send(folder), **instead}
     gone = [name for name in there if name not in contents and name != _ITS_OWN]
     return [
         *(CommitOperationAdd(name, content) for name, content in contents.items()),

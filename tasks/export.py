@@ -2,19 +2,27 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
+import dpq_core
 from dpq_core.attestation.statement import FILE, read_statement, summary
 from dpq_core.checkpoint.exports import failures, read_export
 from dpq_core.checkpoint.exports.card import CARD, model_card
 from dpq_core.checkpoint.native import QuantizedCheckpoint
 from dpq_core.recipe import Recipe
+from dpq_core.serving import pyfunc
+from infra.registry.flavor import TextModel, write_flavor
 from infra.registry.tracking import TrackedRun
 from infra.store import ArtifactRef, Store
 from tasks.support.exports import stored_export
+
+_GENERATOR = TextModel(
+    pyfunc.__name__, Path(dpq_core.__file__).parent, pyfunc.REQUIREMENTS, pyfunc.PARAMETERS
+)
 
 
 @dataclass(frozen=True)
@@ -69,15 +77,17 @@ def cards(
     gates: Sequence[Mapping[str, str]],
     standings: str = "",
 ) -> None:
-    """README.md of the checkpoint (in the MLflow run as well) and of its exports.
+    """README.md of the checkpoint (in the MLflow run as well) and of its exports; and what makes
+    the checkpoint's folder a model that MLflow loads and serves.
 
-    It lies beside what the store and the manifests have digests of: the same checkpoint may be
+    Both lie beside what the store and the manifests have digests of: the same checkpoint may be
     released again, under other gates.
     """
     native = QuantizedCheckpoint(checkpoint.folder)
     card = model_card(native, None, verdict, gates, standings)
     (checkpoint.folder / CARD).write_text(card, "utf-8")
     run.log_text(card, CARD)
+    write_flavor(checkpoint.folder, _GENERATOR)
     for each in exports:
         if each.wrong:
             continue

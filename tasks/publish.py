@@ -152,7 +152,6 @@ def push_release(
 
 
 def _names(folder: Path) -> list[str]:
-    files = [path for path in folder.rglob("*") if path.is_file()]
-    names = {str(path.relative_to(folder)) for path in files if not path.name.startswith(".")}
+    names = remote.files_to_send(folder)
     last = [name for name in _LAST if name in names]
-    return sorted(names.difference(last)) + last
+    return [name for name in names if name not in last] + last
