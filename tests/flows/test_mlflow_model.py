@@ -29,6 +29,7 @@ from infra.registry.tracking import tracking_store
 from infra.remote import files_to_send
 
 PROMPT = "def main("
+_OTHERS = {"dpq_core", "mlflow", "pandas", "triton"}  # ours, there already, a GPU's
 
 
 @pytest.fixture(scope="module")
@@ -147,5 +148,5 @@ def imported_by_loading():
                 names |= {each.name.partition(".")[0] for each in node.names}
             elif isinstance(node, ast.ImportFrom):
                 names.add(str(node.module).partition(".")[0])
-    third = names - set(sys.stdlib_module_names) - {"dpq_core", "pandas", "triton"}
+    third = names - set(sys.stdlib_module_names) - _OTHERS
     return {owners[each][0].lower().replace("_", "-") for each in third}
