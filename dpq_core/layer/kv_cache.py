@@ -5,11 +5,11 @@
     s    = the least power of two with s · 448 ≥ max |x|, of the calibration's keys (values):
            one for all of a layer's heads, or one a head
 
-Engines divide in FP32 (vLLM) or in the model's type (compressed-tensors, Gaudi). By a power of two
-these are the same numbers. A floating-point format loses nothing by it but less than an octave of
-the eighteen that E4M3 spans; and two such scales round alike wherever neither saturates nor comes
-down to subnormal numbers, whether they are a layer's or a head's. No scale is below 2⁻¹⁴, the least
-normal number of FP16, so that every 16-bit type holds it.
+Engines divide in FP32 (vLLM) or in the model's type (compressed-tensors). By a power of two these
+are the same numbers. A floating-point format loses nothing by it but less than an octave of the
+fifteen in which E4M3 has its four bits; and two such scales round alike wherever neither saturates
+nor comes down to subnormal numbers, whether they are a layer's or a head's. No scale is below 2⁻¹⁴,
+the least normal number of FP16, so that every 16-bit type holds it.
 """
 
 from collections.abc import Mapping
@@ -47,11 +47,6 @@ class CacheMaxima:
         """Those of both."""
         self.keys = torch.maximum(self.keys, other.keys)
         self.values = torch.maximum(self.values, other.values)
-
-    @property
-    def numbers(self) -> int:
-        """That are kept of a token."""
-        return self.keys.numel() + self.values.numel()
 
     def scales(self, per: Literal["tensor", "head"]) -> "CacheScales":
         """Raises ValueError: a maximum is not finite."""

@@ -6,7 +6,7 @@ from functools import partial
 import pytest
 import torch
 from architectures import ARCHITECTURES, random_model
-from transformers import AutoModelForCausalLM, DynamicCache
+from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
 
 from dpq_core.checkpoint.native import QuantizedCheckpoint, load_quantized
 from dpq_core.evaluation.divergence import divergence
@@ -113,6 +113,23 @@ def test_a_checkpoint_computes_as_with_a_cache_that_rounds(made, name, per):
     assert torch.equal(logits_of(ours, WINDOWS[:2], use_cache=False), expected)
     assert torch.equal(logits_of(ours, WINDOWS[:2], use_cache=True), expected)
     assert not torch.equal(logits_of(model, WINDOWS[:2]), expected)
+
+
+def test_a_cache_of_one_size_keeps_rounded_keys_too(made):
+    """As `dpq_core.serving.decoding` has it: the prompt, then a token."""
+    base, out = made("Llama 3, 3.1", kv_cache_scale="tensor")
+    model, ours = AutoModelForCausalLM.from_pretrained(base).eval(), load_quantized(out)
+    caches = rounded_cache(out, model)(), StaticCache(ours.config, max_cache_len=64)
+    for part in (WINDOWS[:1, :-1], WINDOWS[:1, -1:]):
+        expected, found = (
+            logits_of(each, part, past_key_values=cache, use_cache=True)
+            for each, cache in zip((model, ours), caches, strict=True)
+        )
+        torch.testing.assert_close(found, expected, rtol=0.02, atol=0.02)
+    kept = caches[1].layers[0].keys[:, :, : WINDOWS.shape[1]]
+    scale = ours.get_buffer("model.layers.0.self_attn.k_scale")
+    assert torch.equal(as_kept(kept, scale), kept)
+    assert kept.abs().max() > 0
 
 
 def test_what_is_generated_reads_the_rounded_cache(made):
