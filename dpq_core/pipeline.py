@@ -16,14 +16,17 @@ from dpq_core.calibration.statistics import (
     InputRounding,
     Step,
     TokenWeights,
+    cache_maxima,
     calibrate_block,
 )
 from dpq_core.checkpoint.native import load_layer, save_layer, write_checkpoint
+from dpq_core.layer.kv_cache import CacheMaxima
 from dpq_core.layer.quantize import quantize_or_keep
 from dpq_core.layer.records import QuantizedLinear
 from dpq_core.layer.shared_input import SharedInput
 from dpq_core.model.context import check_ids, check_lengths
 from dpq_core.model.inputs import Batch, ModelInputs, batches_of
+from dpq_core.model.kv_cache import check_cache
 from dpq_core.model.plan import Plan, PlannedLayer, plan_layers, readers_of_one_input
 from dpq_core.model.proof import prove
 from dpq_core.model.source import check_source
@@ -54,6 +57,8 @@ def quantize_checkpoint(
     """
     check_source(source)
     prove(empty_model(source))
+    if scheme.kv_cache == "fp8":
+        check_cache(empty_model(source))
     stream = StreamedModel(source, device, images=calibration.image_column is not None)
     plan = plan_layers(stream, scheme, choices)
     inputs = batches_of(windows, calibration.batch_size)
@@ -64,8 +69,9 @@ def quantize_checkpoint(
     batches = stream.begin(inputs)
     for batch in batches:
         batch.hidden = batch.hidden.to(stream.device)
+    maxima = dict[str, CacheMaxima]()
     with tempfile.TemporaryDirectory() as finished:
-        for layers in _by_block(stream, plan, batches, scheme, calibration):
+        for layers in _by_block(stream, plan, batches, scheme, calibration, maxima):
             for name, layer in layers.items():
                 folder = Path(finished, name)
                 folder.mkdir()
@@ -84,6 +90,7 @@ def quantize_checkpoint(
             finished_layer,
             about,
             stream.wide,
+            maxima,
         )
 
 
@@ -93,18 +100,23 @@ def _by_block(
     batches: Sequence[Batch],
     scheme: Scheme,
     calibration: CalibrationSection,
+    maxima: dict[str, CacheMaxima],
 ) -> Iterator[dict[str, QuantizedLinear]]:
     """The quantized layers of one block after the other, by name. Where they are corrected, the
-    16-bit model's hidden states go along with those of the quantized one."""
+    16-bit model's hidden states go along with those of the quantized one. maxima: gets those of
+    attentions, where the scheme keeps keys and values in FP8."""
     seen_as = InputRounding.of(scheme, calibration), TokenWeights.of(calibration)
     fed, corrected = calibration.propagation, calibration.correction > 0
     originals = [batch.clone() for batch in batches] if corrected else []
+    cache = scheme.kv_cache == "fp8"
     for block in range(plan.blocks):
         done = dict[str, QuantizedLinear]()
         for inputs in plan.inputs_by_step(block) if fed == "groups" else [None]:
             step = None if inputs is None else Step(inputs, done, corrected)
             advance = fed == "original"
-            found = calibrate_block(stream, block, batches, *seen_as, advance, step, originals)
+            passed = stream, block, batches, *seen_as, advance, step, originals
+            found = calibrate_block(*passed, cache)
+            maxima |= cache_maxima(stream, block, found)
             done |= _quantized(stream, plan.of_block(block, inputs), found, calibration)
         yield done
         if fed != "original":

@@ -17,7 +17,7 @@ from dpq_core.recipe import Recipe
 from flows.running.liveness import attended
 from infra.memory import watched
 from infra.store import ArtifactRef
-from tasks.assemble import assemble, verify
+from tasks.assemble import assemble, cache_of, verify
 from tasks.calibrate import calibrate, calibrate_share, is_calibrated, parts
 from tasks.preflight import Inputs, preflight
 from tasks.quantize import quantize as quantize_readers
@@ -74,8 +74,10 @@ def make_candidate(recipe: Recipe, inputs: Inputs) -> Candidate:
     layers, statistics = made.layers, made.statistics
     memory = MemoryUse.of(recipe, inputs.footprint, peaks, made.device_peak)
     get_run_logger().info(memory.line)
-    checkpoint = assemble(recipe, inputs.model, inputs.calibration, layers)
-    integrity = verify.submit(recipe, inputs.model, inputs.calibration, layers, checkpoint).result()
+    cache = cache_of(recipe, inputs.model, statistics)
+    about = recipe, inputs.model, inputs.calibration, layers
+    checkpoint = assemble(*about, cache)
+    integrity = verify.submit(*about, checkpoint, cache).result()
     manifest = json.loads((checkpoint.folder / MANIFEST).read_text("utf-8"))
     return Candidate(inputs, layers, statistics, checkpoint, manifest, integrity, memory)
 

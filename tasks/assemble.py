@@ -13,8 +13,10 @@ from torch import Tensor
 from dpq_core.checkpoint.exports.card import licence_of
 from dpq_core.checkpoint.native import QuantizedCheckpoint, load_layer, write_checkpoint
 from dpq_core.digests import digest
+from dpq_core.layer.kv_cache import CacheMaxima
 from dpq_core.layer.records import QuantizedLinear
 from dpq_core.model.inputs import ModelInputs
+from dpq_core.model.kv_cache import cached_attentions, round_cache_of
 from dpq_core.model.plan import plan_layers
 from dpq_core.model.quantization import described, quantization_of
 from dpq_core.model.streaming import StreamedModel
@@ -22,6 +24,7 @@ from dpq_core.paths import is_folder
 from dpq_core.recipe import Recipe
 from dpq_core.recipe.datasets import MixedDataset
 from infra.store import ArtifactRef, Store
+from tasks.calibrate import load_maxima
 from tasks.support.model import Model, stream_of
 from tasks.support.progress import stepper
 from tasks.support.stages import computed_by
@@ -64,11 +67,27 @@ def provenance(recipe: Recipe, model: Model, windows: ArtifactRef) -> dict[str, 
     }
 
 
+def cache_of(
+    recipe: Recipe, model: Model, statistics: dict[str, ArtifactRef]
+) -> dict[str, ArtifactRef]:
+    """The statistics, by the shared input's name, that have the largest keys and values, by
+    attention; none where these are kept in 16 bits."""
+    if recipe.scheme.kv_cache == "none":
+        return {}
+    made = cached_attentions(stream_of(recipe, model))
+    return {name: statistics[beside] for name, beside in made.items()}
+
+
 @task(name="assemble", cache_policy=NO_CACHE)
 def assemble(
-    recipe: Recipe, model: Model, windows: ArtifactRef, layers: dict[str, ArtifactRef]
+    recipe: Recipe,
+    model: Model,
+    windows: ArtifactRef,
+    layers: dict[str, ArtifactRef],
+    cache: dict[str, ArtifactRef] | None = None,
 ) -> ArtifactRef:
-    """The native checkpoint: an artifact whose folder `load_quantized` reads."""
+    """The native checkpoint: an artifact whose folder `load_quantized` reads. cache: of
+    `cache_of`."""
     store = Store(recipe.execution.store)
     about = provenance(recipe, model, windows)
     key = digest(
@@ -77,6 +96,7 @@ def assemble(
             "layers": {name: artifact.sha256 for name, artifact in layers.items()},
             "scheme": recipe.scheme.model_dump(mode="json"),
             "about": about,
+            **({"cache": {n: each.sha256 for n, each in cache.items()}} if cache else {}),
         }
     )
 
@@ -90,9 +110,14 @@ def assemble(
             return load_layer(store.open(layers[name]))
 
         reader, scheme = stream.reader, recipe.scheme
-        write_checkpoint(folder, reader, stream.dtype, plan, scheme, layer, about, stream.wide)
+        own = stream.wide, _maxima(cache, store)
+        write_checkpoint(folder, reader, stream.dtype, plan, scheme, layer, about, *own)
 
     return store.get_or_make("checkpoints", key, make)[0]
+
+
+def _maxima(cache: dict[str, ArtifactRef] | None, store: Store) -> dict[str, CacheMaxima]:
+    return {name: load_maxima(artifact, store) for name, artifact in (cache or {}).items()}
 
 
 @task(name="verify", cache_policy=NO_CACHE)
@@ -102,6 +127,7 @@ def verify(
     windows: ArtifactRef,
     layers: dict[str, ArtifactRef],
     checkpoint: ArtifactRef,
+    cache: dict[str, ArtifactRef] | None = None,
 ) -> dict[str, str | None]:
     """Integrity of a checkpoint: check name → None where it passed, else what is wrong.
 
@@ -113,7 +139,8 @@ def verify(
     key = digest({**made_by, "checkpoint": checkpoint.sha256})
 
     def make(folder: Path) -> None:
-        checks = _check(recipe, model, windows, layers, store.open(checkpoint), store)
+        maxima = _maxima(cache, store)
+        checks = _check(recipe, model, windows, layers, store.open(checkpoint), store, maxima)
         (folder / "integrity.json").write_text(json.dumps(checks))
 
     artifact, _ = store.get_or_make("integrity", key, make)
@@ -129,6 +156,7 @@ def _check(
     layers: dict[str, ArtifactRef],
     folder: Path,
     store: Store,
+    maxima: dict[str, CacheMaxima],
 ) -> dict[str, str | None]:
     checks: dict[str, str | None] = {}
     try:
@@ -140,7 +168,8 @@ def _check(
     probe = load_inputs(windows, store, _PROBE_WINDOWS, _PROBE_WINDOWS, _PROBE_LENGTH)
     device = this_worker(recipe.execution).device
     shapes = checkpoint.shapes
-    original = stream_of(recipe, model, device)
+    original, per = stream_of(recipe, model, device), recipe.scheme.kv_cache_scale
+    round_cache_of(original, {name: each.scales(per) for name, each in maxima.items()})
     written = stream_of(recipe, replace(model, folder=folder), device)
     expected = _probe_logits(
         original,

@@ -38,7 +38,9 @@ from dpq_core.calibration.statistics import (
 )
 from dpq_core.digests import digest
 from dpq_core.layer.hessian import InputStatistics
+from dpq_core.layer.kv_cache import CACHE_MAXIMA, CacheMaxima
 from dpq_core.machine.device import freed_memory_kept
+from dpq_core.model.kv_cache import cached_attention
 from dpq_core.recipe import Recipe
 from infra.store import ArtifactRef, Store, StoreError
 from tasks.support import kept_statistics, tensor_files
@@ -147,6 +149,11 @@ def load_statistics(artifact: ArtifactRef, store: Store) -> InputStatistics:
     return InputStatistics.from_tensors(tensor_files.load(store.open(artifact)))
 
 
+def load_maxima(artifact: ArtifactRef, store: Store) -> CacheMaxima:
+    """The largest keys and values beside the statistics of what is made of them."""
+    return CacheMaxima(*tensor_files.load_small(store.open(artifact), CACHE_MAXIMA))
+
+
 def _hidden(
     recipe: Recipe,
     model: Model,
@@ -185,7 +192,12 @@ class _Calibration:
         }
         if inputs is None:
             inputs = tuple(first for first, *_ in hidden.stream.groups(block))
-        self.wanted = {name: digest({**self._base, "input": name}) for name in inputs}
+        self._cache = recipe.scheme.kv_cache == "fp8"
+        beside = (self._cache and cached_attention(hidden.stream, block)) or ("", "")
+        self.wanted = {
+            name: digest(self._base | {"input": name} | self._looked_at(name == beside[1]))
+            for name in inputs
+        }
 
     @cached_property
     def root(self) -> Node:
@@ -193,8 +205,14 @@ class _Calibration:
 
     def key(self, part: Part, node: Node) -> str:
         """The key of the artifact `partial`."""
-        of = {"inputs": self._inputs} if self._inputs else {}
+        of: dict[str, Any] = {"inputs": self._inputs} if self._inputs else {}
+        of |= self._looked_at(self._cache)
         return digest({**self._base, "block": self._block, "part": part, "node": node, **of})
+
+    @staticmethod
+    def _looked_at(cache: bool) -> dict[str, Any]:
+        """The part of a key that says that the largest keys and values are in it."""
+        return {"cache": True} if cache else {}
 
     def lease(self, keys: Any) -> AbstractContextManager[None]:
         """Held by who makes what these are the keys of."""
@@ -273,7 +291,7 @@ class _Calibration:
                     layers = self._hidden.load_layers(self._block)
                     step = Step(self._inputs, layers, beside=self._original is not None)
                 stream, seen_as = self._hidden.stream, (self._rounding, self._weights)
-                opened = block_passes(stream, self._block, *seen_as, step=step)
+                opened = block_passes(stream, self._block, *seen_as, step=step, cache=self._cache)
                 return stack.enter_context(opened)
 
             yield passes

@@ -11,6 +11,7 @@ from prefect import task
 from prefect.cache_policies import NO_CACHE
 from pyarrow import parquet
 
+from dpq_core.checkpoint.exports.card import cache_bytes
 from dpq_core.evaluation.scores import Scores
 from dpq_core.evaluation.text_divergence import DIVERGENCE, FILE
 from dpq_core.recipe import Recipe
@@ -38,6 +39,8 @@ def log_release(
     run.set_tags({"model_digest": model.digest, "recipe_digest": recipe.digest})
     log_metrics(run, metrics)
     run.log_metrics({"bytes_per_weight": manifest["bytes_per_weight"]})
+    if (taken := cache_bytes(manifest)) is not None:
+        run.log_metrics({"cache_bytes_per_token": taken})
     run.log_table(layer_rows(manifest), "layers")
     run.log_figure(layer_error_figure(manifest), "layer_error.png")
 

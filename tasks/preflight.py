@@ -18,7 +18,9 @@ from dpq_core.evaluation.room import Room, Sizes
 from dpq_core.footprint import Footprint, footprint
 from dpq_core.layer.storage import stored_bytes
 from dpq_core.machine.device import DeviceError, resolve_device
+from dpq_core.model.kv_cache import cached_attentions, check_cache
 from dpq_core.model.plan import Plan, kept_lines, plan_layers
+from dpq_core.model.streaming import StreamedModel, empty_model
 from dpq_core.recipe import Recipe, RecipeError
 from dpq_core.recipe.layer_choices import chosen_scheme
 from infra.store import ArtifactRef, Store
@@ -67,6 +69,7 @@ def preflight(recipe: Recipe) -> Inputs:
     plan = plan_layers(stream, recipe.scheme, recipe.layers)
     for line in kept_lines(plan.skipped):
         get_run_logger().warning(line)
+    _check_cache(recipe, plan, stream)
     _check_budget(recipe, plan)
     _check_exports(recipe, plan, stream.dtype)
     _check_benchmark(recipe, model)
@@ -164,6 +167,20 @@ def _check_tokens(recipe: Recipe, plan: Plan, got: int) -> None:
         tokens.line,
     )
     tokens.check(recipe.calibration.required_tokens_per_input)
+
+
+def _check_cache(recipe: Recipe, plan: Plan, stream: StreamedModel) -> None:
+    """Keys and values that are to be kept in FP8 are there, and calibration sees them."""
+    if recipe.scheme.kv_cache == "none":
+        return
+    check_cache(empty_model(stream.reader.folder, recipe.model.trust_remote_code))
+    watched = {layer.statistics for layer in plan.layers}
+    for attention, made in cached_attentions(stream).items():
+        if recipe.calibration.propagation == "groups" and made not in watched:
+            raise RecipeError(
+                f"scheme.kv_cache: propagation: groups passes {attention} only where a layer after"
+                f" it is quantized, and {made} is not: set calibration.propagation: original"
+            )
 
 
 def _check_budget(recipe: Recipe, plan: Plan) -> None:

@@ -31,10 +31,12 @@ from dpq_core.kernels.definitions import MAGNITUDES
 from dpq_core.kernels.dispatch import count_magnitudes
 from dpq_core.layer.hessian import InputStatistics
 from dpq_core.layer.input_scale import static_scale_of, token_scale
+from dpq_core.layer.kv_cache import CacheMaxima
 from dpq_core.layer.records import QuantizedLinear
 from dpq_core.layer.token_weights import equal_norms, first_root, raise_first
 from dpq_core.model.experts import Given
 from dpq_core.model.inputs import Batch
+from dpq_core.model.kv_cache import cached_attention, maxima_of_cache
 from dpq_core.model.observed import ObservedBlock
 from dpq_core.model.streaming import StreamedModel
 from dpq_core.recipe import CalibrationSection
@@ -142,6 +144,7 @@ def calibrate_block(
     advance: bool,
     step: Step | None = None,
     originals: Sequence[Batch] = (),
+    cache: bool = False,
 ) -> BlockStatistics:
     """Statistics of a block's inputs, with the block's own (16-bit) weights, on the model's device.
 
@@ -149,6 +152,7 @@ def calibrate_block(
         advance: leave the block's outputs in `batches` (`propagation: original`).
         step: of these inputs alone, with these layers in the block.
         originals: the same batches before the block in the 16-bit model, with `step.beside`.
+        cache: keys and values are looked at too.
 
     Raises:
         NotFiniteError: the hidden states are not finite after the block.
@@ -156,7 +160,8 @@ def calibrate_block(
     windows = len(batches[0].inputs["input_ids"])
     leaves, beside = leaves_of(batches, windows), leaves_of(originals, windows)
     root, magnitudes = Node(0, len(leaves)), None
-    with block_passes(stream, index, rounding, weights, stream.device, step) as passes:
+    opened = block_passes(stream, index, rounding, weights, stream.device, step, cache)
+    with opened as passes:
         if passes.two or any(batch.purpose != "both" for batch in batches):
             magnitudes = summed(root, lambda leaf: passes.magnitudes(leaves[leaf]), add_magnitudes)
 
@@ -175,6 +180,7 @@ def block_passes(
     weights: TokenWeights,
     sums_on: torch.device | str = "cpu",
     step: Step | None = None,
+    cache: bool = False,
 ) -> Iterator["BlockPasses"]:
     """A block with its weights, while it lasts, to run batches through. The next one is read from
     the disk meanwhile."""
@@ -188,13 +194,18 @@ def block_passes(
         stream.read_ahead(index + 1)
         if step and step.beside:
             beside = observed(block=blocks.enter_context(stream.block(index)))
-        yield BlockPasses(observed(block=block), rounding, weights, sums_on, beside)
+        attention = cached_attention(stream, index) if cache else None
+        if attention and attention[1] not in names:  # of another step
+            attention = None
+        passed = observed(block=block)
+        yield BlockPasses(passed, rounding, weights, sums_on, beside, attention)
 
 
 @dataclass(frozen=True)
 class BlockPasses:
     """The passes over a block that is loaded. sums_on: where a leaf's sums wait for others. beside:
-    the 16-bit block, whose inputs are counted too. `on_progress` is called after each batch.
+    the 16-bit block, whose inputs are counted too. cached: of `cached_attention`, whose keys and
+    values are looked at. `on_progress` is called after each batch.
 
     Raises:
         NotFiniteError: the hidden states are not finite after the block.
@@ -205,6 +216,7 @@ class BlockPasses:
     weights: TokenWeights
     sums_on: torch.device | str
     beside: ObservedBlock | None = None
+    cached: tuple[str, str] | None = None
 
     @property
     def inputs(self) -> dict[str, nn.Linear]:
@@ -287,11 +299,27 @@ class BlockPasses:
         counted = [batch for batch in batches if batch.purpose != "scales"]
         originals = [batch for batch in originals if batch.purpose != "scales"]
         passing = self._in_both(counted, originals, theirs) if self.beside else counted
-        self.block.run(passing, count, advance, on_progress)
-        if advance:
-            others = [batch for batch in batches if batch.purpose == "scales"]
-            self.block.run(others, lambda name, x: None, advance, on_progress)
+        with self._looking_at_cache(statistics):
+            self.block.run(passing, count, advance, on_progress)
+            if advance or self.cached:
+                others = [batch for batch in batches if batch.purpose == "scales"]
+                self.block.run(others, lambda name, x: None, advance, on_progress)
         return {name: each.to(self.sums_on) for name, each in statistics.items()}
+
+    @contextmanager
+    def _looking_at_cache(self, statistics: BlockStatistics) -> Iterator[None]:
+        """With the largest keys and values of all windows, whatever these are for, kept beside the
+        input that is made of them."""
+        if self.cached is None:
+            yield
+            return
+        path, made = self.cached
+        attention = self.block.block.get_submodule(path.removeprefix(f"{self.block.name}."))
+        with maxima_of_cache(attention) as found:
+            yield
+        for each in found[1:]:
+            found[0].add(each)
+        statistics[made].cache = found[0]
 
     def _in_both(
         self, batches: Sequence[Batch], originals: Sequence[Batch], theirs: dict[str, Given]
@@ -321,3 +349,12 @@ def completed(statistics: BlockStatistics, magnitudes: BlockMagnitudes | None) -
     for name, each in (magnitudes or {}).items():
         statistics[name].magnitudes = each
     return statistics
+
+
+def cache_maxima(
+    stream: StreamedModel, index: int, statistics: BlockStatistics
+) -> dict[str, CacheMaxima]:
+    """Of the block's attention, by its name, where these statistics have them."""
+    name, made = cached_attention(stream, index) or ("", "")
+    found = statistics[made].cache if made in statistics else None
+    return {} if found is None else {name: found}

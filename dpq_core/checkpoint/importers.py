@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, CompressedTensorsConfig
 
 from dpq_core.kernels.sixteen_bit import fit
 from dpq_core.model.reader import CheckpointError, CheckpointReader
@@ -70,6 +70,7 @@ def load_compressed_tensors(folder: Path) -> Any:
     expected = empty_model(folder)
     config = _with_group_formats(folder)
     try:
+        scheme = CompressedTensorsConfig.from_dict({**config.quantization_config})
         model, info = AutoModelForCausalLM.from_pretrained(
             folder,
             config=config,
@@ -80,8 +81,7 @@ def load_compressed_tensors(folder: Path) -> Any:
         )
         with torch.inference_mode():  # the library unpacks at the first forward
             model(input_ids=torch.zeros(1, 1, dtype=torch.int64))
-        scheme = model.hf_quantizer.compressor.quantization_config
-        apply_quantization_config(expected, scheme, show_progress=False)
+        apply_quantization_config(expected, scheme.quantization_config, show_progress=False)
     except Exception as error:  # of transformers, compressed-tensors, torch
         said = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise CheckpointError(

@@ -1,6 +1,8 @@
 """The native checkpoint: quantized layers and everything else, in one verified folder.
 
-    model-00001-of-0000N.safetensors …   see `linear.layer_tensors` for a quantized layer's tensors
+    model-00001-of-0000N.safetensors …   see `linear.layer_tensors` for a quantized layer's tensors;
+                                         an FP8 cache's scales are `k_scale` and `v_scale` of each
+                                         attention, [1] or [heads, 1, 1], of the model's type
     model.safetensors.index.json         tensor → shard, as in transformers
     config.json, tokenizer files, …      the base model's, with `quantization_config` added
     dpq.json                             the manifest, written last: format version, base model,
@@ -15,6 +17,7 @@ import json
 import shutil
 from collections.abc import Callable, Container, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -24,6 +27,7 @@ from torch import Tensor, nn
 from dpq_core.checkpoint.importers import fill_gptq, load_compressed_tensors, unsupported
 from dpq_core.checkpoint.shards import ShardWriter, check_files, digests_of
 from dpq_core.digests import write_json
+from dpq_core.layer.kv_cache import KEY_SCALE, VALUE_SCALE, CacheMaxima
 from dpq_core.layer.linear import W4A8Linear
 from dpq_core.layer.records import LayerReport, QuantizedLinear
 from dpq_core.layer.storage import expected_shapes, layer_from_tensors, layer_tensors
@@ -82,6 +86,7 @@ def write_checkpoint(
     layer: Callable[[str], QuantizedLinear],
     about: Mapping[str, Any],
     wide: Container[str] = (),
+    cache: Mapping[str, CacheMaxima] = MappingProxyType({}),
 ) -> dict[str, Any]:
     """Write a native checkpoint, tensor by tensor; memory is bounded by one shard.
 
@@ -92,6 +97,7 @@ def write_checkpoint(
         layer: gives a quantized layer by name; called once for each.
         about: provenance for the manifest (`base_model`, `calibration`, …).
         wide: tensors that keep their type, see `BlockStream.wide`.
+        cache: of attentions by name, where the scheme keeps keys and values in FP8.
 
     Returns:
         The manifest.
@@ -114,6 +120,9 @@ def write_checkpoint(
         row |= {"bytes": sum(t.nbytes for t in tensors.values())}
         row["scheme"] = _changes(scheme, quantized.scheme)
         rows.append(row | quantized.report.as_row())
+    for name, maxima in cache.items():
+        for suffix, tensor in maxima.scales(scheme.kv_cache_scale).tensors(dtype).items():
+            shards.add(f"{name}.{suffix}", tensor)
     shards.close()
     _write_side_files(folder, source.folder, scheme, dtype, rows)
     order = {item.name: position for position, item in enumerate(plan.layers)}
@@ -124,12 +133,19 @@ def write_checkpoint(
         **about,
         "scheme": scheme.model_dump(mode="json"),
         "bytes_per_weight": sum(row["bytes"] for row in rows) / weights,
+        **_about_cache(cache),
         "layers": rows,
         "skipped": plan.skipped | {row["name"]: row["kept"] for row in rows if row["kept"]},
         "files": digests_of(folder),
     }
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
     return manifest
+
+
+def _about_cache(cache: Mapping[str, CacheMaxima]) -> dict[str, Any]:
+    """Shapes of what attentions keep of a token in FP8, [heads, size] of keys and of values."""
+    shapes = {n: [list(each.keys.shape), list(each.values.shape)] for n, each in cache.items()}
+    return {"kv_cache": shapes} if cache else {}
 
 
 def _changes(scheme: Scheme, own: Scheme) -> dict[str, Any]:
@@ -208,10 +224,11 @@ class QuantizedCheckpoint:
             self.scheme = Scheme.model_validate(self.manifest["scheme"])
             rows = {row["name"]: row for row in self.manifest["layers"]}
             self.shapes: dict[str, list[int]] = {name: row["shape"] for name, row in rows.items()}
-            base = self.scheme.model_dump()
+            base = self.scheme.of_layers.model_dump()
             self.schemes = {
                 name: Scheme.model_validate({**base, **row["scheme"]}) for name, row in rows.items()
             }
+            self.cache: dict[str, list[list[int]]] = self.manifest.get("kv_cache", {})
         except (ValueError, TypeError, KeyError) as error:
             raise CheckpointError(f"{folder / MANIFEST}: no valid scheme and layers") from error
         self.reader = CheckpointReader(folder)
@@ -275,9 +292,18 @@ class QuantizedCheckpoint:
                 }
             else:
                 expected[name] = (list(parameter.shape), None)
+        expected |= self._expected_of_cache()
         if model.config.tie_word_embeddings:
             expected.pop(f"{path_of(model, model.get_output_embeddings())}.weight", None)
         return expected
+
+    def _expected_of_cache(self) -> dict[str, tuple[list[int], str | None]]:
+        per_head = self.scheme.kv_cache_scale == "head"
+        return {
+            f"{name}.{scale}": ([heads, 1, 1] if per_head else [1], None)
+            for name, shapes in self.cache.items()
+            for scale, (heads, _) in zip((KEY_SCALE, VALUE_SCALE), shapes, strict=True)
+        }
 
 
 def check_checkpoint(folder: Path, trust_remote_code: bool = False) -> None:

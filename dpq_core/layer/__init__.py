@@ -7,6 +7,7 @@ column_loop        codes column by column, errors passed on; `column_order`: π
 gradient_rounding  codes moved where that lowers the `objective`
 quantize           all of it, from a weight to what is stored (`records`, `storage`)
 linear             what the stored layer computes
+kv_cache           keys and values as an engine keeps them, beside all that
 """
 
 from dpq_core.layer.grid import Grid, choose_grid

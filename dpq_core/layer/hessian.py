@@ -19,6 +19,7 @@ from torch import Tensor
 from dpq_core.kernels import cpu
 from dpq_core.kernels.definitions import MAGNITUDES
 from dpq_core.kernels.dispatch import count_magnitudes
+from dpq_core.layer.kv_cache import CacheMaxima
 
 
 @dataclass
@@ -29,6 +30,7 @@ class InputStatistics:
     tokens: int
     magnitudes: Tensor  # [2**15] int64, occurrences of each |x| as bf16 bits
     shift_sum: Tensor | None = None  # [in, in] fp32, sum over tokens of 2 (x16 - x) xᵀ
+    cache: CacheMaxima | None = None  # of the attention that makes these inputs, where asked for
 
     @classmethod
     def empty(
@@ -90,6 +92,9 @@ class InputStatistics:
         if self.shift_sum is not None:
             assert other.shift_sum is not None
             self.shift_sum += other.shift_sum
+        if self.cache is not None:
+            assert other.cache is not None
+            self.cache.add(other.cache)
         self.tokens += other.tokens
         self.magnitudes += other.magnitudes
 
@@ -110,7 +115,7 @@ class InputStatistics:
         """The same statistics on a device."""
         shift = None if self.shift_sum is None else self.shift_sum.to(device)
         hessian, magnitudes = self.hessian_sum.to(device), self.magnitudes.to(device)
-        return InputStatistics(hessian, self.tokens, magnitudes, shift)
+        return InputStatistics(hessian, self.tokens, magnitudes, shift, self.cache)
 
     def tensors(self) -> dict[str, Tensor]:
         """For storage; `from_tensors` is the inverse."""
@@ -119,12 +124,15 @@ class InputStatistics:
             "tokens": torch.tensor(self.tokens, dtype=torch.int64),
             "magnitudes": self.magnitudes,
         }
-        return stored if self.shift_sum is None else stored | {"shift_sum": self.shift_sum}
+        if self.shift_sum is not None:
+            stored["shift_sum"] = self.shift_sum
+        return stored if self.cache is None else stored | self.cache.tensors()
 
     @classmethod
     def from_tensors(cls, tensors: dict[str, Tensor]) -> "InputStatistics":
         tokens, shift = int(tensors["tokens"]), tensors.get("shift_sum")
-        return cls(tensors["hessian_sum"], tokens, tensors["magnitudes"], shift)
+        cache = CacheMaxima.from_tensors(tensors)
+        return cls(tensors["hessian_sum"], tokens, tensors["magnitudes"], shift, cache)
 
 
 def _square_on_tensor_cores(x: Tensor) -> Tensor:

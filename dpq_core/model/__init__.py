@@ -3,6 +3,6 @@ read the same input, found in the model itself and proven on a small instance of
 
 Import from its modules, some of which need no transformers: `reader` and `layout` (tensors and
 files), `source`, `quantization`, `fp8`, `context` (what is wrong with them), `streaming` and
-`blocks` (a model of which one block is in memory), `plan` (what is quantized), `families` (what no
-model shows).
+`blocks` (a model of which one block is in memory), `kv_cache` (what is put between a model and its
+cache), `plan` (what is quantized), `families` (what no model shows).
 """

@@ -127,6 +127,11 @@ class BlockStream:
         """Path of a block, which the names of its tensors begin with."""
         return self._paths[index]
 
+    def empty_block(self, index: int) -> nn.Module:
+        """What `block` fills a copy of."""
+        block: nn.Module = self._empty_blocks[self.block_name(index)]
+        return block
+
     def groups(self, index: int) -> list[tuple[str, ...]]:
         """The linears of a block by full name, those that read the same input together.
 
@@ -137,8 +142,7 @@ class BlockStream:
 
     def steps(self, index: int) -> list[list[tuple[str, ...]]]:
         """`groups` in the order of calls, those together of which none feeds another: experts'."""
-        path = self.block_name(index)
-        linears = linears_of(self._empty_blocks[path])
+        path, linears = self.block_name(index), linears_of(self.empty_block(index))
         steps = [list(members_of((row,), linears)) for row in self._rows(index)]
         named = [name for step in steps for group in step for name in group]
         if wrong := set(linears).symmetric_difference(named):
@@ -151,7 +155,7 @@ class BlockStream:
     def gate_rows(self, index: int) -> int:
         """Up to so many outputs a linear of a block with experts is a gate, which chooses or weighs
         them; 0 without experts."""
-        modules = self._empty_blocks[self.block_name(index)].modules()
+        modules = self.empty_block(index).modules()
         return max((len(each) for each in modules if isinstance(each, SeparateExperts)), default=0)
 
     def linears(self, index: int) -> dict[str, nn.Linear]:

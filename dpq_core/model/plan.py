@@ -95,7 +95,7 @@ def plan_layers(
         CheckpointError: no layer is left to quantize, a choice for a layer that is not there, or a
             linear that the model table does not know.
     """
-    choices = dict(choices or {})
+    choices, scheme = dict(choices or {}), scheme.of_layers
     layers: list[PlannedLayer] = []
     skipped = {stream.anatomy.parts.head: "output head, kept in 16 bits"}
     for block in range(stream.block_count):

@@ -44,6 +44,14 @@ def reads_fp8(quantization: dict[str, Any] | None) -> bool:
     return method in ("fp8", "fbgemm_fp8")
 
 
+def keeps_fp8_cache(folder: Path) -> bool:
+    """Whether it is a native checkpoint whose keys and values are kept in FP8."""
+    found = read_config(folder).get("quantization_config")
+    if not isinstance(found, dict) or found.get("quant_method") != "dpq":
+        return False
+    return found.get("kv_cache") == "fp8"
+
+
 def scale_block(quantization: dict[str, Any]) -> tuple[int, int] | None:
     """Rows and columns that share a scale; None: a scale for each row, or one for all.
 

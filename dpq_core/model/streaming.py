@@ -7,8 +7,12 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig
 
+from dpq_core.layer.kv_cache import KEY_SCALE, VALUE_SCALE
+from dpq_core.model.anatomy import parts_of
 from dpq_core.model.blocks import BlockStream
 from dpq_core.model.empty import empty_of, sixteen_bits
+from dpq_core.model.kv_cache import attention_of, round_cache
+from dpq_core.model.quantization import keeps_fp8_cache
 from dpq_core.model.reader import (
     CheckpointError,
     CheckpointReader,
@@ -49,7 +53,8 @@ def empty_model(
     folder: Path, trust_remote_code: bool = False, dtype: torch.dtype | None = None
 ) -> Any:
     """The transformers model of a checkpoint's configuration, parameters without memory, experts
-    one by one.
+    one by one. That of a native checkpoint with an FP8 cache rounds keys and values by the
+    checkpoint's scales.
 
     dtype: that it is run in; None: sixteen-bit checkpoints keep their type, anything wider is run
     in BF16.
@@ -58,13 +63,25 @@ def empty_model(
         CheckpointError: a configuration that transformers does not know, or only with the
             checkpoint's own code.
     """
-    config = load_config(folder, trust_remote_code)
+    fp8_cache, config = keeps_fp8_cache(folder), load_config(folder, trust_remote_code)
     for each in (config, config.get_text_config()):
         if hasattr(each, "quantization_config"):
             del each.quantization_config  # transformers and lm-eval would look it up
     if dtype is not None:
         config.dtype = dtype
-    return empty_of(config, trust_remote_code, dtype or stored_type(folder))
+    model = empty_of(config, trust_remote_code, dtype or stored_type(folder))
+    if fp8_cache:
+        _round_cache(model, CheckpointReader(folder))
+    return model
+
+
+def _round_cache(model: Any, reader: CheckpointReader) -> None:
+    path = parts_of(model).blocks
+    for number, block in model.get_submodule(path).named_children():
+        attention = attention_of(block)
+        names = [f"{path}.{number}.{attention}.{scale}" for scale in (KEY_SCALE, VALUE_SCALE)]
+        scales = reader.tensors(names)
+        round_cache(block.get_submodule(str(attention)), *(scales[name] for name in names))
 
 
 def sixteen_bit_type(config: Any, folder: Path) -> torch.dtype:

@@ -3,7 +3,14 @@
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+    model_validator,
+)
 
 from dpq_core.number_formats import FORMATS, NumberFormat
 
@@ -51,6 +58,9 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
+_OF_CACHE = ("kv_cache", "kv_cache_scale")
+
+
 class Scheme(BaseModel):
     """Number formats and algorithm for every linear layer. Symbols as in DPQ's paper (DESIGN)."""
 
@@ -94,6 +104,13 @@ class Scheme(BaseModel):
     activation_range: Literal["amax", "percentile", "mse"] = Field(
         "amax", description="how a static scale is chosen from the calibration's histogram"
     )
+    kv_cache: Literal["none", "fp8"] = Field(
+        "none",
+        description="keys and values that an engine keeps: 16 bits, or E4M3 with calibrated scales",
+    )
+    kv_cache_scale: Literal["tensor", "head"] = Field(
+        "tensor", description="one scale for the keys (values) of a layer, or one a head"
+    )
     damp_frac: float = Field(0.01, gt=0, le=1, description="of the Hessian's mean diagonal")
     block_columns: int = Field(128, ge=1, description="columns a block of the loop")
     max_passes: int = Field(8, ge=1, description="most passes of gradient-aware rounding")
@@ -129,7 +146,20 @@ class Scheme(BaseModel):
                 f"activations are {self.activations!r} but inner is 'none' (16-bit arithmetic): "
                 "set activations: none, or inner: e4m3"
             )
+        if self.kv_cache == "none" and self.kv_cache_scale != "tensor":
+            raise ValueError(
+                f"kv_cache_scale is {self.kv_cache_scale!r} but kv_cache is 'none', which has no"
+                " scales: set kv_cache: fp8, or leave kv_cache_scale out"
+            )
         return self
+
+    @model_serializer(mode="wrap")
+    def _without_cache(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """What is not asked for is not written: digests of schemes without it stay."""
+        written: dict[str, Any] = handler(self)
+        if self.kv_cache == "none":
+            written = {name: value for name, value in written.items() if name not in _OF_CACHE}
+        return written
 
     def _check_e4m3_scales(self) -> None:
         needs = {"inner": "e4m3", "fp8_max": 448, "symmetric": True, "channel_scale": "row"}
@@ -146,6 +176,13 @@ class Scheme(BaseModel):
         if self.inner == "none":
             return None
         return FORMATS["e4m3_240" if self.inner == "e4m3" and self.fp8_max == 240 else self.inner]
+
+    @property
+    def of_layers(self) -> "Scheme":
+        """What the scheme says of linear layers, which keep no keys and values."""
+        return self.model_copy(
+            update={name: type(self).model_fields[name].default for name in _OF_CACHE}
+        )
 
     @property
     def reads_hessian(self) -> bool:

@@ -11,7 +11,7 @@ from typing import Any
 
 from dpq_core.calibration.data_sets import data_sets
 from dpq_core.calibration.required_tokens import CalibrationTokens
-from dpq_core.checkpoint.exports.card import shown_scheme
+from dpq_core.checkpoint.exports.card import shown_cache, shown_scheme
 from dpq_core.evaluation.text_divergence import DIVERGENCE
 from dpq_core.verdict.closeness import TOP1
 from dpq_core.verdict.ratios import THROUGHPUT_RATIO
@@ -159,6 +159,7 @@ def _facts(data: ReportData) -> dict[str, dict[str, str]]:
             "revision": base["revision"] or "a folder, no revision",
             "content of the base model, digest": base["digest"],
             "scheme": shown_scheme(recipe.scheme),
+            **_cache(data.manifest),
             "recipe, digest": recipe.digest,
             "checkpoint": data.checkpoint,
             "checkpoint's manifest, SHA-256": data.checkpoint_sha256,
@@ -178,6 +179,11 @@ def _facts(data: ReportData) -> dict[str, dict[str, str]]:
         },
         **{heading: dict(facts) for heading, facts in data.environment.items()},
     }
+
+
+def _cache(manifest: Mapping[str, Any]) -> dict[str, str]:
+    found = shown_cache(manifest)
+    return {"KV cache": found} if found else {}
 
 
 def _correction(share: float) -> dict[str, str]:

@@ -5,10 +5,11 @@ hash an artifact side by side.
     part-000.safetensors …      rows of the others, in order: key → [some rows, …]
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -35,6 +36,12 @@ def load(folder: Path) -> dict[str, Tensor]:
         for name, rows in load_file(path).items():
             parts.setdefault(name, []).append(rows)
     return found | {name: torch.cat(rows) for name, rows in parts.items()}
+
+
+def load_small(folder: Path, names: Iterable[str]) -> list[Tensor]:
+    """Some of the small ones, by name; nothing else is read."""
+    with safe_open(folder / _SMALL, "pt") as file:
+        return [file.get_tensor(name) for name in names]
 
 
 def _parts(tensors: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:

@@ -52,9 +52,15 @@ def section_of(name: str, samples: int, length: int) -> CalibrationSection:
     )
 
 
-def scored_windows(texts: list[str], tokenizer: Any, opening: int | None, count: int) -> Tensor:
-    """[count, 512] int64, spread over the texts."""
-    windows = token_windows(texts, tokenizer, _SCORED_LENGTH, opening=opening)
+def scored_windows(
+    texts: list[str],
+    tokenizer: Any,
+    opening: int | None,
+    count: int,
+    length: int = _SCORED_LENGTH,
+) -> Tensor:
+    """[count, length] int64, spread over the texts."""
+    windows = token_windows(texts, tokenizer, length, opening=opening)
     return windows[torch.linspace(0, len(windows) - 1, count).long()]
 
 

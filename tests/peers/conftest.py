@@ -31,6 +31,10 @@ EXPORTS = {
     "W4A16, asymmetric": (_W4A16, "gptq"),
 }
 
+# Not of the table, which is about linears.
+_CACHED = {**_W8A8, "inner": "int8", "activations": "dynamic", "kv_cache": "fp8"}
+WITH_CACHE = {"FP8 cache": (_CACHED, "compressed-tensors")}
+
 
 @pytest.fixture(scope="session")
 def vllm_python():
@@ -53,7 +57,7 @@ def exported(quickstart_model, tmp_path_factory):
 
     def make(name):
         if name not in made:
-            scheme, form = EXPORTS[name]
+            scheme, form = (EXPORTS | WITH_CACHE)[name]
             folder = tmp_path_factory.mktemp("export") / "native"
             tokens = torch.randint(259, (4, 64), generator=torch.Generator().manual_seed(0))
             calibration = CalibrationSection(

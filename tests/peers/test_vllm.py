@@ -15,6 +15,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("vllm_python", "small_ca
 
 AVX512 = "avx512f" in Path("/proc/cpuinfo").read_text()
 FOUR_BITS = pytest.mark.skipif(not AVX512, reason="vLLM's 4-bit kernel for CPUs wants AVX-512")
+FP8_CACHE = pytest.mark.skipif(not AVX512, reason="vLLM's FP8 cache on CPUs wants AVX-512")
 
 
 @pytest.fixture
@@ -82,6 +83,31 @@ def test_a_shuffled_scale_is_refused(recipe, exported, copied):
     tensors = load_file(shard)
     name = next(n for n in tensors if n.endswith("layers.0.mlp.down_proj.weight_scale"))
     tensors[name] = tensors[name].flip(0).contiguous()
+    save_file(tensors, shard, {"format": "pt"})
+    found = attested(recipe, wrong, right, "cpu")
+    assert found.predicate["verdict"] == "refused"
+    assert "mean_difference is" in found.wrong
+
+
+@FP8_CACHE
+def test_an_fp8_cache_by_its_scales(recipe, exported, copied):
+    """vLLM takes the cache's type and scales from the export; beside the export without a cache it
+    is further off."""
+    right = exported("FP8 cache")
+    found = attested(recipe, copied(right), None, "cpu")
+    assert found.wrong is None, found.line
+    plain = attested(recipe, copied(right, "plain"), exported("W8A8, INT8"), "cpu")
+    assert plain.predicate["figures"]["divergence"] > found.predicate["figures"]["divergence"]
+
+
+@FP8_CACHE
+def test_a_wrong_scale_of_a_cache_is_refused(recipe, exported, copied):
+    right = exported("FP8 cache")
+    wrong = copied(right, "wrong")
+    (wrong / "export.json").unlink()
+    shard = next(wrong.glob("*.safetensors"))
+    tensors = load_file(shard)
+    tensors = {n: x / 16 if n.endswith(".k_scale") else x for n, x in tensors.items()}
     save_file(tensors, shard, {"format": "pt"})
     found = attested(recipe, wrong, right, "cpu")
     assert found.predicate["verdict"] == "refused"

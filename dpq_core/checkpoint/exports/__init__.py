@@ -63,6 +63,11 @@ def check_exportable(name: str, targets: Iterable[Target]) -> None:
     """
     form = format_of(name)
     for target in targets:
+        if form.without_cache and target.base.kv_cache != "none":
+            raise ExportError(
+                f"{name} cannot hold the scales of an FP8 cache: {form.without_cache}: set"
+                " scheme.kv_cache: none, or export as compressed-tensors"
+            )
         if reason := form.obstacle(target):
             scheme = target.scheme
             raise ExportError(

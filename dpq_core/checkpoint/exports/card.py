@@ -83,6 +83,7 @@ def model_card(
         verdict=verdict,
         bits=bits,
         scheme=shown_scheme(checkpoint.scheme),
+        cache=shown_cache(native),
         calibration=_calibration(native.get("calibration") or {}),
         format=name,
         digest=file_digest(checkpoint.folder / MANIFEST),
@@ -115,6 +116,21 @@ def shown_scheme(scheme: Scheme) -> str:
     if scheme.activations != "none":
         parts.append(f"{scheme.activations} activations")
     return ", ".join(parts)
+
+
+def cache_bytes(manifest: Mapping[str, Any]) -> int | None:
+    """Bytes that the keys and values of a token take in FP8, half of what 16 bits take. None: the
+    checkpoint keeps them in 16 bits."""
+    shapes = manifest.get("kv_cache")
+    return shapes and sum(heads * size for each in shapes.values() for heads, size in each)
+
+
+def shown_cache(manifest: Mapping[str, Any]) -> str | None:
+    """The FP8 cache of a checkpoint in a line."""
+    if (taken := cache_bytes(manifest)) is None:
+        return None
+    per = {"tensor": "a layer", "head": "a head"}[manifest["scheme"]["kv_cache_scale"]]
+    return f"FP8 (E4M3), a scale {per}: {taken:,} bytes a token, of {2 * taken:,} in 16 bits"
 
 
 def _layer_rows(checkpoint: QuantizedCheckpoint) -> list[dict[str, Any]]:

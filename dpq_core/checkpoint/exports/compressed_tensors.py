@@ -13,6 +13,9 @@
 
     weight [N, K], or weight_packed [N, K/4] int32; weight_scale [N, 1]; input_scale as above
 
+An FP8 cache is `kv_cache_scheme`, with `k_scale` and `v_scale` of each attention as the native
+checkpoint has them: [1], or [heads, 1, 1] where heads have their own.
+
 Layers with different schemes are different `config_groups`, with their names as targets; those in
 16 bits are in `ignore`. Each group names its own format: the library guesses `int-quantized`, a
 byte a weight, for packed weights with FP8 inputs.
@@ -99,12 +102,26 @@ def _config(checkpoint: QuantizedCheckpoint) -> Quantization:
         "format": formats.pop() if len(formats) == 1 else "mixed-precision",
         "quantization_status": "compressed",
         "global_compression_ratio": None,
-        "kv_cache_scheme": None,
+        "kv_cache_scheme": _cache(checkpoint.scheme),
         "config_groups": {
             f"group_{number}": groups[key] | {"targets": ["Linear"] if single else members[key]}
             for number, key in enumerate(groups)
         },
         "ignore": left_out(checkpoint),
+    }
+
+
+def _cache(scheme: Scheme) -> dict[str, Any] | None:
+    """Scales of powers of two: the library's division in the model's type is ours in FP32."""
+    if scheme.kv_cache == "none":
+        return None
+    strategy = "attn_head" if scheme.kv_cache_scale == "head" else "tensor"
+    return {
+        "num_bits": 8,
+        "type": "float",
+        "strategy": strategy,
+        "symmetric": True,
+        "dynamic": False,
     }
 
 

@@ -71,6 +71,7 @@ class Format:
     bits: of a weight, by the format's own arithmetic.
     load: folder of an export, the native checkpoint → a causal LM as a reader makes it.
     reader: who that is.
+    without_cache: why it has no place for the scales of an FP8 cache; None: it has.
 
     Layers whose method is `none` are written as weights of the model's type, whatever the format.
     """
@@ -83,6 +84,7 @@ class Format:
     load: Callable[[Path, QuantizedCheckpoint], Any]
     reader: str
     arithmetic: Arithmetic
+    without_cache: str | None = None
 
 
 def left_out(checkpoint: QuantizedCheckpoint) -> list[str]:

@@ -168,4 +168,5 @@ GPTQ = Format(
         tolerance=0.25,
         reason="GPTQ computes in 16 bits: neither weights nor activations are rounded to E4M3",
     ),
+    without_cache="its layout has no place for them",
 )

@@ -12,7 +12,8 @@ FP8 units, whose maximum is 240, scale for free.
 Powers of two make BF16 hold s8, s4 · s8 and sx exactly, and Gaudi computes E4M3(s4 · (k − z)) as
 `dpq_core.layer.grid` does: what is stored is what was evaluated. The codes k are stored themselves;
 Neural Compressor's own exporter finds them by quantizing once more. `inc` has no place for sx:
-Neural Compressor measures the activations when it prepares the model. Names: `neural_compressor`
+Neural Compressor measures the activations, and the keys and values of an FP8 cache, when it
+prepares the model. Names: `neural_compressor`
 (`mixed_low_precision/modules.py`) and AutoRound (`qlinear_triton_act.py`).
 """
 
@@ -147,6 +148,8 @@ def _load(scale_name: str, folder: Path, checkpoint: QuantizedCheckpoint) -> Any
 
 _EXACT = Arithmetic(W4A8Linear, tolerance=0.0, reason="the arithmetic is the same")
 
+_WITHOUT_CACHE = "Neural Compressor measures them itself when it prepares a model"
+
 INC = Format(
     obstacle=partial(_obstacle, _NEEDS),
     config=_inc_config,
@@ -156,6 +159,7 @@ INC = Format(
     load=partial(_load, "scale_bf16_to_fp8"),
     reader="our own, from the format's description (Gaudi itself was not there)",
     arithmetic=_EXACT,
+    without_cache=_WITHOUT_CACHE,
 )
 
 FP8_TO_INT = Format(
@@ -167,4 +171,5 @@ FP8_TO_INT = Format(
     load=partial(_load, "w_bf16_to_fp8_scale"),
     reader="our own, from the format's description (Gaudi itself was not there)",
     arithmetic=_EXACT,
+    without_cache=_WITHOUT_CACHE,
 )

@@ -6,6 +6,7 @@ from pydantic import ValidationError
 
 from dpq_core.digests import digest
 from dpq_core.recipe import Recipe, RecipeError, load_recipe, parse_recipe
+from dpq_core.recipe.scheme import Scheme
 
 CONTENT = {
     "model": {"id": "org/model"},
@@ -421,3 +422,37 @@ def test_gates_that_nobody_asks_for_leave_the_digest_as_it_was():
     there = {"perplexity": {"dataset": {"path": "json"}}}
     asked = parse_recipe(CONTENT | {"evaluation": there, "gates": {"divergence": 0.02}})
     assert asked.digest != parse_recipe(CONTENT | {"evaluation": there}).digest
+
+
+def test_a_cache_that_nobody_asks_for_is_not_written():
+    """Digests, layers and checkpoints of before there was one stay."""
+    plain = Scheme()
+    assert not [name for name in plain.model_dump() if name.startswith("kv_cache")]
+    assert Scheme(kv_cache="none") == plain
+    asked = Scheme(kv_cache="fp8", kv_cache_scale="head")
+    assert asked.model_dump(mode="json")["kv_cache"] == "fp8"
+    assert Scheme.model_validate(asked.model_dump()) == asked
+    assert asked.of_layers == plain  # layers are those of a recipe without it
+    recipe, other = (
+        parse_recipe(CONTENT | {"scheme": each.model_dump()}) for each in (plain, asked)
+    )
+    assert recipe.digest == parse_recipe(CONTENT | {"scheme": {}}).digest != other.digest
+
+
+@pytest.mark.parametrize(
+    ("scheme", "said"),
+    [
+        (
+            {"kv_cache_scale": "head"},
+            r"kv_cache_scale is 'head' but kv_cache is 'none'.*kv_cache: fp8",
+        ),
+        ({"kv_cache": "int8"}, r"scheme\.kv_cache: .*'none' or 'fp8'"),
+        (
+            {"kv_cache": "fp8", "kv_cache_scale": "token"},
+            r"scheme\.kv_cache_scale: .*'tensor' or 'head'",
+        ),
+    ],
+)
+def test_a_cache_that_is_not_there_is_refused(scheme, said):
+    with pytest.raises(RecipeError, match=said):
+        parse_recipe(CONTENT | {"scheme": scheme})

@@ -1,0 +1,151 @@
+"""What an FP8 KV cache costs on a real model, beside the same weights with a cache in 16 bits.
+
+    python tests/bench/kv_cache.py MODEL [--data ../shared/data] [--samples 16] [--length 512]
+                                      [--windows 12] [--scored 512] [--weights 16 w8a16 w4a8]
+
+By the product's own pipeline: calibrated on C4, scored as a whole model whose attention rounds. A
+row is weights and a cache: `none`, a scale a `layer` or a `head`, or, to see what powers of two
+cost, a layer's largest magnitude over 448 (`layer, exact`); `off by 2^n` has all scales wrong.
+Scored on windows of WikiText-2's test split as by `correction.py`: the increase of perplexity,
+KL(p16 || p) a token, that less the same weights' without, window by window, with its standard
+error. Bytes are of the keys and values of a token.
+"""
+
+import argparse
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import numpy as np
+from correction import scored_windows, texts_of
+from methods_score import WindowScores, reference, score_windows
+
+from dpq_core.checkpoint.exports.card import cache_bytes
+from dpq_core.checkpoint.native import load_model, load_quantized
+from dpq_core.data.texts import calibration_windows, opening_token
+from dpq_core.layer import kv_cache
+from dpq_core.pipeline import quantize_checkpoint
+from dpq_core.recipe import CalibrationSection, TextDataset
+from dpq_core.recipe.scheme import Scheme
+from tasks.support.model import load_tokenizer
+
+_CALIBRATION = "c4_sample/c4_train_00000_first.jsonl.gz"
+_SCORED = "wikitext2_raw_test/test.jsonl.gz"
+WEIGHTS: dict[str, dict[str, Any]] = {
+    "16": {"method": "none", "inner": "none", "activations": "none"},
+    "w8a16": {"method": "rtn", "bits": 8, "inner": "int8", "activations": "none"},
+    "w4a8": {},
+}
+CACHES: dict[str, dict[str, Any]] = {
+    "none": {},
+    "layer": {"kv_cache": "fp8"},
+    "layer, exact": {"kv_cache": "fp8"},
+    "head": {"kv_cache": "fp8", "kv_cache_scale": "head"},
+}
+TRIED = {"16": ("layer", "layer, exact", "head")}  # without a cache these are the model itself
+FAULTS = (-2, -1, 1, 8)  # powers of two
+
+
+class Bench:
+    """A model, its windows, and what it says of them in 16 bits."""
+
+    def __init__(self, arguments: argparse.Namespace) -> None:
+        self.folder, self.batch = arguments.model, arguments.batch
+        tokenizer = load_tokenizer(self.folder)
+        opening = opening_token(tokenizer, "auto")
+        texts = list(texts_of(arguments.data / _CALIBRATION))
+        sizes = arguments.samples, arguments.length
+        self.calibrated = calibration_windows(texts, tokenizer, *sizes, opening)
+        self.section = CalibrationSection(
+            dataset=TextDataset(path="none"), samples=sizes[0], sequence_length=sizes[1]
+        )
+        texts = list(texts_of(arguments.data / _SCORED))
+        self.scored = scored_windows(texts, tokenizer, opening, arguments.windows, arguments.scored)
+        self.leading = 1 if opening is None else 2
+        model = load_model(self.folder)
+        self.old = reference(model, self.scored, self.batch)
+        self.base = self.scores(model)
+
+    def scores(self, model: Any) -> WindowScores:
+        about = self.scored, self.old, self.leading, self.batch
+        return score_windows(model, *about)
+
+    def made(self, weights: str, cache: str, out: Path) -> dict[str, Any]:
+        """A checkpoint; its manifest."""
+        scheme = Scheme.model_validate(WEIGHTS[weights] | CACHES[cache])
+        exact = patch.object(kv_cache, "power_of_two_above", lambda scale: scale)
+        about = self.folder, out, self.calibrated, scheme, self.section, {}
+        if "exact" not in cache:
+            return quantize_checkpoint(*about)
+        with exact:
+            return quantize_checkpoint(*about)
+
+
+def off(model: Any, power: int) -> Any:
+    """With all scales of its cache wrong."""
+    for name, buffer in model.named_buffers():
+        if name.endswith((".k_scale", ".v_scale")):
+            buffer.mul_(2.0**power)
+    return model
+
+
+class Rows:
+    """A table that grows by a row at a time. Differences are to the first row, or to 16 bits."""
+
+    def __init__(self, base: WindowScores, weights: str, bytes_16: int) -> None:
+        self._base, self._weights, self._bytes = base, weights, bytes_16
+        self._first: np.ndarray | None = None
+        if weights in TRIED:
+            self._first = np.zeros(len(base.nats))
+
+    def add(self, cache: str, found: WindowScores, taken: int | None) -> None:
+        divergence = np.array(found.divergence)
+        first = self._first = divergence if self._first is None else self._first
+        difference = divergence - first
+        error = difference.std(ddof=1) / len(difference) ** 0.5
+        print(
+            f"| {self._weights} | {cache} | {taken or self._bytes:,} |"
+            f" {found.perplexity - self._base.perplexity:+.4f} | {divergence.mean():.5f} |"
+            f" {difference.mean():+.5f} ± {error:.5f} |",
+            flush=True,
+        )
+
+
+def bytes_of(folder: Path) -> int:
+    """Of a token's keys and values in 16 bits."""
+    text = load_model(folder).config.get_text_config()
+    size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    return int(2 * 2 * text.num_hidden_layers * text.num_key_value_heads * size)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("model", type=Path)
+    parser.add_argument("--data", type=Path, default=Path("../shared/data"))
+    parser.add_argument("--samples", type=int, default=16)
+    parser.add_argument("--length", type=int, default=512)
+    parser.add_argument("--windows", type=int, default=12)
+    parser.add_argument("--scored", type=int, default=512, help="tokens of a scored window")
+    parser.add_argument("--batch", type=int, default=2)
+    parser.add_argument("--weights", nargs="+", default=list(WEIGHTS), choices=list(WEIGHTS))
+    arguments = parser.parse_args()
+    bench, sixteen = Bench(arguments), bytes_of(arguments.model)
+    print(f"16 bits: {bench.base.perplexity:.4f}; load {os.getloadavg()[0]:.1f}", flush=True)
+    print("| weights | cache | bytes a token | increase | KL | less without |", flush=True)
+    print("|---|---|--:|--:|--:|--:|")
+    for weights in arguments.weights:
+        rows = Rows(bench.base, weights, sixteen)
+        for cache in TRIED.get(weights, ("none", "layer")):
+            with tempfile.TemporaryDirectory() as work:
+                out = Path(work, "out")
+                taken = cache_bytes(bench.made(weights, cache, out))
+                rows.add(cache, bench.scores(load_quantized(out)), taken)
+                for power in FAULTS if (weights, cache) == ("16", "layer") else ():
+                    found = bench.scores(off(load_quantized(out), power))
+                    rows.add(f"off by 2^{power}", found, taken)
+
+
+if __name__ == "__main__":
+    main()
