@@ -9,6 +9,7 @@ from transformers import AutoConfig
 
 from dpq_core.model.blocks import BlockStream
 from dpq_core.model.empty import empty_of, sixteen_bits
+from dpq_core.model.given import reader_of
 from dpq_core.model.reader import (
     CheckpointError,
     CheckpointReader,
@@ -41,7 +42,7 @@ class StreamedModel(BlockStream):
         trust_remote_code: bool = False,
         dtype: torch.dtype | None = None,
     ) -> None:
-        reader = CheckpointReader(folder)
+        reader = reader_of(folder)
         super().__init__(empty_model(folder, trust_remote_code, dtype), reader, device, images)
 
 

@@ -64,7 +64,7 @@ def vllm_obstacle(targets: Sequence[Target]) -> str | None:
     fused: dict[str, Scheme] = {}
     for target in targets:
         scheme, name = target.scheme, target.name
-        if scheme.bits == 4 and scheme.activations != "none":
+        if scheme.bits == 4 and rounds_inputs(scheme):
             fits = scheme.inner == "e4m3" and scheme.symmetric and scheme.group_size == 128
             fits = fits and scheme.activations == "dynamic"
             if not fits or target.rows % 128 or target.features % 128:
@@ -77,6 +77,12 @@ def vllm_obstacle(targets: Sequence[Target]) -> str | None:
         if fused.setdefault(f"{parent}.{group}", scheme) != scheme:
             return f"it fuses {name} with layers of another scheme (repair.together keeps them one)"
     return None
+
+
+def rounds_inputs(scheme: Scheme) -> bool:
+    """Whether the format says of a layer that its inputs are of 8 bits. Where no weight is rounded
+    (preset ada-vllm) it does not: what a reader computes with is then the reader's own setting."""
+    return scheme.activations != "none" and scheme.inner != "none"
 
 
 _FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
@@ -120,7 +126,7 @@ def _group(scheme: Scheme) -> dict[str, Any]:
     else:
         packing = "int-quantized" if scheme.inner == "int8" else "float-quantized"
     inputs = None
-    if scheme.activations != "none":
+    if rounds_inputs(scheme):
         dynamic = scheme.activations == "dynamic"
         inputs = number | {"strategy": "token" if dynamic else "tensor", "symmetric": True}
         inputs["dynamic"] = dynamic
@@ -199,7 +205,7 @@ class _Reference(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] → [..., out], both BF16 or FP16."""
         scheme, static = self.layer.scheme, self.layer.input_scale
-        if scheme.activations != "none":
+        if rounds_inputs(scheme):
             scale = _token_scale(x, scheme) if static is None else static.to(x.dtype)
             x = _rounded(x / scale, scheme) * scale
         return nn.functional.linear(x, dequantized(self.layer, x.dtype), self.bias)
