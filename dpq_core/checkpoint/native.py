@@ -31,7 +31,7 @@ from dpq_core.model.anatomy import path_of
 from dpq_core.model.empty import building
 from dpq_core.model.filling import fill_parameters
 from dpq_core.model.plan import Plan
-from dpq_core.model.quantization import quantization_of, reads_fp8
+from dpq_core.model.quantization import OF_OTHERS, quantization_of, reads_fp8
 from dpq_core.model.reader import (
     CheckpointError,
     CheckpointReader,
@@ -164,8 +164,10 @@ def _write_side_files(
 
 def copy_side_files(source: Path, folder: Path) -> None:
     """Configuration, tokenizer, chat template, processor, generation settings, and the model's own
-    code, as they are."""
+    code, as they are; but for files that say how the source was quantized."""
     for path in side_files(source):
+        if path.name in OF_OTHERS:
+            continue
         shutil.copyfile(path, folder / path.name)
 
 

@@ -69,7 +69,7 @@ def _nibbles(words: Tensor) -> Tensor:
     return unpack_codes(words, 8 * words.shape[1])
 
 
-_GPTQ = Layout(
+GPTQ = Layout(
     codes=lambda packed, rows: _nibbles(packed[:, rows].T),
     zero_points=lambda zeros, _: _nibbles(zeros).T,
     scales=lambda scales: scales.T,
@@ -86,7 +86,7 @@ _GPTQ = Layout(
     ordered="g_idx",
     optional=frozenset({"g_idx"}),
 )
-_AWQ = Layout(
+AWQ = Layout(
     codes=lambda packed, rows: _in_order(_nibbles(packed[:, _eighths(rows)])).T,
     zero_points=lambda zeros, _: _in_order(_nibbles(zeros)).T,
     scales=lambda scales: scales.T,
@@ -102,7 +102,7 @@ _AWQ = Layout(
     ordered="g_idx",
     optional=frozenset(),
 )
-_COMPRESSED = Layout(
+COMPRESSED = Layout(
     codes=lambda packed, rows: _nibbles(packed[rows]),
     zero_points=lambda zeros, rows: _nibbles(zeros.T).T[:rows],
     scales=lambda scales: scales,
@@ -170,11 +170,11 @@ def given_codes(quantization: Mapping[str, Any]) -> GivenCodes:
     if method == "awq":
         if str(quantization.get("version", "gemm")).lower() != "gemm":
             raise _unread("version", quantization["version"])
-        return GivenCodes(_AWQ, group_size)
+        return GivenCodes(AWQ, group_size)
     version = quantization.get("checkpoint_format", "gptq")
     if version not in ("gptq", "gptq_v2"):
         raise _unread("checkpoint_format", version)
-    return GivenCodes(_GPTQ, group_size, offset=1 if version == "gptq" else 0)
+    return GivenCodes(GPTQ, group_size, offset=1 if version == "gptq" else 0)
 
 
 def _of_groups(quantization: Mapping[str, Any]) -> GivenCodes:
@@ -204,7 +204,7 @@ def _of_groups(quantization: Mapping[str, Any]) -> GivenCodes:
         raise _unread("group_size", sorted(sizes, key=str))
     (group_size,) = sizes
     _check_group(group_size)
-    return GivenCodes(_COMPRESSED, group_size)
+    return GivenCodes(COMPRESSED, group_size)
 
 
 def _check_group(group_size: Any) -> None:
