@@ -18,7 +18,7 @@ from dpq_core.evaluation.sharing import why_not_shared
 from dpq_core.layer.records import QuantizedLinear
 from dpq_core.model.blocks import BlockStream
 from dpq_core.model.given import reader_of
-from dpq_core.model.given_layouts import reads_codes
+from dpq_core.model.given_layouts import read_by_codes
 from dpq_core.model.proof import InMemory
 from dpq_core.model.quantization import quantization_of, reads_fp8
 from dpq_core.model.streaming import empty_model
@@ -104,8 +104,8 @@ def streamable(folder: Path, source: bool = False) -> bool:
     quantization = None if (folder / MANIFEST).is_file() else quantization_of(folder)
     if quantization is None:
         return True
-    if reads_codes(quantization):  # of AWQ there is no other reader
-        return source or quantization["quant_method"] == "awq"
+    if read_by_codes(quantization, source):
+        return True
     return reads_fp8(quantization) and (source or not by_its_library(folder))
 
 

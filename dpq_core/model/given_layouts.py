@@ -148,6 +148,14 @@ def reads_codes(quantization: Mapping[str, Any] | None) -> bool:
         return False
 
 
+def read_by_codes(quantization: Mapping[str, Any] | None, source: bool = False) -> bool:
+    """Whether a checkpoint is read as the 16 bits that its codes mean: as what a release is made of
+    and judged against, and where there is no other reader of its format."""
+    if quantization is None or not reads_codes(quantization):
+        return False
+    return source or quantization["quant_method"] not in ("gptq", "compressed-tensors")
+
+
 def given_codes(quantization: Mapping[str, Any]) -> GivenCodes:
     """How a checkpoint stores its codes.
 

@@ -12,6 +12,7 @@ from given_checkpoints import give
 from dpq_core.checkpoint.native import QuantizedCheckpoint
 from dpq_core.recipe import parse_recipe
 from flows.release.release import release
+from infra.store import Store
 
 DOWN = "model.layers.1.mlp.down_proj"
 
@@ -39,7 +40,8 @@ def test_release(content, services_home, given):
         assert (weight.grid.zero_point.numpy() == z).all()
     assert 0 < result.verdict.metrics["divergence"].candidate < 0.1
     (export,) = result.exports
-    card = (Path(export.folder) / "README.md").read_text()
+    folder = Store(content["execution"]["store"]).open(export.artifact)
+    card = (folder / "README.md").read_text()
     assert f"| given in | 'awq'; its codes are kept in {len(codes)} layers" in card
 
 

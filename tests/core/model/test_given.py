@@ -9,13 +9,13 @@ import torch
 from given_checkpoints import LAYOUTS, give, meant
 from model_families import save
 
-from dpq_core.checkpoint.native import load_model
+from dpq_core.checkpoint.native import check_checkpoint, load_model
 from dpq_core.evaluation.subject import streamable
 from dpq_core.model.given import GivenReader, reader_of
 from dpq_core.model.plan import plan_layers
 from dpq_core.model.reader import CheckpointError, CheckpointReader
 from dpq_core.model.source import check_source, check_values
-from dpq_core.model.streaming import StreamedModel, empty_model
+from dpq_core.model.streaming import StreamedModel
 from dpq_core.recipe.scheme import Scheme
 
 UP, DOWN = "model.layers.0.mlp.up_proj", "model.layers.1.mlp.down_proj"
@@ -80,6 +80,15 @@ def test_the_weights_are_those_of_the_other_reader(folder, layout):
     reader = reader_of(folder)
     for name in (UP, DOWN):
         assert torch.equal(other[f"{name}.weight"], reader.tensor(f"{name}.weight"))
+
+
+def test_awq_is_measured_as_the_model_that_it_means(folder):
+    given = give(folder, "awq", symmetric=False)
+    check_checkpoint(folder)
+    parameters = dict(load_model(folder).named_parameters())
+    for name, each in given.items():
+        weight = parameters[f"{name}.weight"]
+        assert torch.equal(weight, torch.from_numpy(meant(*each)).to(weight.dtype))
 
 
 def test_what_a_release_is_judged_against_is_streamed(folder):
@@ -276,4 +285,3 @@ def test_auto_round_writes_the_same_layouts(folder):
     given = give(folder, "gptq")
     change_config(folder, quant_method="auto-round", packing_format="auto_round:auto_gptq")
     assert (reader_of(folder).codes(UP, 32).codes.numpy() == given[UP][0]).all()
-    assert empty_model(folder) is not None
