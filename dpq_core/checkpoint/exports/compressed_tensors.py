@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from dpq_core.arithmetic.formats import FORMATS, round_to
 from dpq_core.arithmetic.packing import pack_codes
 from dpq_core.checkpoint.exports.format import Arithmetic, Format, Quantization, Target, left_out
+from dpq_core.checkpoint.exports.vllm import environment_of
 from dpq_core.checkpoint.importers import load_compressed_tensors
 from dpq_core.checkpoint.native import QuantizedCheckpoint
 from dpq_core.layer.records import QuantizedLinear, QuantizedWeight, RoundedWeight
@@ -60,8 +61,10 @@ def _obstacle(target: Target) -> str | None:
 def vllm_obstacle(targets: Sequence[Target]) -> str | None:
     """Why vLLM has no kernel for these layers, or None. From its documentation and source: four
     bits with FP8 activations run on Hopper, symmetric, in groups of 128, with a scale a token;
-    linears that it fuses need one scheme."""
+    on Ada by its setting (`environment_of`), for all files of W4A16 at once; linears that it fuses
+    need one scheme."""
     fused: dict[str, Scheme] = {}
+    variables = any(environment_of(target.scheme) for target in targets)
     for target in targets:
         scheme, name = target.scheme, target.name
         if scheme.bits == 4 and rounds_inputs(scheme):
@@ -72,6 +75,10 @@ def vllm_obstacle(targets: Sequence[Target]) -> str | None:
                     f"{name} is not symmetric in groups of 128 with a scale a token and sides that "
                     "are multiples of 128 (scheme.preset hopper-vllm)"
                 )
+        if environment_of(scheme) and not (scheme.symmetric and scheme.group_size in _MARLIN):
+            return f"{name} is not symmetric in groups of 32, 64 or 128 (scheme.preset ada-vllm)"
+        if variables and scheme.bits == 8 and _packed(scheme):
+            return f"{name} has 8-bit weights, which Marlin takes no FP8 inputs for: choose w8a8"
         parent, _, member = name.rpartition(".")
         group = next((label for label, parts in _FUSED.items() if member in parts), member)
         if fused.setdefault(f"{parent}.{group}", scheme) != scheme:
@@ -85,6 +92,7 @@ def rounds_inputs(scheme: Scheme) -> bool:
     return scheme.activations != "none" and scheme.inner != "none"
 
 
+_MARLIN = (32, 64, 128)  # groups that it takes
 _FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 
 

@@ -143,3 +143,17 @@ def test_nothing_is_written_where_codes_do_not_fit(given, tmp_path):
     with pytest.raises(CheckpointError, match="zero points other than 8"):
         converted(folder, tmp_path / "native", HOPPER)
     assert not (tmp_path / "native").exists()
+
+
+@pytest.mark.parametrize("form", ["gptq", "compressed-tensors"])
+def test_the_card_says_how_it_is_served(given, tmp_path, form):
+    folder, codes = given("gptq")
+    native = converted(folder, tmp_path / "native", ADA)
+    card = (exported(native, tmp_path / "export", form) / "README.md").read_text()
+    assert "VLLM_MARLIN_INPUT_DTYPE=fp8 vllm serve" in card
+    assert "W4A8-FP8, weights not rounded: Marlin on Ada and Blackwell RTX" in card
+    assert f"4 bits; its codes are kept in {len(codes)} layers, whose outputs differ" in card
+    plain = converted(folder, tmp_path / "plain", SYMMETRIC)
+    assert (
+        "VLLM_MARLIN" not in (exported(plain, tmp_path / "other", form) / "README.md").read_text()
+    )
