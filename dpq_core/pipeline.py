@@ -27,10 +27,16 @@ from dpq_core.layer.shared_input import SharedInput
 from dpq_core.model.context import check_ids, check_lengths
 from dpq_core.model.inputs import Batch, ModelInputs, batches_of
 from dpq_core.model.kv_cache import check_cache
-from dpq_core.model.plan import Plan, PlannedLayer, plan_layers, readers_of_one_input
+from dpq_core.model.plan import (
+    Plan,
+    PlannedLayer,
+    plan_layers,
+    readers_of_one_input,
+    weight_of,
+)
 from dpq_core.model.proof import prove
 from dpq_core.model.source import check_source
-from dpq_core.model.streaming import StreamedModel, as_run, empty_model
+from dpq_core.model.streaming import StreamedModel, empty_model
 from dpq_core.recipe import CalibrationSection
 from dpq_core.recipe.scheme import Scheme
 
@@ -55,7 +61,7 @@ def quantize_checkpoint(
         ArchitectureError, CheckpointError, ContextError, FactorizationError, NotFiniteError: see
             the stages.
     """
-    check_source(source)
+    check_source(source, keeps=scheme.keeps)
     prove(empty_model(source))
     if scheme.kv_cache == "fp8":
         check_cache(empty_model(source))
@@ -137,8 +143,7 @@ def _quantized(
     for readers in readers_of_one_input(layers):
         inputs = SharedInput(statistics.pop(readers[0].statistics))
         for layer in readers:
-            read = stream.reader.tensor(f"{layer.name}.weight")
-            weight = as_run(read, stream.dtype).to(stream.device)
+            weight = weight_of(stream.reader, layer, stream.dtype).to(stream.device)
             yield (
                 layer.name,
                 quantize_or_keep(

@@ -114,7 +114,7 @@ def publish_times(run: TrackedRun, title: str, recipe: Recipe, times: Sequence[T
 def _source(recipe: Recipe, shape: str | None, checkpoint: str | None) -> Source:
     if shape:
         return Shape.named(shape, recipe.scheme)
-    model = inspect(recipe.model, Store(recipe.execution.store))
+    model = inspect(recipe.model, Store(recipe.execution.store), recipe.scheme.keeps)
     return Checkpoint.of(recipe, model.folder, Path(checkpoint) if checkpoint else None)
 
 

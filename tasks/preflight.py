@@ -64,7 +64,7 @@ def preflight(recipe: Recipe) -> Inputs:
     store.clean()
     if recipe.execution.scratch:
         Store(recipe.execution.scratch).clean()
-    model = inspect(recipe.model, store)
+    model = inspect(recipe.model, store, recipe.scheme.keeps)
     stream = stream_of(recipe, model)
     plan = plan_layers(stream, recipe.scheme, recipe.layers)
     for line in kept_lines(plan.skipped):
@@ -75,7 +75,7 @@ def preflight(recipe: Recipe) -> Inputs:
     _check_benchmark(recipe, model)
     config = stream.model.config.get_text_config()
     fitting.check_lengths(recipe, config)
-    needed = _footprint(plan, recipe, worker, stream.reader.fp8)
+    needed = _footprint(plan, recipe, worker, stream.reader.widens)
     check_room(recipe, needed, store, worker)
     scoring = Room.of(Sizes.of(stream), memory_for_states(recipe), worker.memory is not None)
     if recipe.evaluation.perplexity or recipe.evaluation.suites:
@@ -106,7 +106,7 @@ def replanned(inputs: Inputs, recipe: Recipe) -> Inputs:
     """The same model and data with a plan for `recipe`, whose scheme or layers may differ."""
     stream = stream_of(recipe, inputs.model)
     plan = plan_layers(stream, recipe.scheme, recipe.layers)
-    needed = _footprint(plan, recipe, inputs.worker, stream.reader.fp8)
+    needed = _footprint(plan, recipe, inputs.worker, stream.reader.widens)
     return replace(inputs, plan=plan, footprint=needed)
 
 

@@ -12,9 +12,10 @@ from dpq_core.checkpoint.native import save_layer
 from dpq_core.digests import digest
 from dpq_core.layer.quantize import quantize_or_keep
 from dpq_core.layer.shared_input import SharedInput
-from dpq_core.model.plan import PlannedLayer
+from dpq_core.model.given import reader_of
+from dpq_core.model.plan import PlannedLayer, weight_of
 from dpq_core.model.reader import CheckpointReader
-from dpq_core.model.streaming import as_run, load_config, sixteen_bit_type
+from dpq_core.model.streaming import load_config, sixteen_bit_type
 from dpq_core.recipe import Recipe
 from infra.store import ArtifactRef, Store
 from tasks.calibrate import load_statistics
@@ -29,7 +30,7 @@ def _source(folder: Path, model_digest: str, trusted: bool) -> tuple[CheckpointR
     """A checkpoint's reader, and the type that it runs in, kept: a mixture has thousands of layers,
     and the headers of all shards would be read for each. The digest says that it is still the same
     checkpoint."""
-    return CheckpointReader(folder), sixteen_bit_type(load_config(folder, trusted), folder)
+    return reader_of(folder), sixteen_bit_type(load_config(folder, trusted), folder)
 
 
 class LayerError(RuntimeError):
@@ -90,7 +91,7 @@ def _maker(
     def make(folder: Path) -> None:
         trusted = recipe.model.trust_remote_code
         reader, dtype = _source(model.folder, model.digest, trusted)
-        weight = as_run(reader.tensor(f"{layer.name}.weight"), dtype)
+        weight = weight_of(reader, layer, dtype)
         try:
             quantized = quantize_or_keep(
                 weight.to(worker.device),

@@ -29,8 +29,8 @@ from dpq_core.layer.records import LayerReport, QuantizedLinear, QuantizedWeight
 from dpq_core.layer.storage import expected_shapes, layer_from_tensors, stored_bytes
 from dpq_core.model.anatomy import path_of
 from dpq_core.model.empty import building
+from dpq_core.model.given import reader_of
 from dpq_core.model.plan import plan_layers
-from dpq_core.model.reader import CheckpointReader
 from dpq_core.model.streaming import StreamedModel, empty_model
 from dpq_core.recipe import Recipe
 from dpq_core.recipe.layer_choices import CHOICES
@@ -149,7 +149,7 @@ class Checkpoint:
     def empty(self) -> Any:
         model = empty_model(self.folder, self.trust_remote_code)
         head = path_of(model, model.get_output_embeddings())
-        if f"{head}.weight" not in CheckpointReader(self.folder):
+        if f"{head}.weight" not in reader_of(self.folder):
             model.config.tie_word_embeddings = True
         return model
 
@@ -182,7 +182,7 @@ class Checkpoint:
     def build(self, variant: str, device: torch.device, linear: MakeLinear) -> Any:
         if variant == "w4a8" and self.native is not None:
             return load_quantized(self.native, device, self.trust_remote_code, linear)
-        reader = CheckpointReader(self.folder)
+        reader = reader_of(self.folder)
 
         def layer(each: Linear) -> QuantizedLinear:
             return rounded(reader.tensor(f"{each.name}.weight").to(device), each.scheme)

@@ -58,7 +58,7 @@ class InputRounding:
     @classmethod
     def of(cls, scheme: Scheme, calibration: CalibrationSection) -> "InputRounding | None":
         """None where the Hessian is of the inputs as they are."""
-        inner = scheme.inner_format
+        inner = scheme.input_format
         if calibration.hessian_inputs == "bf16" or scheme.activations == "none" or inner is None:
             return None
         return cls(inner, scheme.activations == "static", scheme)

@@ -29,7 +29,7 @@ from dpq_core.kernels.sixteen_bit import fit
 from dpq_core.model.reader import CheckpointError, CheckpointReader
 from dpq_core.model.streaming import empty_model
 
-SUPPORTED = ("FP8 with scales", "compressed-tensors", "gptq")
+SUPPORTED = ("FP8 with scales", "compressed-tensors", "awq", "gptq")
 
 
 def fill_gptq(model: nn.Module, reader: CheckpointReader, config: dict[str, Any]) -> None:

@@ -34,8 +34,10 @@ from dpq_core.layer.storage import expected_shapes, layer_from_tensors, layer_te
 from dpq_core.model.anatomy import path_of
 from dpq_core.model.empty import building
 from dpq_core.model.filling import fill_parameters
+from dpq_core.model.given import reader_of
+from dpq_core.model.given_layouts import read_by_codes
 from dpq_core.model.plan import Plan
-from dpq_core.model.quantization import quantization_of, reads_fp8
+from dpq_core.model.quantization import OF_OTHERS, quantization_of, reads_fp8
 from dpq_core.model.reader import (
     CheckpointError,
     CheckpointReader,
@@ -180,8 +182,10 @@ def _write_side_files(
 
 def copy_side_files(source: Path, folder: Path) -> None:
     """Configuration, tokenizer, chat template, processor, generation settings, and the model's own
-    code, as they are."""
+    code, as they are; but for files that say how the source was quantized."""
     for path in side_files(source):
+        if path.name in OF_OTHERS:
+            continue
         shutil.copyfile(path, folder / path.name)
 
 
@@ -320,6 +324,9 @@ def check_checkpoint(folder: Path, trust_remote_code: bool = False) -> None:
     if quantization is None or reads_fp8(quantization):
         check_source(folder, trust_remote_code)
         check_values(folder, trust_remote_code)
+    elif read_by_codes(quantization):
+        check_source(folder, trust_remote_code, keeps=True)
+        check_values(folder, trust_remote_code)
 
 
 def load_model(
@@ -332,7 +339,8 @@ def load_model(
 
     Args:
         source: as what it is quantized from. FP8 of compressed-tensors is measured with its
-            activations' rounding, by the library, and quantized from its weights in 16 bits.
+            activations' rounding, by the library, and quantized from its weights in 16 bits. Codes
+            of 4 bits are read by one reader, `dpq_core.model.given`.
 
     Raises:
         CheckpointError: see `load_quantized`, `check_source`, and `dpq_core.checkpoint.importers`.
@@ -341,9 +349,14 @@ def load_model(
         if (folder / MANIFEST).is_file():
             return load_quantized(folder, device, trust_remote_code)
         quantization = quantization_of(folder)
+        model = empty_model(folder, trust_remote_code)
+        if read_by_codes(quantization, source):
+            codes = reader_of(folder)
+            check_parameters(model, codes)
+            return _complete(model, codes, device)
         if by_its_library(folder) and not (source and reads_fp8(quantization)):
             return load_compressed_tensors(folder).to(device).eval()
-        model, reader = empty_model(folder, trust_remote_code), CheckpointReader(folder)
+        reader = CheckpointReader(folder)
         if quantization is None or reads_fp8(quantization):
             check_parameters(model, reader)
         elif quantization["quant_method"] == "gptq":

@@ -17,9 +17,10 @@ from dpq_core.evaluation.attention import attend_by_spans
 from dpq_core.evaluation.sharing import why_not_shared
 from dpq_core.layer.records import QuantizedLinear
 from dpq_core.model.blocks import BlockStream
+from dpq_core.model.given import reader_of
+from dpq_core.model.given_layouts import read_by_codes
 from dpq_core.model.proof import InMemory
 from dpq_core.model.quantization import quantization_of, reads_fp8
-from dpq_core.model.reader import CheckpointReader
 from dpq_core.model.streaming import empty_model
 
 Layers = Mapping[str, Callable[[], QuantizedLinear]]  # by full name
@@ -95,13 +96,15 @@ def subject_of(
         checkpoint = QuantizedCheckpoint(folder, trust_remote_code)
         layers = {name: _reading(checkpoint, name) for name in checkpoint.shapes}
     unshared = why_not_shared(model)
-    return Subject(BlockStream(model, CheckpointReader(folder), device), unshared, layers, resident)
+    return Subject(BlockStream(model, reader_of(folder), device), unshared, layers, resident)
 
 
 def streamable(folder: Path, source: bool = False) -> bool:
     """Whether a checkpoint's blocks are read one by one."""
     quantization = None if (folder / MANIFEST).is_file() else quantization_of(folder)
     if quantization is None:
+        return True
+    if read_by_codes(quantization, source):
         return True
     return reads_fp8(quantization) and (source or not by_its_library(folder))
 

@@ -2,7 +2,7 @@
 
 hessian            what calibration leaves of a layer's inputs; `token_weights` in it
 correction         the weight moved towards the 16-bit model's outputs
-grid               which values the codes stand for
+grid               which values the codes stand for; `given`: codes that somebody else chose
 column_loop        codes column by column, errors passed on; `column_order`: π
 gradient_rounding  codes moved where that lowers the `objective`
 quantize           all of it, from a weight to what is stored (`records`, `storage`)

@@ -34,7 +34,7 @@ from dpq_core.recipe.scheme import Scheme
 RANGE_MARGIN = 14 / 15
 SYMMETRIC_ZERO_POINT = 8
 
-_LARGEST_GROUP_SCALE = FORMATS["e4m3"].maximum / 8  # of `group_scale: e4m3`
+LARGEST_GROUP_SCALE = FORMATS["e4m3"].maximum / 8  # of `group_scale: e4m3`
 _SMALLEST_GROUP_SCALE = 2.0**-9  # the smallest E4M3 number
 _LEAST_ROW_SCALE = 8 / (448 * 512)
 
@@ -105,7 +105,7 @@ def choose_grid(weight: Tensor, scheme: Scheme, importance: Tensor | None) -> Gr
     maximum = inner.maximum * RANGE_MARGIN if inner else 1.0
     channel_scale = choose_channel_scale(weight, scheme, maximum)
     if scheme.group_scale == "e4m3":
-        channel_scale = _separable(channel_scale, scheme.power_of_two)
+        channel_scale = separable(channel_scale, scheme.power_of_two)
     columns = weight.new_ones(weight.shape[1])
     if scheme.scale_search == "hessian":
         if importance is None:
@@ -117,7 +117,7 @@ def choose_grid(weight: Tensor, scheme: Scheme, importance: Tensor | None) -> Gr
     low, high = (torch.cat(ends) for ends in zip(*ranges, strict=True))
     group_scale, zero_point = _affine(low, high, scheme)
     if scheme.group_scale == "e4m3":
-        _raise_largest(group_scale, channel_scale)
+        raise_largest(group_scale, channel_scale)
     return Grid(channel_scale, group_scale, zero_point.to(torch.uint8), scheme.group_size, inner)
 
 
@@ -140,19 +140,19 @@ def power_of_two_above(scale: Tensor) -> Tensor:
     return torch.ldexp(torch.ones_like(scale), exponent)
 
 
-def _separable(scale: Tensor, power_of_two: bool) -> Tensor:
+def separable(scale: Tensor, power_of_two: bool) -> Tensor:
     """Row scales [out, 1] near `scale` that vLLM finds again in 56 * s8 rounded to BF16."""
     scale = scale.clamp(min=_LEAST_ROW_SCALE)
     if power_of_two:
         return power_of_two_above(scale)
-    return (scale * _LARGEST_GROUP_SCALE).to(torch.bfloat16).float() / _LARGEST_GROUP_SCALE
+    return (scale * LARGEST_GROUP_SCALE).to(torch.bfloat16).float() / LARGEST_GROUP_SCALE
 
 
-def _raise_largest(group_scale: Tensor, channel_scale: Tensor) -> None:
+def raise_largest(group_scale: Tensor, channel_scale: Tensor) -> None:
     """Give the largest scale of each row 56, in place; a row scale that is as small as it may be
     needs no such group."""
     largest = group_scale.float().argmax(1, keepdim=True)
-    full = torch.full_like(group_scale[:, :1], _LARGEST_GROUP_SCALE)
+    full = torch.full_like(group_scale[:, :1], LARGEST_GROUP_SCALE)
     raised = torch.where(channel_scale > _LEAST_ROW_SCALE, full, group_scale.gather(1, largest))
     group_scale.scatter_(1, largest, raised)
 
@@ -160,15 +160,19 @@ def _raise_largest(group_scale: Tensor, channel_scale: Tensor) -> None:
 def _affine(low: Tensor, high: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
     """Stored scale (bf16) and zero point (fp32 integers) of ranges [low, high] that include 0."""
     width = 2 * torch.maximum(high, -low) if scheme.symmetric else high - low
-    scale = width / CODES.steps
-    if scheme.group_scale == "e4m3":
-        scale = round_to(scale, FORMATS["e4m3"])
-        scale = scale.clamp_(_SMALLEST_GROUP_SCALE, _LARGEST_GROUP_SCALE)
-    scale = scale.to(torch.bfloat16)
+    scale = stored_scale(width / CODES.steps, scheme)
     scale = torch.where(scale > 0, scale, torch.ones_like(scale))
     if scheme.symmetric:
         return scale, torch.full_like(low, SYMMETRIC_ZERO_POINT)
     return scale, (-low / scale.float()).round().clamp(CODES.minimum, CODES.maximum)
+
+
+def stored_scale(scale: Tensor, scheme: Scheme) -> Tensor:
+    """Group scales in units of s8 as they are stored, bf16. Any shape."""
+    if scheme.group_scale == "e4m3":
+        scale = round_to(scale, FORMATS["e4m3"])
+        scale = scale.clamp_(_SMALLEST_GROUP_SCALE, LARGEST_GROUP_SCALE)
+    return scale.to(torch.bfloat16)
 
 
 def _ranges(scaled: Tensor, importance: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:

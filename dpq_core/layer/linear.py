@@ -23,10 +23,12 @@ from dpq_core.layer.records import QuantizedLinear, QuantizedWeight, RoundedWeig
 class W4A8Linear(nn.Module):
     """Drop-in for `nn.Linear` that computes with a quantized layer (fake quantization).
 
-    Holds Ŵ8 decoded, in BF16, which represents every E4M3 and INT8 value exactly.
+    Holds Ŵ8 decoded, in BF16, which represents every E4M3 and INT8 value exactly. A weight that is
+    not rounded (`inner: none`) has up to 12 significant bits, and is multiplied with E4M3 inputs as
+    FP32: that is exact, as codes are that are multiplied first and scaled then.
     """
 
-    weight8: Tensor  # [out, in] bf16: Ŵ8, or the 16-bit weight where nothing is rounded to 8 bits
+    weight8: Tensor  # [out, in] bf16: Ŵ8, or the 16-bit weight; fp32 where inputs alone are rounded
     channel_scale: Tensor  # [out] fp32
     input_scale: Tensor | None  # fp32 scalar
     bias: Tensor | None  # [out]
@@ -34,7 +36,9 @@ class W4A8Linear(nn.Module):
     def __init__(self, layer: QuantizedLinear, bias: Tensor | None) -> None:
         super().__init__()
         if isinstance(layer.weight, QuantizedWeight):
-            weight8 = layer.weight.grid.decode8(layer.weight.codes).to(torch.bfloat16)
+            weight8 = layer.weight.grid.decode8(layer.weight.codes)
+            if layer.weight.grid.inner or layer.scheme.input_format is None:
+                weight8 = weight8.to(torch.bfloat16)
             channel_scale = layer.weight.grid.channel_scale.flatten()
         elif isinstance(layer.weight, RoundedWeight):
             weight8 = layer.weight.values.to(torch.bfloat16)
@@ -44,7 +48,7 @@ class W4A8Linear(nn.Module):
             channel_scale = torch.ones(len(weight8), dtype=torch.float32, device=weight8.device)
         self.out_features, self.in_features = weight8.shape
         self.activations = layer.scheme.activations
-        self.inner = layer.scheme.inner_format
+        self.inner = layer.scheme.input_format
         self.register_buffer("weight8", weight8)
         self.register_buffer("channel_scale", channel_scale)
         self.register_buffer("input_scale", layer.input_scale)

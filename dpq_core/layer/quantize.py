@@ -19,6 +19,7 @@ from dpq_core.arithmetic.formats import round_to
 from dpq_core.kernels.dispatch import residual
 from dpq_core.layer.column_loop import quantize_columns
 from dpq_core.layer.column_order import column_order
+from dpq_core.layer.given import GivenWeight, given_grid
 from dpq_core.layer.gradient_rounding import refine_codes
 from dpq_core.layer.grid import choose_channel_scale, choose_grid
 from dpq_core.layer.hessian import InputStatistics
@@ -31,7 +32,7 @@ from dpq_core.recipe.scheme import METHODS, Scheme
 
 
 def quantize_or_keep(
-    weight: Tensor,  # [out, in], any float type
+    weight: Tensor | GivenWeight,  # [out, in], any float type, or given codes for method keep
     inputs: SharedInput,
     scheme: Scheme,
     min_tokens_per_input: float,
@@ -42,7 +43,7 @@ def quantize_or_keep(
     `min_tokens_per_input` for each of its inputs, is kept too; its report says so.
 
     A Hessian of fewer tokens than inputs is singular: compensation fits these tokens, and on others
-    does worse than no compensation (`docs/log.md`).
+    does worse than no compensation (`docs/log.md`). Codes that are given need one token alone.
 
     Args:
         correction: the share of it that is taken, see `dpq_core.layer.correction`.
@@ -51,7 +52,7 @@ def quantize_or_keep(
         ValueError, FactorizationError: as `quantize_layer`.
     """
     tokens, features, kept = inputs.tokens, inputs.features, ""
-    if tokens == 0 or tokens < min_tokens_per_input * features:
+    if tokens == 0 or (not scheme.keeps and tokens < min_tokens_per_input * features):
         kept = (
             f"saw {tokens} calibration tokens for {features} inputs, and "
             f"calibration.min_tokens_per_input is {min_tokens_per_input:g}"
@@ -62,7 +63,7 @@ def quantize_or_keep(
 
 
 def quantize_layer(
-    weight: Tensor,  # [out, in], any float type
+    weight: Tensor | GivenWeight,  # [out, in], any float type, or given codes for method keep
     statistics: InputStatistics,
     scheme: Scheme,
     correction: float = 0.0,
@@ -77,8 +78,12 @@ def quantize_layer(
 
 
 def _quantized(
-    weight: Tensor, inputs: SharedInput, scheme: Scheme, correction: float
+    weight: Tensor | GivenWeight, inputs: SharedInput, scheme: Scheme, correction: float
 ) -> QuantizedLinear:
+    if isinstance(weight, GivenWeight):
+        if scheme.keeps:
+            return _kept(weight, inputs, scheme)
+        weight = weight.in_16_bits()
     if weight.ndim != 2 or weight.shape[1] != inputs.features:
         raise ValueError(
             f"weight {list(weight.shape)} does not fit inputs of {inputs.features} features"
@@ -114,6 +119,24 @@ def _quantized(
     stored = codes.to(torch.uint8).index_select(0, order.argsort()).T.contiguous()
     report = LayerReport(relative(lost, whole), max(damp_frac, damped), moved, corrected=corrected)
     return QuantizedLinear(scheme, QuantizedWeight(stored, grid), input_scale, report)
+
+
+def _kept(given: GivenWeight, inputs: SharedInput, scheme: Scheme) -> QuantizedLinear:
+    """The given codes under a grid of the scheme's."""
+    weight, hessian = given.decode(), inputs.hessian()
+    if not torch.isfinite(given.scale).all():
+        raise ValueError("a given scale is NaN or infinite")
+    grid = given_grid(given, scheme, inputs.diagonal())
+    whole, size = objective(weight.T, hessian), float(weight.square().sum())
+    lost = grid.decode(given.codes).sub_(weight)
+    report = LayerReport(
+        error=relative(objective(lost.T, hessian), whole),
+        damp_frac=scheme.damp_frac,
+        codes_moved=0,
+        given_error=relative(float(lost.square_().sum()), size),
+    )
+    input_scale = _input_scale(inputs.magnitudes, scheme)
+    return QuantizedLinear(scheme, QuantizedWeight(given.codes, grid), input_scale, report)
 
 
 def _correction(

@@ -42,6 +42,7 @@ class LayerReport:
     kept: why it stays in 16 bits although its scheme asks for fewer; empty where it does not.
     corrected: by how much the correction moved the output before anything was rounded, measured as
     the error is.
+    given_error: ‖W - Ŵ‖² / ‖W‖² where codes were given; the error is against the given W too.
     """
 
     error: float
@@ -50,11 +51,17 @@ class LayerReport:
     tokens: int = 0
     kept: str = ""
     corrected: float = 0.0
+    given_error: float | None = None
 
     def as_row(self) -> dict[str, Any]:
-        """For storage; `corrected` where there is a correction."""
+        """For storage; `corrected` where there is a correction, `given_error` where codes were
+        given."""
         row = asdict(self)
-        return row if self.corrected else {k: v for k, v in row.items() if k != "corrected"}
+        if not self.corrected:
+            del row["corrected"]
+        if self.given_error is None:
+            del row["given_error"]
+        return row
 
 
 @dataclass(frozen=True)

@@ -72,7 +72,7 @@ class Fp8Weights:
         for name, scale in scales.items():
             _check_scale(folder, name, weights[name], scale, headers[scale], block)
         unused = {name for name in headers if name.rpartition(".")[2] in _OF_ACTIVATIONS}
-        return cls(scales, frozenset(unused), block, _half(folder))
+        return cls(scales, frozenset(unused), block, half_of(folder))
 
     @property
     def hidden(self) -> set[str]:
@@ -141,7 +141,7 @@ def _blocks(block: tuple[int, int], rows: int, columns: int) -> list[int]:
     return [-(-rows // block[0]), -(-columns // block[1])]
 
 
-def _half(folder: Path) -> torch.dtype:
+def half_of(folder: Path) -> torch.dtype:
     """FP16 where `config.json` says so, else BF16."""
     config = read_config(folder)
     text = config.get("text_config")

@@ -5,10 +5,13 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from itertools import groupby
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
-from dpq_core.model.reader import CheckpointError
-from dpq_core.model.streaming import StreamedModel
+from dpq_core.layer.given import GivenWeight
+from dpq_core.model.given import GivenReader
+from dpq_core.model.reader import CheckpointError, CheckpointReader
+from dpq_core.model.streaming import StreamedModel, as_run
 from dpq_core.recipe.layer_choices import chosen_scheme
 from dpq_core.recipe.scheme import Scheme
 
@@ -116,12 +119,55 @@ def plan_layers(
             f"no linear layer has as many inputs as group_size {scheme.group_size}: "
             "choose a smaller scheme.group_size"
         )
+    layers = _keeping(stream.reader, layers, skipped)
     skipped |= _not_in_blocks(stream, {layer.name for layer in layers} | skipped.keys())
     for name in choices:
         why = f", which is kept: {skipped[name]}" if name in skipped else ""
         raise CheckpointError(f"layers: the model has no linear {name}{why}")
     embedding = stream.parameters[f"{stream.anatomy.parts.embedding}.weight"].numel()
     return Plan(tuple(layers), skipped, embedding, _reading(stream))
+
+
+def weight_of(
+    reader: CheckpointReader, layer: PlannedLayer, dtype: torch.dtype
+) -> Tensor | GivenWeight:
+    """What a planned layer is made of: its 16-bit weight [out, in] as a model that runs in `dtype`
+    has it, or its codes where they are kept."""
+    if layer.scheme.keeps and isinstance(reader, GivenReader):
+        return reader.codes(layer.name, layer.scheme.group_size)
+    return as_run(reader.tensor(f"{layer.name}.weight"), dtype)
+
+
+def _keeping(
+    reader: CheckpointReader, layers: list[PlannedLayer], skipped: dict[str, str]
+) -> list[PlannedLayer]:
+    """Layers without those whose codes are to be kept and which have none: they are `skipped`.
+
+    Raises:
+        CheckpointError: codes that the layer's scheme has no grid for, all of them by name.
+    """
+    keeping = [layer for layer in layers if layer.scheme.keeps]
+    if not keeping:
+        return layers
+    has = reader.has_codes if isinstance(reader, GivenReader) else lambda _: False
+    without = {layer.name for layer in keeping if not has(layer.name)}
+    if len(without) == len(keeping):
+        raise CheckpointError(f"{reader.folder}: scheme.method is keep, and no layer has codes")
+    skipped |= dict.fromkeys(sorted(without), "16 bits in the given checkpoint")
+    wrong: dict[str, list[str]] = {}
+    for layer in keeping:
+        if layer.name in without or not isinstance(reader, GivenReader):
+            continue
+        if reason := reader.obstacle(layer.name, layer.scheme):
+            wrong.setdefault(reason, []).append(layer.name)
+    if wrong:
+        said = "; ".join(f"{reason}: {', '.join(names)}" for reason, names in wrong.items())
+        raise CheckpointError(
+            f"{reader.folder}: codes that do not fit the scheme: {said}: change the scheme, give"
+            " these layers the choice w8a8 or bf16 (layers), or quantize the model that they were"
+            " made of"
+        )
+    return [layer for layer in layers if layer.name not in without]
 
 
 def _reading(stream: StreamedModel) -> int:

@@ -6,7 +6,7 @@ from typing import Any
 from dpq_core.errors import CheckpointError
 from dpq_core.model.json_files import read_config, read_json
 
-_OF_OTHERS = {  # settings in files of their own, and whose they are
+OF_OTHERS = {  # settings in files of their own, and whose they are
     "quantize_config.json": "gptq",  # AutoGPTQ's, before it wrote into config.json
     "hf_quant_config.json": "modelopt",
 }
@@ -28,7 +28,7 @@ def quantization_of(folder: Path) -> dict[str, Any] | None:
         found = text.get("quantization_config")
     if found is not None and not (isinstance(found, dict) and "quant_method" in found):
         raise CheckpointError(f"{folder / 'config.json'}: quantization_config has no quant_method")
-    for name, method in _OF_OTHERS.items():
+    for name, method in OF_OTHERS.items():
         if found is None and (folder / name).is_file():
             return {"quant_method": method} | read_json(folder / name)
     return found

@@ -77,8 +77,8 @@ class CheckpointReader:
         return sorted(shards | set(side_files(self.folder)))
 
     @property
-    def fp8(self) -> bool:
-        """Whether weights are stored as FP8 with scales."""
+    def widens(self) -> bool:
+        """Whether weights are stored in fewer than 16 bits."""
         return bool(self._fp8.scales)
 
     def __contains__(self, name: str) -> bool:

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 
 from dpq_core.errors import CheckpointError
+from dpq_core.model.given import reader_of
+from dpq_core.model.given_layouts import READ, given_codes, reads_codes
 from dpq_core.model.quantization import described, quantization_of, reads_fp8
 from dpq_core.model.reader import CheckpointReader
 from dpq_core.model.streaming import empty_model
@@ -25,21 +27,41 @@ _LEFT_OUT = (r"rotary_emb\.inv_freq$", r"(^|\.)position_ids$")
 _SHOWN = 3
 
 
-def check_source(folder: Path, trust_remote_code: bool = False) -> None:
+def check_source(folder: Path, trust_remote_code: bool = False, keeps: bool = False) -> None:
     """Refuse what cannot be read as a 16-bit model.
+
+    Args:
+        keeps: the codes of a 4-bit checkpoint are to be kept: it is one, and read as the 16-bit
+            model that it computes with.
 
     Raises:
         CheckpointError: a method of quantization that is not read, a tensor that is missing, of
             another shape or type, or that nobody takes; unreadable files.
     """
     quantization = quantization_of(folder)
-    if quantization is not None and not reads_fp8(quantization):
+    if keeps:
+        _check_codes(folder, quantization)
+    elif quantization is not None and not reads_fp8(quantization):
+        kept = "; scheme.method: keep takes its codes as they are" * reads_codes(quantization)
         raise CheckpointError(
             f"{folder}: quantized already: quant_method {described(quantization)}: 16 bits and FP8"
             " with scales can be quantized again: give the model that it was made of (a 16-bit"
             " model whose config.json names a method by mistake: delete quantization_config there)"
+            f"{kept}"
         )
-    check_parameters(empty_model(folder, trust_remote_code), CheckpointReader(folder))
+    check_parameters(empty_model(folder, trust_remote_code), reader_of(folder))
+
+
+def _check_codes(folder: Path, quantization: dict[str, Any] | None) -> None:
+    try:
+        if quantization is None:
+            raise CheckpointError(f"it has no quantization_config: {READ} are read")
+        given_codes(quantization)
+    except CheckpointError as error:
+        raise CheckpointError(
+            f"{folder}: scheme.method is keep, and no codes to keep are found: {error}: choose"
+            " another method for a model of 16 bits"
+        ) from error
 
 
 def check_values(folder: Path, trust_remote_code: bool = False) -> None:
@@ -48,7 +70,7 @@ def check_values(folder: Path, trust_remote_code: bool = False) -> None:
     Raises:
         CheckpointError: naming the first tensor of which one is not.
     """
-    reader = CheckpointReader(folder)
+    reader = reader_of(folder)
     reader.check_finite()
     if empty_model(folder, trust_remote_code).dtype != torch.float16:
         return  # BF16 has the range of FP32

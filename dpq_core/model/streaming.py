@@ -11,6 +11,7 @@ from dpq_core.layer.kv_cache import KEY_SCALE, VALUE_SCALE
 from dpq_core.model.anatomy import parts_of
 from dpq_core.model.blocks import BlockStream
 from dpq_core.model.empty import empty_of, sixteen_bits
+from dpq_core.model.given import reader_of
 from dpq_core.model.kv_cache import attention_of, round_cache
 from dpq_core.model.quantization import keeps_fp8_cache
 from dpq_core.model.reader import (
@@ -45,7 +46,7 @@ class StreamedModel(BlockStream):
         trust_remote_code: bool = False,
         dtype: torch.dtype | None = None,
     ) -> None:
-        reader = CheckpointReader(folder)
+        reader = reader_of(folder)
         super().__init__(empty_model(folder, trust_remote_code, dtype), reader, device, images)
 
 

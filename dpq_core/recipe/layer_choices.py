@@ -27,4 +27,7 @@ def chosen_scheme(scheme: Scheme, choice: str) -> Scheme:
     """
     if choice not in CHOICES:
         raise ValueError(f"{choice!r} is no choice for a layer: there are {', '.join(CHOICES)}")
-    return Scheme.model_validate({**scheme.model_dump(), **CHOICES[choice]})
+    changes = dict(CHOICES[choice])
+    if changes.get("bits") == 8 and scheme.inner == "none" and scheme.input_format:
+        changes = {"inner": "e4m3", **changes}  # as the inputs are: preset ada-vllm
+    return Scheme.model_validate({**scheme.model_dump(), **changes})

@@ -85,6 +85,16 @@ class Recipe(Section):
         return self
 
     @model_validator(mode="after")
+    def _kept_codes_stay(self) -> Self:
+        if self.scheme.keeps and self.calibration.correction:
+            raise ValueError(
+                f"calibration.correction is {self.calibration.correction:g}, which moves weights"
+                " before they are quantized, and scheme.method: keep takes them as they are: leave"
+                " one of them out"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _gate_is_measured(self) -> Self:
         section, asked = self.benchmark, self.gates.throughput_ratio
         if asked is None:

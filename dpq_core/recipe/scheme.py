@@ -14,7 +14,7 @@ from pydantic import (
 
 from dpq_core.number_formats import FORMATS, NumberFormat
 
-MethodName = Literal["none", "rtn", "gptq", "naive", "dpq"]
+MethodName = Literal["none", "rtn", "gptq", "naive", "dpq", "keep"]
 OrderName = Literal["none", "gar", "activation"]
 
 
@@ -35,6 +35,7 @@ METHODS: dict[MethodName, Method] = {
     "gptq": Method(compensate=True, round_inside=False),
     "naive": Method(compensate=True, round_inside=False),
     "dpq": Method(compensate=True, round_inside=True),
+    "keep": Method(compensate=False, round_inside=True),
 }
 
 
@@ -45,6 +46,15 @@ PRESETS: dict[str, dict[str, Any]] = {
         "group_size": 128,
         "symmetric": True,
         "group_scale": "e4m3",
+        "activations": "dynamic",
+    },
+    # Marlin with FP8 inputs (VLLM_MARLIN_INPUT_DTYPE=fp8): it multiplies E4M3 by the codes
+    # themselves, and each group's sum by its scale, so that no weight is rounded to E4M3.
+    "ada-vllm": {
+        "method": "gptq",
+        "inner": "none",
+        "group_size": 128,
+        "symmetric": True,
         "activations": "dynamic",
     },
     # Intel Neural Compressor on Gaudi 2, and AutoRound's variant of it.
@@ -67,7 +77,9 @@ class Scheme(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     method: MethodName = Field(
-        "dpq", description="none leaves the weights in 16 bits (to measure activations alone)"
+        "dpq",
+        description="none leaves the weights in 16 bits (to measure activations alone); keep takes "
+        "the codes of a checkpoint of four bits as they are",
     )
     order: OrderName = Field(
         "activation",
@@ -80,7 +92,9 @@ class Scheme(BaseModel):
         4, description="of a stored weight; 8 stores it in the inner format, one scale a row"
     )
     inner: Literal["e4m3", "int8", "none"] = Field(
-        "e4m3", description="8-bit format of the arithmetic; none computes in 16 bits (W4A16)"
+        "e4m3",
+        description="8-bit format of the arithmetic; none rounds no weight to 8 bits: it computes "
+        "in 16 bits (W4A16), or with activations: dynamic in E4M3, a group's sum times its scale",
     )
     group_size: int = Field(128, ge=8, description="columns that share one group scale")
     symmetric: bool = Field(False, description="no zero points: codes are signed")
@@ -96,7 +110,9 @@ class Scheme(BaseModel):
         description="type of group scales; e4m3: none above 56, which each row's largest takes",
     )
     scale_search: Literal["minmax", "mse", "hessian"] = Field(
-        "minmax", description="group ranges: as they are, or shrunk to lower the (weighted) error"
+        "minmax",
+        description="group ranges: as they are, or shrunk to lower the (weighted) error; with "
+        "method keep scales: as they are given, or moved to lower it",
     )
     activations: Literal["static", "dynamic", "none"] = Field(
         "static", description="8-bit activations: one calibrated scale, one a token, or 16 bits"
@@ -127,7 +143,7 @@ class Scheme(BaseModel):
 
     @model_validator(mode="after")
     def _combinations_make_sense(self) -> "Scheme":
-        if self.method == "gptq" and self.inner != "none":
+        if self.method == "gptq" and self.bits == 4 and self.inner != "none":
             raise ValueError(
                 f"method gptq computes in 16 bits, but inner is {self.inner!r}: set inner: none, "
                 "or choose naive (GPTQ, then 8-bit rounding) or dpq (8-bit rounding in the loop)"
@@ -141,10 +157,10 @@ class Scheme(BaseModel):
             self._check_e4m3_scales()
         if self.bits == 8 and self.inner == "none":
             raise ValueError("bits is 8 but inner is 'none': set inner: e4m3 or int8, or bits: 4")
-        if self.inner == "none" and self.activations != "none":
+        if self.inner == "none" and self.activations == "static":
             raise ValueError(
-                f"activations are {self.activations!r} but inner is 'none' (16-bit arithmetic): "
-                "set activations: none, or inner: e4m3"
+                "activations are 'static' but inner is 'none' (16-bit arithmetic): "
+                "set activations: none, or dynamic for E4M3 inputs, or inner: e4m3"
             )
         if self.kv_cache == "none" and self.kv_cache_scale != "tensor":
             raise ValueError(
@@ -185,10 +201,24 @@ class Scheme(BaseModel):
         )
 
     @property
+    def input_format(self) -> NumberFormat | None:
+        """Format that inputs are rounded to where they are, or None for 16-bit arithmetic."""
+        if self.inner == "none" and self.activations != "none":
+            return FORMATS["e4m3" if self.fp8_max == 448 else "e4m3_240"]
+        return self.inner_format
+
+    @property
+    def keeps(self) -> bool:
+        """Whether a layer's codes are those that the checkpoint has."""
+        return self.method == "keep" and self.bits == 4
+
+    @property
     def reads_hessian(self) -> bool:
         """Whether codes or grids are chosen by a Hessian, and not from the weights alone."""
         if self.method == "none" or self.bits == 8:
             return False
+        if self.keeps:
+            return self.scale_search == "hessian"
         chosen = METHODS[self.method].compensate or self.rounding == "gradient"
         return chosen or self.scale_search == "hessian"
 

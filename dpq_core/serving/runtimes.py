@@ -60,6 +60,8 @@ def other_arithmetic(layer: QuantizedLinear, kernel: str) -> str:
     scheme = layer.scheme
     if isinstance(layer.weight, Tensor):
         return "16-bit weights, which an ordinary linear multiplies"
+    if scheme.inner == "none" and scheme.activations != "none":
+        return f"no {kernel} for E4M3 inputs with weights that are not rounded to E4M3"
     if scheme.inner == "int8":
         return f"no INT8 {kernel}: there are E4M3 and 16-bit arithmetic"
     if scheme.inner == "e4m3" and scheme.activations == "none":

@@ -20,6 +20,8 @@ def refusal(layer: QuantizedLinear) -> str:
     """Why there is no kernel for a layer."""
     if isinstance(layer.weight, Tensor):
         return "kept in 16 bits"
+    if layer.scheme.inner == "none" and layer.scheme.activations != "none":
+        return "no kernel for E4M3 inputs with weights that are not rounded to E4M3"
     if isinstance(layer.weight, QuantizedWeight):
         grid = layer.weight.grid
         if grid.group_size not in (32, 64) and grid.group_size % UNIT:

@@ -65,7 +65,7 @@ def why_due(recipe: Recipe, registry: Registry) -> tuple[bool, str, str]:
 
     name, store = recipe.registered_name, Store(recipe.execution.store)
     with store.in_use():
-        model = inspect(recipe.model, store)
+        model = inspect(recipe.model, store, recipe.scheme.keeps)
     wanted = {"asked_digest": recipe.digest, "model_digest": model.digest}
     identity = digest(wanted)
     newest, champion = registry.find(name, {}), registry.champion(name)

@@ -132,8 +132,10 @@ def fetch(model: ModelSection, store: Store) -> tuple[Path, str | None]:
     return store.open(artifact), None
 
 
-def inspect(model: ModelSection, store: Store) -> Model:
+def inspect(model: ModelSection, store: Store, keeps: bool = False) -> Model:
     """Find a model to quantize: its architecture is proven, and every tensor is checked.
+
+    keeps: its 4-bit codes are to be kept, see `dpq_core.model.source`.
 
     Raises:
         ArchitectureError: one that is not quantized, with the module in the way.
@@ -141,7 +143,7 @@ def inspect(model: ModelSection, store: Store) -> Model:
     """
     folder, revision = fetch(model, store)
     # At each run: what was only measured so far has the same digest, and need be neither.
-    check_source(folder, model.trust_remote_code)
+    check_source(folder, model.trust_remote_code, keeps)
     prove(empty_model(folder, model.trust_remote_code))
 
     def check() -> None:

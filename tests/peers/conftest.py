@@ -15,6 +15,8 @@ _NEAREST = {"method": "rtn", "rounding": "nearest", "group_size": 128}
 _W4A16 = {**_NEAREST, "inner": "none", "activations": "none"}
 _W8A8 = {**_NEAREST, "bits": 8}
 
+_ADA = {**_NEAREST, "preset": "ada-vllm"}
+
 # What a row of the table in docs/exports.md is called: scheme and format.
 EXPORTS = {
     "W4A8, preset hopper-vllm": ({**_NEAREST, "preset": "hopper-vllm"}, "compressed-tensors"),
@@ -23,6 +25,8 @@ EXPORTS = {
         {**_NEAREST, "symmetric": True, "inner": "int8", "activations": "dynamic"},
         "compressed-tensors",
     ),
+    "W4A8, preset ada-vllm": (_ADA, "compressed-tensors"),
+    "W4A8, ada-vllm": (_ADA, "gptq"),
     "W8A8, FP8": ({**_W8A8, "activations": "dynamic"}, "compressed-tensors"),
     "W8A8, INT8": ({**_W8A8, "inner": "int8", "activations": "dynamic"}, "compressed-tensors"),
     "W8A16, INT8": ({**_W8A8, "inner": "int8", "activations": "none"}, "compressed-tensors"),

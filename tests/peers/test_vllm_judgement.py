@@ -12,14 +12,21 @@ import pytest
 
 from dpq_core.checkpoint.exports.compressed_tensors import COMPRESSED_TENSORS
 from dpq_core.checkpoint.exports.gptq import layout_config
-from dpq_core.checkpoint.exports.vllm import KERNELS, kind_of
+from dpq_core.checkpoint.exports.vllm import KERNELS, environment_of, kind_of
 from dpq_core.recipe.scheme import Scheme
 
 pytestmark = pytest.mark.slow
 
 HERE = Path(__file__).parent
 PAGE = HERE.parents[1] / "docs" / "exports.md"
-CARDS = {"SM80": "Ampere", "SM89": "Ada", "SM90": "Hopper", "SM100": "Blackwell"}
+CARDS = {
+    "SM80": "Ampere",
+    "SM89": "Ada",
+    "SM90": "Hopper",
+    "SM100": "Blackwell",
+    "SM120": "Blackwell RTX",
+}
+FP8_INPUTS = "float8_e4m3fn"
 LAYER, SIDE = "model.layers.0.mlp.down_proj", 4096
 _TABLE = re.compile(r"(<!-- judged by vLLM [^>]*-->\n).*?(<!-- end -->)", re.DOTALL)
 
@@ -45,6 +52,7 @@ def judged(vllm_python, export_rows):
             "quantization_config": config_of(scheme, form),
             "rows": SIDE,
             "columns": SIDE,
+            "environment": environment_of(Scheme.model_validate(scheme)),
         }
         for name, (scheme, form) in export_rows.items()
     ]
@@ -69,7 +77,9 @@ def short(name):
 def cell(said):
     if said["error"]:
         return "refused"
-    return f"{short(said['scheme'])}: {short(said['kernel'])}" if said["kernel"] else said["scheme"]
+    inputs = ", FP8 inputs" * (said["inputs"] == FP8_INPUTS)
+    kernel = f": {short(said['kernel'])}{inputs}" * bool(said["kernel"])
+    return f"{short(said['scheme'])}{kernel}"
 
 
 def table(judged):
@@ -111,11 +121,12 @@ def test_the_model_card_names_what_vllm_chooses(judged, export_rows):
         parsed = Scheme.model_validate(scheme)
         if refused_everywhere(judged, f"{name}, {form}"):
             continue
-        chosen = {
-            kind: short(kernel)
-            for card, kind in CARDS.items()
-            if (kernel := judged[card][f"{name}, {form}"]["kernel"])
-        }
+        chosen = {}
+        for card, kind in CARDS.items():
+            said = judged[card][f"{name}, {form}"]
+            rounded = said["inputs"] == FP8_INPUTS or not environment_of(parsed)
+            if said["kernel"] and rounded:  # else it computes with other inputs than were judged
+                chosen[kind] = short(said["kernel"])
         assert KERNELS[kind_of(parsed, form)] == chosen
 
 
@@ -135,3 +146,8 @@ def test_the_kernels_that_our_presets_are_for(judged):
     }
     for card in CARDS:
         assert judged[card]["W4A16, symmetric, gptq"]["kernel"]
+    for form in ("W4A8, preset ada-vllm, compressed-tensors", "W4A8, ada-vllm, gptq"):
+        for card in ("SM89", "SM120"):
+            said = judged[card][form]
+            assert (short(said["kernel"]), said["inputs"]) == ("Marlin", FP8_INPUTS)
+        assert "only support SM89 or SM12x" in judged["SM80"][form]["error"]

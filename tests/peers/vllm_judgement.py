@@ -4,8 +4,9 @@ vLLM's environment, and knows nothing of this project.
     python vllm_judgement.py 90 < CASES.json > JUDGEMENTS.json
 
 90: the card's compute capability, times ten. A case: name, quantization_config (of an export's
-config.json), rows, columns. Of each: scheme, kernel, and why not of each kernel that was asked
-before it; or the error. vLLM is told that it runs on CUDA on such a card. What its compiled library
+config.json), rows, columns, environment (variables that vLLM is run with). Of each: scheme, kernel,
+the type of the inputs that it multiplies with, and why not of each kernel that was asked before it;
+or the error. vLLM is told that it runs on CUDA on such a card. What its compiled library
 would say of the card (`cutlass_scaled_mm_supports_…`) is assumed, not asked: it is not here. No
 kernel is run.
 """
@@ -91,6 +92,9 @@ from vllm.model_executor.layers.quantization import auto_gptq  # noqa: E402
 from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors import (  # noqa: E402
     CompressedTensorsConfig,
 )
+from vllm.model_executor.layers.quantization.utils.marlin_utils import (  # noqa: E402
+    get_marlin_input_dtype,
+)
 
 
 class Linear(LinearBase):
@@ -113,25 +117,33 @@ def judged(case):
     }
     if config["quant_method"] == "gptq":
         method = auto_gptq.AutoGPTQLinearMethod(auto_gptq.AutoGPTQConfig.from_config(config))
+        method.input_dtype = get_marlin_input_dtype()  # as `AutoGPTQConfig.get_quant_method` does
         method.create_weights(Linear(), **sizes)
-        return type(method).__name__
+        return method
     parsed = CompressedTensorsConfig.from_config(config)
     parsed.packed_modules_mapping = {}
     layer = Linear()
     scheme = parsed.get_scheme(layer, "model.layers.0.mlp.down_proj")
     scheme.create_weights(layer=layer, **sizes)
-    return type(scheme).__name__
+    return scheme
 
 
 def told(case):
     asked.clear()
+    os.environ.update(case["environment"])
     try:
         scheme, error = judged(case), None
     except Exception as wrong:
         scheme, error = None, f"{type(wrong).__name__}: {' '.join(str(wrong).split())}"
+    for name in case["environment"]:
+        del os.environ[name]
+    config = getattr(getattr(scheme, "kernel", None), "config", None)
+    inputs = str(getattr(config, "act_type", "")).removeprefix("torch.")
+    scheme = scheme and type(scheme).__name__
     taken = next((name for name, why in asked if why is None), None)
     passed = [[name, why] for name, why in asked if why is not None]
-    return {"scheme": scheme, "kernel": taken, "passed over": passed, "error": error}
+    said = {"scheme": scheme, "kernel": taken, "passed over": passed, "error": error}
+    return said | {"inputs": inputs}
 
 
 def main():

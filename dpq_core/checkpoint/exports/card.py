@@ -11,7 +11,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from dpq_core.checkpoint.exports.compressed_tensors import vllm_obstacle
 from dpq_core.checkpoint.exports.format import targets_of
-from dpq_core.checkpoint.exports.vllm import shown_kernels
+from dpq_core.checkpoint.exports.vllm import environment_of, shown_kernels
 from dpq_core.checkpoint.native import MANIFEST, QuantizedCheckpoint
 from dpq_core.digests import file_digest
 from dpq_core.recipe.scheme import Scheme
@@ -89,6 +89,7 @@ def model_card(
         digest=file_digest(checkpoint.folder / MANIFEST),
         layers=_layer_rows(checkpoint),
         skipped=list(native["skipped"]),
+        given=_given(native),
         gates=list(gates),
         standings=f" {standings[:1].upper()}{standings[1:]}." if standings else "",
         uses=_uses(name, checkpoint),
@@ -108,6 +109,8 @@ def shown_scheme(scheme: Scheme) -> str:
     if scheme.method == "none":
         return "16 bits"
     inner = {"e4m3": f"E4M3 up to {scheme.fp8_max}", "int8": "INT8", "none": "16 bits"}
+    if scheme.input_format and not scheme.inner_format:
+        inner["none"] = f"{inner['e4m3']} by codes, weights not rounded"
     weights = "8 bits, a scale a row"
     if scheme.bits == 4:
         kind = "symmetric" if scheme.symmetric else "asymmetric"
@@ -147,6 +150,18 @@ def _layer_rows(checkpoint: QuantizedCheckpoint) -> list[dict[str, Any]]:
     ]
 
 
+def _given(native: Mapping[str, Any]) -> str:
+    """Where codes were kept: how far layers are from the given ones."""
+    errors = [row["error"] for row in native["layers"] if row.get("given_error") is not None]
+    if not errors:
+        return ""
+    stored_as = native.get("base_model", {}).get("stored_as", "4 bits")
+    return (
+        f"{stored_as}; its codes are kept in {len(errors)} layers, whose outputs differ from its "
+        f"own by up to {max(errors):.2g} (relative squared error, 8-bit inputs apart)"
+    )
+
+
 def _calibration(about: Mapping[str, Any]) -> str:
     if "samples" not in about:
         return "not recorded"
@@ -163,19 +178,33 @@ def _uses(name: str, checkpoint: QuantizedCheckpoint) -> list[str]:
     uses = [_USES[name]]
     if name == "compressed-tensors":
         obstacle = vllm_obstacle(targets_of(checkpoint))
-        uses.append(
-            f"Not for vLLM: {obstacle}."
-            if obstacle
-            else "With vLLM, on hardware that has its kernels (four-bit weights with FP8 "
-            "activations: Hopper):\n\n```sh\nvllm serve …  # this folder\n```"
-        )
+        uses.append(f"Not for vLLM: {obstacle}." if obstacle else _served(checkpoint))
         return uses if obstacle else [*uses, *_kernels(name, checkpoint)]
     if name == "gptq":
         four = [t.scheme for t in targets_of(checkpoint) if t.scheme.method != "none"]
         if all(scheme.symmetric for scheme in four):
-            return [*uses, *_kernels(name, checkpoint)]
+            fp8 = [_served(checkpoint)] if any(map(environment_of, four)) else []
+            return [*uses, *fp8, *_kernels(name, checkpoint)]
         uses.append("Not for vLLM: it takes symmetric GPTQ files alone (scheme.symmetric: true).")
     return uses
+
+
+def _served(checkpoint: QuantizedCheckpoint) -> str:
+    """The command that serves it with vLLM, and where."""
+    variables: dict[str, str] = {}
+    for target in targets_of(checkpoint):
+        variables |= environment_of(target.scheme)
+    if not variables:
+        return (
+            "With vLLM, on hardware that has its kernels (four-bit weights with FP8 activations: "
+            "Hopper):\n\n```sh\nvllm serve …  # this folder\n```"
+        )
+    settings = " ".join(f"{name}={value}" for name, value in variables.items())
+    return (
+        "With vLLM, on Ada (SM89) and GeForce and RTX Blackwell (SM12x), as it was judged:\n\n"
+        f"```sh\n{settings} vllm serve …  # this folder\n```\n\nWithout the variable, and on "
+        "cards that refuse it (Ampere, Hopper, SM100), it is W4A16: inputs stay in 16 bits."
+    )
 
 
 def _kernels(name: str, checkpoint: QuantizedCheckpoint) -> list[str]:

@@ -35,6 +35,7 @@ from torch import Tensor, nn
 from dpq_core.arithmetic.formats import FORMATS, round_to
 from dpq_core.arithmetic.packing import pack_codes
 from dpq_core.checkpoint.exports.format import Arithmetic, Format, Quantization, Target, left_out
+from dpq_core.checkpoint.exports.vllm import environment_of
 from dpq_core.checkpoint.importers import load_compressed_tensors
 from dpq_core.checkpoint.native import QuantizedCheckpoint
 from dpq_core.layer.records import QuantizedLinear, QuantizedWeight, RoundedWeight
@@ -63,11 +64,13 @@ def _obstacle(target: Target) -> str | None:
 def vllm_obstacle(targets: Sequence[Target]) -> str | None:
     """Why vLLM has no kernel for these layers, or None. From its documentation and source: four
     bits with FP8 activations run on Hopper, symmetric, in groups of 128, with a scale a token;
-    linears that it fuses need one scheme."""
+    on Ada by its setting (`environment_of`), for all files of W4A16 at once; linears that it fuses
+    need one scheme."""
     fused: dict[str, Scheme] = {}
+    variables = any(environment_of(target.scheme) for target in targets)
     for target in targets:
         scheme, name = target.scheme, target.name
-        if scheme.bits == 4 and scheme.activations != "none":
+        if scheme.bits == 4 and rounds_inputs(scheme):
             fits = scheme.inner == "e4m3" and scheme.symmetric and scheme.group_size == 128
             fits = fits and scheme.activations == "dynamic"
             if not fits or target.rows % 128 or target.features % 128:
@@ -75,6 +78,10 @@ def vllm_obstacle(targets: Sequence[Target]) -> str | None:
                     f"{name} is not symmetric in groups of 128 with a scale a token and sides that "
                     "are multiples of 128 (scheme.preset hopper-vllm)"
                 )
+        if environment_of(scheme) and not (scheme.symmetric and scheme.group_size in _MARLIN):
+            return f"{name} is not symmetric in groups of 32, 64 or 128 (scheme.preset ada-vllm)"
+        if variables and scheme.bits == 8 and _packed(scheme):
+            return f"{name} has 8-bit weights, which Marlin takes no FP8 inputs for: choose w8a8"
         parent, _, member = name.rpartition(".")
         group = next((label for label, parts in _FUSED.items() if member in parts), member)
         if fused.setdefault(f"{parent}.{group}", scheme) != scheme:
@@ -82,6 +89,13 @@ def vllm_obstacle(targets: Sequence[Target]) -> str | None:
     return None
 
 
+def rounds_inputs(scheme: Scheme) -> bool:
+    """Whether the format says of a layer that its inputs are of 8 bits. Where no weight is rounded
+    (preset ada-vllm) it does not: what a reader computes with is then the reader's own setting."""
+    return scheme.activations != "none" and scheme.inner != "none"
+
+
+_MARLIN = (32, 64, 128)  # groups that it takes
 _FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 
 
@@ -137,7 +151,7 @@ def _group(scheme: Scheme) -> dict[str, Any]:
     else:
         packing = "int-quantized" if scheme.inner == "int8" else "float-quantized"
     inputs = None
-    if scheme.activations != "none":
+    if rounds_inputs(scheme):
         dynamic = scheme.activations == "dynamic"
         inputs = number | {"strategy": "token" if dynamic else "tensor", "symmetric": True}
         inputs["dynamic"] = dynamic
@@ -216,7 +230,7 @@ class _Reference(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] → [..., out], both BF16 or FP16."""
         scheme, static = self.layer.scheme, self.layer.input_scale
-        if scheme.activations != "none":
+        if rounds_inputs(scheme):
             scale = _token_scale(x, scheme) if static is None else static.to(x.dtype)
             x = _rounded(x / scale, scheme) * scale
         return nn.functional.linear(x, dequantized(self.layer, x.dtype), self.bias)

@@ -9,12 +9,14 @@ from collections.abc import Iterable
 from dpq_core.checkpoint.exports.format import Target
 from dpq_core.recipe.scheme import Scheme
 
-_MARLIN = {"Ampere": "Marlin", "Ada": "Marlin", "Hopper": "Machete", "Blackwell": "Marlin"}
-_OTHERS = ("Ada", "Hopper", "Blackwell")
+_OTHERS = ("Ada", "Hopper", "Blackwell", "Blackwell RTX")
+_MARLIN = {**dict.fromkeys(("Ampere", *_OTHERS), "Marlin"), "Hopper": "Machete"}
 
-# A card that is not named is refused.
+# A card that is not named is refused, or computes with other inputs than were judged. Blackwell is
+# SM100, Blackwell RTX is SM120.
 KERNELS: dict[str, dict[str, str]] = {
     "W4A8-FP8": {"Hopper": "CutlassW4A8"},
+    "W4A8-FP8, weights not rounded": {"Ada": "Marlin", "Blackwell RTX": "Marlin"},
     "W4A8-INT8": _MARLIN,
     "W8A8-FP8": {
         "Ampere": "MarlinFP8ScaledMM",
@@ -30,10 +32,20 @@ def kind_of(scheme: Scheme, form: str) -> str | None:
     """The row of a layer; None: 16 bits."""
     if scheme.method == "none":
         return None
+    if environment_of(scheme):
+        return "W4A8-FP8, weights not rounded"
     number = "INT8" if scheme.inner == "int8" else "FP8"
     if form == "gptq" or scheme.inner == "none" or scheme.activations == "none":
         return "W4A16" if scheme.bits == 4 else f"W8A16-{number}"
     return f"W{scheme.bits}A8-{number}"
+
+
+def environment_of(scheme: Scheme) -> dict[str, str]:
+    """Variables that vLLM is to be run with, else it computes with other inputs than were judged:
+    Marlin takes FP8 ones of files of W4A16, symmetric and in groups of 32, 64 or 128."""
+    if scheme.inner == "none" and scheme.activations == "dynamic":
+        return {"VLLM_MARLIN_INPUT_DTYPE": "fp8"}
+    return {}
 
 
 def shown_kernels(targets: Iterable[Target], form: str) -> str | None:

@@ -188,8 +188,8 @@ def no_layers(tensors, config):
         del tensors[name]
 
 
-def awq(tensors, config):
-    config["quant_method"] = "awq"
+def aqlm(tensors, config):
+    config["quant_method"] = "aqlm"
 
 
 def no_method(tensors, config):
@@ -243,7 +243,7 @@ def not_finite(tensors, config):
         (spare_bias, rf"tensor {LAYER}\.bias has no place in the model"),
         (no_head, r"tensor lm_head\.weight is missing"),
         (not_finite, r"tensor model\.norm\.weight has NaN"),
-        (awq, "quant_method 'awq' is not read: 16 bits, our own, .*compressed-tensors and gptq"),
+        (aqlm, "quant_method 'aqlm' is not read: 16 bits, our own, .*awq and gptq"),
     ],
 )
 def test_what_is_not_as_the_format_says_is_refused(model, tmp_path, damage, expected):

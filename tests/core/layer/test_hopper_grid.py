@@ -76,7 +76,10 @@ def test_row_scales_between_powers_of_two_lose_less():
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"preset": "hopper"}, "preset 'hopper' is unknown: there are hopper-vllm, gaudi-inc"),
+        (
+            {"preset": "hopper"},
+            "preset 'hopper' is unknown: there are hopper-vllm, ada-vllm, gaudi-inc",
+        ),
         ({"preset": "hopper-vllm", "symmetric": False}, "group_scale e4m3 needs symmetric: True"),
         ({"preset": "hopper-vllm", "fp8_max": 240}, "needs fp8_max: 448, but it is 240"),
         ({"preset": "hopper-vllm", "channel_scale": "tensor"}, "needs channel_scale: row"),
