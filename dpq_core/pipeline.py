@@ -99,6 +99,8 @@ def _by_block(
     seen_as = InputRounding.of(scheme, calibration), TokenWeights.of(calibration)
     fed, corrected = calibration.propagation, calibration.correction > 0
     originals = [batch.clone() for batch in batches] if corrected else []
+    if embedding := plan.of_block(-1):
+        yield dict(_quantized(stream, embedding, {}, calibration))
     for block in range(plan.blocks):
         done = dict[str, QuantizedLinear]()
         for inputs in plan.inputs_by_step(block) if fed == "groups" else [None]:
@@ -107,6 +109,8 @@ def _by_block(
             found = calibrate_block(stream, block, batches, *seen_as, advance, step, originals)
             done |= _quantized(stream, plan.of_block(block, inputs), found, calibration)
         yield done
+        if block == stream.block_count:  # the head
+            return
         if fed != "original":
             with stream.block(block, done):
                 stream.advance(batches)
@@ -123,7 +127,8 @@ def _quantized(
 ) -> Iterator[tuple[str, QuantizedLinear]]:
     """A block's layers, those that read one input together; uses up the statistics."""
     for readers in readers_of_one_input(layers):
-        inputs = SharedInput(statistics.pop(readers[0].statistics))
+        seen = readers[0].statistics
+        inputs = SharedInput(statistics.pop(seen)) if seen else None  # of an embedding: none
         for layer in readers:
             read = stream.reader.tensor(f"{layer.name}.weight")
             weight = as_run(read, stream.dtype).to(stream.device)
