@@ -27,4 +27,7 @@ def chosen_scheme(scheme: Scheme, choice: str) -> Scheme:
     """
     if choice not in CHOICES:
         raise ValueError(f"{choice!r} is no choice for a layer: there are {', '.join(CHOICES)}")
-    return Scheme.model_validate({**scheme.model_dump(), **CHOICES[choice]})
+    changes = dict(CHOICES[choice])
+    if scheme.method == "gptq" and changes.get("inner") == "int8":
+        changes["method"] = "rtn"  # as every method rounds eight bits, and gptq knows none inside
+    return Scheme.model_validate({**scheme.model_dump(), **changes})

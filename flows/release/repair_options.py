@@ -162,7 +162,7 @@ def _measure(recipe: Recipe, inputs: Inputs, layers: list[PlannedLayer], first: 
     alone = recipe.model_copy(
         update={"calibration": recipe.calibration.model_copy(update={"correction": 0.0})}
     )
-    blocks = dict.fromkeys(layer.block for layer in inputs.plan.layers)
+    blocks = sorted({layer.block for layer in layers})
     made = {
         (block, choice): [
             quantize_readers.submit(alone, inputs.model, readers, readers.given(first.statistics))
