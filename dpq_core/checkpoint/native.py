@@ -31,6 +31,7 @@ from dpq_core.model.anatomy import parts_of, path_of
 from dpq_core.model.empty import building
 from dpq_core.model.filling import fill_parameters
 from dpq_core.model.outside import MakeLinear, Outside
+from dpq_core.model.plan import Outside as Part
 from dpq_core.model.plan import Plan
 from dpq_core.model.quantization import quantization_of, reads_fp8
 from dpq_core.model.reader import (
@@ -114,6 +115,8 @@ def write_checkpoint(
         row: dict[str, Any] = {"name": item.name, "shape": [item.rows, item.features]}
         row |= {"bytes": sum(t.nbytes for t in tensors.values())}
         row["scheme"] = _changes(scheme, quantized.scheme)
+        if item.outside:
+            row["outside"] = item.outside
         rows.append(row | quantized.report.as_row())
     shards.close()
     _write_side_files(folder, source.folder, scheme, dtype, rows)
@@ -209,6 +212,7 @@ class QuantizedCheckpoint:
             self.scheme = Scheme.model_validate(self.manifest["scheme"])
             rows = {row["name"]: row for row in self.manifest["layers"]}
             self.shapes: dict[str, list[int]] = {name: row["shape"] for name, row in rows.items()}
+            self.outside: dict[str, Part] = {n: row.get("outside", "") for n, row in rows.items()}
             base = self.scheme.model_dump()
             self.schemes = {
                 name: Scheme.model_validate({**base, **row["scheme"]}) for name, row in rows.items()

@@ -9,6 +9,7 @@ import math
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import groupby
+from typing import Literal
 
 from torch import nn
 
@@ -17,6 +18,8 @@ from dpq_core.model.streaming import StreamedModel
 from dpq_core.recipe.layer_choices import chosen_scheme
 from dpq_core.recipe.scheme import Scheme
 
+Outside = Literal["", "head", "embedding", "both"]  # "": in a block
+
 
 @dataclass(frozen=True)
 class PlannedLayer:
@@ -24,7 +27,8 @@ class PlannedLayer:
 
     name: full module path. block: the head's is what would be the next; an embedding's is −1.
     statistics: the shared input's name, its first linear's full name; empty for an embedding.
-    step: of its block, see `BlockStream.steps`. outside: of the blocks.
+    step: of its block, see `BlockStream.steps`. outside: what it is outside of the blocks; both,
+    where they are tied.
     """
 
     name: str
@@ -34,7 +38,7 @@ class PlannedLayer:
     features: int
     scheme: Scheme
     step: int = 0
-    outside: bool = False
+    outside: Outside = ""
 
     @property
     def weights(self) -> int:
@@ -173,9 +177,11 @@ def _outside(
         if reason := _too_narrow(features, own):
             raise CheckpointError(f"layers: {name}: {reason}: give it w8a8 or w8a16, or leave it")
         if name == stored:
-            yield PlannedLayer(name, end, parts.head, rows, features, own, outside=True)
+            part: Outside = "head" if stored == parts.head else "both"
+            yield PlannedLayer(name, end, parts.head, rows, features, own, outside=part)
         else:
-            yield PlannedLayer(name, -1, "", rows, features, looked_up(own), outside=True)
+            own = looked_up(own)
+            yield PlannedLayer(name, -1, "", rows, features, own, outside="embedding")
 
 
 def looked_up(scheme: Scheme) -> Scheme:

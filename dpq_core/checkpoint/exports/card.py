@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from dpq_core.checkpoint.bytes_by_part import bytes_by_part
 from dpq_core.checkpoint.exports.compressed_tensors import vllm_obstacle
 from dpq_core.checkpoint.exports.format import targets_of
 from dpq_core.checkpoint.exports.vllm import shown_kernels
@@ -87,6 +88,7 @@ def model_card(
         format=name,
         digest=file_digest(checkpoint.folder / MANIFEST),
         layers=_layer_rows(checkpoint),
+        parts=shown_parts(bytes_by_part(checkpoint, export)),
         skipped=list(native["skipped"]),
         gates=list(gates),
         standings=f" {standings[:1].upper()}{standings[1:]}." if standings else "",
@@ -128,6 +130,15 @@ def _layer_rows(checkpoint: QuantizedCheckpoint) -> list[dict[str, Any]]:
     return [
         {"count": count, "scheme": scheme, "bits": 8 * stored[scheme] / weights[scheme]}
         for scheme, count in Counter(shown.values()).most_common()
+    ]
+
+
+def shown_parts(bytes_by_part: Mapping[str, int]) -> list[dict[str, str]]:
+    """A row a part: its bytes, and their share of all."""
+    whole = sum(bytes_by_part.values())
+    return [
+        {"part": part, "bytes": f"{size:,}", "share": f"{size / whole:.1%}"}
+        for part, size in bytes_by_part.items()
     ]
 
 

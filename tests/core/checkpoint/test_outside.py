@@ -304,7 +304,7 @@ def test_pieces_are_the_whole(monkeypatch, choice, correction):
 def test_the_memory_of_a_large_head_is_bounded():
     """By a piece, its Hessian, and a few bytes a weight: not twenty."""
     scheme = Scheme()
-    head = PlannedLayer("lm_head", 18, "lm_head", 262_144, 640, scheme, outside=True)
+    head = PlannedLayer("lm_head", 18, "lm_head", 262_144, 640, scheme, outside="head")
     assert layer_bytes(head) < 6 * head.weights
     block = PlannedLayer("x", 0, "x", 65_536, 640, scheme)
     assert layer_bytes(block) == 4 * (2 * 640**2 + 5 * block.weights)
