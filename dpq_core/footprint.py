@@ -20,12 +20,13 @@ from dataclasses import dataclass
 
 from dpq_core.calibration.reduction_tree import Node, leaf_count, leaf_size, shares
 from dpq_core.kernels.definitions import MAGNITUDES
+from dpq_core.layer.quantize import rows_at_once
 from dpq_core.layer.storage import stored_bytes
 from dpq_core.model.fp8 import WORKSPACE
 from dpq_core.model.plan import Plan, PlannedLayer
 from dpq_core.recipe import CalibrationSection
 
-_FLOAT32, _BFLOAT16, _INT64 = 4, 2, 8
+_FLOAT32, _BFLOAT16, _INT64, _CODES = 4, 2, 8, 1
 PROCESS = 150 << 20  # compiled kernels, and what libraries keep from their first use on
 
 
@@ -119,7 +120,7 @@ def _shards_by_work(plan: Plan, calibration: CalibrationSection, workers: int) -
     tokens = calibration.samples * calibration.sequence_length
     products = max(
         (
-            2 * sum(each.weights for each in plan.of_block(block))
+            2 * sum(each.weights for each in plan.of_block(block) if not each.outside)
             + sum({each.statistics: each.features**2 for each in plan.of_block(block)}.values())
         )
         // len(_turns(plan, block, calibration))
@@ -206,9 +207,13 @@ def _per_input(corrected: bool) -> int:
 
 
 def layer_bytes(layer: PlannedLayer, corrected: bool = False) -> int:
-    """Most memory that quantizing a layer takes, its weight and statistics included."""
-    weight, hessian = layer.weights, layer.features**2
+    """Most memory that quantizing a layer takes, its weight and statistics included. Of one that is
+    quantized by pieces: a piece, the weight as it was read, and what has come of all."""
+    rows = rows_at_once(layer.rows, layer.scheme)
+    weight, hessian = rows * layer.features, layer.features**2
     more = _FLOAT32 * 2 * hessian * corrected
+    if rows < layer.rows:
+        more += (_BFLOAT16 + 2 * _CODES) * layer.weights  # parts, and what is joined of them
     if layer.scheme.method == "none":
         return _FLOAT32 * (hessian + weight) + more
     if layer.scheme.bits == 8:
@@ -235,4 +240,5 @@ def _turns(plan: Plan, block: int, calibration: CalibrationSection) -> list[list
 
 
 def _widest(layer: PlannedLayer) -> int:
-    return max(layer.rows, layer.features)
+    """Of a head the products are not made."""
+    return layer.features if layer.outside else max(layer.rows, layer.features)

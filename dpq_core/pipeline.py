@@ -115,6 +115,8 @@ def _by_block(
     fed, corrected = calibration.propagation, calibration.correction > 0
     originals = [batch.clone() for batch in batches] if corrected else []
     cache = scheme.kv_cache == "fp8"
+    if embedding := plan.of_block(-1):
+        yield dict(_quantized(stream, embedding, {}, calibration))
     for block in range(plan.blocks):
         done = dict[str, QuantizedLinear]()
         for inputs in plan.inputs_by_step(block) if fed == "groups" else [None]:
@@ -125,6 +127,8 @@ def _by_block(
             maxima |= cache_maxima(stream, block, found)
             done |= _quantized(stream, plan.of_block(block, inputs), found, calibration)
         yield done
+        if block == stream.block_count:  # the head
+            return
         if fed != "original":
             with stream.block(block, done):
                 stream.advance(batches)
@@ -141,7 +145,8 @@ def _quantized(
 ) -> Iterator[tuple[str, QuantizedLinear]]:
     """A block's layers, those that read one input together; uses up the statistics."""
     for readers in readers_of_one_input(layers):
-        inputs = SharedInput(statistics.pop(readers[0].statistics))
+        seen = readers[0].statistics
+        inputs = SharedInput(statistics.pop(seen)) if seen else None  # of an embedding: none
         for layer in readers:
             weight = weight_of(stream.reader, layer, stream.dtype).to(stream.device)
             yield (

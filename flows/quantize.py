@@ -13,6 +13,7 @@ from prefect.logging import get_run_logger
 from dpq_core.calibration.reduction_tree import shares
 from dpq_core.checkpoint.native import MANIFEST
 from dpq_core.machine.device import share_machine
+from dpq_core.model.plan import PlannedLayer
 from dpq_core.recipe import Recipe
 from flows.running.liveness import attended
 from infra.memory import watched
@@ -118,6 +119,7 @@ class _FanOut:
         waits = self._recipe.calibration.propagation != "original"
         ahead = not waits and self._inputs.footprint.shards == 1
         runs = self._runs
+        self._submit(self._plan.of_block(-1))  # the embedding, which waits for nothing
         calibrated = self._calibrate(runs[0])
         for passes, following in zip_longest(runs, runs[1:]):
             got = _result(passes.title, calibrated)
@@ -165,13 +167,15 @@ class _FanOut:
     def _submit_layers(self, passes: Passes) -> None:
         for block in range(passes.first, passes.last):
             self._step_block()
-            layers = self._plan.of_block(block, passes.inputs)
-            for readers in readers_of(layers, self._recipe.calibration.correction > 0):
-                self._collect(leave=_AHEAD)
-                statistics = self._made.statistics[readers.statistics]
-                self._waiting[readers] = quantize_readers.submit(
-                    self._recipe, self._inputs.model, readers, statistics
-                )
+            self._submit(self._plan.of_block(block, passes.inputs))
+
+    def _submit(self, layers: list[PlannedLayer]) -> None:
+        for readers in readers_of(layers, self._recipe.calibration.correction > 0):
+            self._collect(leave=_AHEAD)
+            statistics = readers.given(self._made.statistics)
+            self._waiting[readers] = quantize_readers.submit(
+                self._recipe, self._inputs.model, readers, statistics
+            )
 
     def _collect(self, leave: int) -> None:
         """What came of the tasks that wait longest, until so many are left."""

@@ -193,6 +193,7 @@ def _probe_logits(
     layer: Any,
     shapes: dict[str, list[int]],
 ) -> Tensor:
+    stream.outside.quantize(shapes, layer)
     batches = stream.begin(inputs)
     for block in range(stream.block_count):
         replacements = {name: layer(name) for name in stream.linears(block) if name in shapes}

@@ -310,7 +310,9 @@ class _Calibration:
         self, node: Node, magnitudes: BlockMagnitudes | None, passes: Callable[[], BlockPasses]
     ) -> BlockStatistics:
         original = self._recipe.calibration.propagation == "original"
-        advance = original and self._block + 1 < self._hidden.stream.block_count
+        stream = self._hidden.stream
+        head = stream.outside.weight_of(stream.anatomy.parts.head) in self._recipe.layers
+        advance = original and self._block + 1 < stream.block_count + head
 
         def leaf(number: int) -> BlockStatistics:
             block, batches = passes(), self._hidden.get(self._block, number)

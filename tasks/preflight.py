@@ -77,7 +77,8 @@ def preflight(recipe: Recipe) -> Inputs:
     fitting.check_lengths(recipe, config)
     needed = _footprint(plan, recipe, worker, stream.reader.widens)
     check_room(recipe, needed, store, worker)
-    scoring = Room.of(Sizes.of(stream), memory_for_states(recipe), worker.memory is not None)
+    sizes = Sizes.of(stream, recipe.layers)
+    scoring = Room.of(sizes, memory_for_states(recipe), worker.memory is not None)
     if recipe.evaluation.perplexity or recipe.evaluation.suites:
         check_scoring_room(recipe.execution, scoring, worker)
     tokenizer = load_tokenizer(model.folder, recipe.model.trust_remote_code)
@@ -98,7 +99,7 @@ def preflight(recipe: Recipe) -> Inputs:
         leaves=_checked_leaves(recipe, calibration, store),
         evaluation=evaluation,
         scoring=scoring,
-        kept_states=Sizes.of(stream).kept(compared),
+        kept_states=sizes.kept(compared),
     )
 
 

@@ -39,9 +39,10 @@ class LayerError(RuntimeError):
 
 @task(name="quantize", task_run_name="quantize {readers.title}", cache_policy=NO_CACHE)
 def quantize(
-    recipe: Recipe, model: Model, readers: Readers, statistics: ArtifactRef
+    recipe: Recipe, model: Model, readers: Readers, statistics: ArtifactRef | None
 ) -> Made[dict[str, ArtifactRef]]:
-    """The quantized layers by name, from their weights and the statistics of their input. What is
+    """The quantized layers by name, from their weights and the statistics of their input (None: of
+    an embedding, see `Readers.given`). What is
     stored already is not made again: a run that was killed goes on at the layer.
 
     Raises:
@@ -50,7 +51,9 @@ def quantize(
     store, worker = Store(recipe.execution.store), this_worker(recipe.execution)
     inputs: list[SharedInput] = []  # read for the first layer that is not there
 
-    def shared_input() -> SharedInput:
+    def shared_input() -> SharedInput | None:
+        if statistics is None:
+            return None
         if not inputs:
             inputs.append(SharedInput(load_statistics(statistics, store).to(worker.device)))
         return inputs[0]
@@ -65,7 +68,11 @@ def quantize(
 
 
 def _key(
-    recipe: Recipe, model: Model, layer: PlannedLayer, statistics: ArtifactRef, worker: Worker
+    recipe: Recipe,
+    model: Model,
+    layer: PlannedLayer,
+    statistics: ArtifactRef | None,
+    worker: Worker,
 ) -> str:
     correction = recipe.calibration.correction
     return digest(
@@ -73,7 +80,7 @@ def _key(
             **computed_by("layers", worker.arithmetic),
             "model": model.digest,
             "layer": layer.name,
-            "statistics": statistics.sha256,
+            "statistics": statistics and statistics.sha256,
             "scheme": layer.scheme.model_dump(mode="json"),
             "min_tokens_per_input": recipe.calibration.min_tokens_per_input,
             **({"correction": correction} if correction else {}),
@@ -86,7 +93,7 @@ def _maker(
     model: Model,
     layer: PlannedLayer,
     worker: Worker,
-    shared_input: Callable[[], SharedInput],
+    shared_input: Callable[[], SharedInput | None],
 ) -> Callable[[Path], None]:
     def make(folder: Path) -> None:
         trusted = recipe.model.trust_remote_code

@@ -92,7 +92,7 @@ def portions_of(recipe: Recipe, subject: Subject, chunks: Sequence[ChunkRef]) ->
     if not chunks:
         return []
     stream = StreamedModel(subject.folder, trust_remote_code=recipe.model.trust_remote_code)
-    sizes, workers = Sizes.of(stream), _workers(recipe)
+    sizes, workers = Sizes.of(stream, recipe.layers), _workers(recipe)
     resident = sizes.resident or not streamable(subject.folder, subject.source)
     tokens = sum(chunk.tokens for chunk in chunks)
     in_hand = sizes.tokens_in_hand(memory_for_states(recipe))

@@ -13,7 +13,7 @@ from dpq_core.checkpoint.native import load_layer, load_report
 from dpq_core.digests import digest
 from dpq_core.layer.records import QuantizedLinear
 from dpq_core.recipe import Recipe
-from dpq_core.repair.sensitivity import Trial, block_losses
+from dpq_core.repair.sensitivity import Trial, block_losses, outside_losses
 from infra.store import ArtifactRef, Store
 from tasks.support.model import Model, stream_of
 from tasks.support.stages import computed_by
@@ -41,8 +41,9 @@ Costs = dict[str, dict[str, Cost]]  # layer → choice → what it costs
 def sensitivity(
     recipe: Recipe, model: Model, windows: ArtifactRef, block: int, trials: Trials
 ) -> Costs:
-    """Costs of a block's layers, on the first calibration windows, in FP32: in 16 bits the least
-    change of a layer turns roundings after it, and costs more than eight bits do."""
+    """Costs of a block's layers, or the embedding's, or the head's, on the first calibration
+    windows, in FP32: in 16 bits the least change of a layer turns roundings after it, and costs
+    more than eight bits do. block: as a plan has it."""
     store = Store(recipe.execution.store)
     worker = this_worker(recipe.execution)
     samples, batch_size = recipe.repair.samples, recipe.calibration.batch_size
@@ -62,16 +63,20 @@ def sensitivity(
 
     def make(folder: Path) -> None:
         stream = stream_of(recipe, model, worker.device, torch.float32)
-        batches = stream.begin(load_inputs(windows, store, batch_size, samples))
-        for earlier in range(block):
-            with stream.block(earlier):
-                stream.advance(batches)
+        inputs = load_inputs(windows, store, batch_size, samples)
         layers = {
             Trial(name, choice): _loader(store, artifact)
             for name, choices in trials.items()
             for choice, artifact in choices.items()
         }
-        losses = block_losses(stream, block, batches, layers)
+        if block in range(stream.block_count):
+            batches = stream.begin(inputs)
+            for earlier in range(block):
+                with stream.block(earlier):
+                    stream.advance(batches)
+            losses = block_losses(stream, block, batches, layers)
+        else:
+            losses = outside_losses(stream, inputs, layers)
         content: dict[str, dict[str, dict[str, float]]] = {}
         for trial, loss in losses.items():
             report = load_report(store.open(trials[trial.name][trial.choice]))

@@ -187,7 +187,8 @@ def block_passes(
     path, names = stream.block_name(index), [first for first, *_ in stream.groups(index)]
     if step:
         names = [name for name in names if name in step.inputs]
-    observed = partial(ObservedBlock.of, stream, path, linears=names, stops=step is not None)
+    stops = step is not None or index == stream.block_count  # the head's products are not made
+    observed = partial(ObservedBlock.of, stream, path, linears=names, stops=stops)
     beside = None
     with ExitStack() as blocks:
         block = blocks.enter_context(stream.block(index, step.layers if step else None))

@@ -181,12 +181,17 @@ def _gptq_names(linears: Mapping[str, nn.Module]) -> list[str]:
 
 
 def _check_head(model: Any, reader: CheckpointReader) -> None:
-    """The output head is stored in 16 bits, or said to be the input embedding."""
+    """The output head is stored, quantized or not, or said to be the input embedding; not both."""
     tied = model.config.tie_word_embeddings
-    if "lm_head.qweight" in reader or not (tied or "lm_head.weight" in reader):
+    if tied and "lm_head.qweight" in reader:
         raise CheckpointError(
-            f"{reader.folder}: tensor lm_head.weight is missing: a quantized output head is not"
-            " read, and config.json does not tie it to the embedding"
+            f"{reader.folder}: lm_head.qweight is a head of its own, but config.json ties it to the"
+            " embedding: tie_word_embeddings: false is what such a checkpoint needs"
+        )
+    if not tied and not ("lm_head.qweight" in reader or "lm_head.weight" in reader):
+        raise CheckpointError(
+            f"{reader.folder}: tensor lm_head.weight is missing, and config.json does not tie the"
+            " output head to the embedding"
         )
 
 

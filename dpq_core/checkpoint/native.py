@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import nn
 
 from dpq_core.checkpoint.importers import fill_gptq, load_compressed_tensors, unsupported
 from dpq_core.checkpoint.shards import ShardWriter, check_files, digests_of
@@ -31,11 +31,13 @@ from dpq_core.layer.kv_cache import KEY_SCALE, VALUE_SCALE, CacheMaxima
 from dpq_core.layer.linear import W4A8Linear
 from dpq_core.layer.records import LayerReport, QuantizedLinear
 from dpq_core.layer.storage import expected_shapes, layer_from_tensors, layer_tensors
-from dpq_core.model.anatomy import path_of
+from dpq_core.model.anatomy import parts_of, path_of
 from dpq_core.model.empty import building
 from dpq_core.model.filling import fill_parameters
 from dpq_core.model.given import reader_of
 from dpq_core.model.given_layouts import read_by_codes
+from dpq_core.model.outside import MakeLinear, Outside
+from dpq_core.model.plan import Outside as Part
 from dpq_core.model.plan import Plan
 from dpq_core.model.quantization import OF_OTHERS, quantization_of, reads_fp8
 from dpq_core.model.reader import (
@@ -121,6 +123,8 @@ def write_checkpoint(
         row: dict[str, Any] = {"name": item.name, "shape": [item.rows, item.features]}
         row |= {"bytes": sum(t.nbytes for t in tensors.values())}
         row["scheme"] = _changes(scheme, quantized.scheme)
+        if item.outside:
+            row["outside"] = item.outside
         rows.append(row | quantized.report.as_row())
     for name, maxima in cache.items():
         for suffix, tensor in maxima.scales(scheme.kv_cache_scale).tensors(dtype).items():
@@ -228,6 +232,7 @@ class QuantizedCheckpoint:
             self.scheme = Scheme.model_validate(self.manifest["scheme"])
             rows = {row["name"]: row for row in self.manifest["layers"]}
             self.shapes: dict[str, list[int]] = {name: row["shape"] for name, row in rows.items()}
+            self.outside: dict[str, Part] = {n: row.get("outside", "") for n, row in rows.items()}
             base = self.scheme.of_layers.model_dump()
             self.schemes = {
                 name: Scheme.model_validate({**base, **row["scheme"]}) for name, row in rows.items()
@@ -244,7 +249,7 @@ class QuantizedCheckpoint:
             CheckpointError: a quantized layer is no linear of the model, or of another shape.
         """
         model = empty_model(self.folder, self.trust_remote_code)
-        parameters = dict(model.named_parameters())
+        parameters = dict(model.named_parameters(remove_duplicate=False))
         for name, shape in self.shapes.items():
             expected = parameters.get(f"{name}.weight")
             if expected is None or list(expected.shape) != shape:
@@ -376,10 +381,10 @@ def load_quantized(
     folder: str | Path,
     device: torch.device | str = "cpu",
     trust_remote_code: bool = False,
-    linear: Callable[[QuantizedLinear, Tensor | None], nn.Module] = W4A8Linear,
+    linear: MakeLinear = W4A8Linear,
 ) -> Any:
     """A transformers model from a native checkpoint, its quantized linears `W4A8Linear`: a causal
-    LM, or one that takes images too.
+    LM, or one that takes images too. A quantized embedding looks decoded rows up.
 
     `linear` makes another module of a quantized layer and its bias: another arithmetic.
 
@@ -388,17 +393,27 @@ def load_quantized(
     """
     checkpoint = QuantizedCheckpoint(Path(folder), trust_remote_code)
     model, reader = checkpoint.empty_model(), checkpoint.reader
+    parts = parts_of(model)
     for name in checkpoint.shapes:
+        if name in (parts.embedding, parts.head):
+            continue
         bias = f"{name}.bias"
         given = reader.tensor(bias).to(device) if bias in reader else None
         model.set_submodule(name, linear(checkpoint.layer(name).to(device), given))
+    outside = Outside(parts, reader)
+    outside.quantize(checkpoint.shapes, lambda name: checkpoint.layer(name).to(device))
+    for path in (parts.embedding, parts.head):
+        part = model.get_submodule(path)
+        if outside.quantized(path):
+            model.set_submodule(path, outside.filled(path, part, model.dtype, linear))
     return _complete(model, checkpoint.reader, device)
 
 
 def _complete(model: Any, reader: CheckpointReader, device: torch.device | str) -> Any:
     """Load what has no memory yet; an output head that is not stored is the input embedding."""
     head = model.get_output_embeddings()
-    tied = f"{path_of(model, head)}.weight" not in reader
+    empty = isinstance(head, nn.Linear) and head.weight.is_meta  # else a quantized layer
+    tied = empty and f"{path_of(model, head)}.weight" not in reader
     if tied:
         head.weight = None
     fill_parameters(model, "", reader, model.dtype)

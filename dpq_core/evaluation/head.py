@@ -1,7 +1,8 @@
 """The output head in tiles of tokens and of the vocabulary: no logits [tokens, vocabulary].
 
 The model's own forward runs from its last block on, with some rows of the head's weight in the
-place of all: what it does to logits (soft caps, scales) is done to those of a tile. So
+place of all (a quantized head's are decoded once, and have scales beside them): what it does to
+logits (soft caps, scales) is done to those of a tile. So
 
     log p(target) = logit(target) − log Σ exp(logit)
 
@@ -34,14 +35,16 @@ class Tiles:
 def head_tiles(stream: BlockStream, columns: int = COLUMNS) -> Iterator[Tiles]:
     """The head with its weights, while this lasts."""
     with stream.head() as logits_of:
-        head = stream.model.get_submodule(stream.anatomy.parts.head)
+        path = stream.anatomy.parts.head
+        head = stream.model.get_submodule(path)
+        pieces, tensors = int(head.out_features), (*head.parameters(), *head.buffers())
         # Their data are exchanged, not the parameters: see `empty.building`.
-        whole = [(parameter, parameter.data) for parameter in head.parameters()]
-        pieces = len(head.weight)
+        whole = [(each, each.data) for each in tensors if each.ndim]
 
         def logits(states: Tensor) -> Iterator[tuple[int, Tensor]]:
             try:
                 for first in range(0, pieces, columns):
+                    stream.model.set_submodule(path, head)  # another one may be open beside it
                     for parameter, data in whole:
                         parameter.data = data[first : first + columns]
                     # A token a row: all at the first position, whatever a model adds by it.

@@ -6,6 +6,7 @@ operations, a tenth of the time on any machine (`docs/scale.md`). A model of up 
 stays, and its chunks go one by one.
 """
 
+from collections.abc import Container
 from dataclasses import dataclass
 from math import prod
 
@@ -17,6 +18,7 @@ from dpq_core.model.blocks import BlockStream
 RESIDENT = 1 << 30  # bytes
 _PASSES = 4  # arrays of a pack's widest product that are alive at a time
 _FLOAT32, _SIXTEEN, _PLACE = 4, 2, 8
+_CODES = 1.5  # bytes of a weight: four bits as they are stored, and a byte
 # Kernels that oneDNN keeps, 1,024 of them, one a shape: about 0.45 GB; and lm-evaluation-harness.
 _PROCESS = 550 << 20
 
@@ -24,23 +26,28 @@ _PROCESS = 550 << 20
 @dataclass(frozen=True)
 class Sizes:
     """Of a model, in weights: all, the largest block, the embedding or the head. hidden: of a
-    token. widest: outputs of a linear."""
+    token. widest: outputs of a linear. codes: bytes that a quantized head or embedding takes more
+    while it is decoded."""
 
     weights: int
     block: int
     embedding: int
     hidden: int
     widest: int
+    codes: int = 0
 
     @classmethod
-    def of(cls, stream: BlockStream) -> "Sizes":
-        """From shapes alone."""
+    def of(cls, stream: BlockStream, quantized: Container[str] = ()) -> "Sizes":
+        """From shapes alone. quantized: names of layers, head and embedding perhaps among them."""
         sizes = {name: prod(shape) for name, shape in stream.parameters.items()}
         paths = [stream.block_name(index) for index in range(stream.block_count)]
         blocks = [_under(path, sizes) for path in paths]
         rows, hidden = stream.parameters[f"{stream.anatomy.parts.embedding}.weight"]
         outputs = (shape[0] for shape in stream.parameters.values() if len(shape) == 2)
-        return cls(sum(sizes.values()), max(blocks), rows * hidden, hidden, max(outputs))
+        parts, weight_of = stream.anatomy.parts, stream.outside.weight_of
+        some = any(weight_of(path) in quantized for path in (parts.embedding, parts.head))
+        codes = int(_CODES * rows * hidden) if some else 0
+        return cls(sum(sizes.values()), max(blocks), rows * hidden, hidden, max(outputs), codes)
 
     @property
     def resident(self) -> bool:
@@ -63,7 +70,7 @@ class Sizes:
         pack = PACK * max(self.widest, 4 * self.hidden) * _FLOAT32 * _PASSES
         tiles = TILE * _FLOAT32 * _PASSES
         states = 2 * tokens * self.hidden * _SIXTEEN  # as they go, and those that predict
-        return held * _SIXTEEN + pack + tiles + states
+        return held * _SIXTEEN + pack + tiles + states + self.codes
 
 
 @dataclass(frozen=True)

@@ -44,6 +44,7 @@ class Subject:
         resident: bool = False,
     ) -> None:
         self.stream, self.unshared, self._layers = stream, unshared, layers or {}
+        stream.outside.quantize(self._layers, lambda name: self._layers[name]())
         if resident and stream.kept is None:
             stream.kept = {}
         if self.unshared is None:

@@ -19,7 +19,7 @@ product is rounded to E4M3. That gives back this s4 and this s8 where the row's 
 56 * s8, is a BF16 number: s8 is chosen so, or is a power of two.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -42,6 +42,7 @@ _LEAST_ROW_SCALE = 8 / (448 * 512)
 _SHRINK = tuple(1 - step / 64 for step in range(32))
 # Of the weight at a time: what stays in a processor's cache, and what fills an accelerator.
 _SEARCH_ELEMENTS, _SEARCH_ELEMENTS_ON_DEVICE = 1 << 20, 1 << 26
+_BY_ROW = ("channel_scale", "group_scale", "zero_point")
 
 
 @dataclass(frozen=True)
@@ -56,8 +57,11 @@ class Grid:
 
     def to(self, device: torch.device | str) -> "Grid":
         """The same grid on a device."""
-        names = ("channel_scale", "group_scale", "zero_point")
-        return replace(self, **{name: getattr(self, name).to(device) for name in names})
+        return replace(self, **{name: getattr(self, name).to(device) for name in _BY_ROW})
+
+    def some(self, rows: slice) -> "Grid":
+        """Of these rows alone."""
+        return replace(self, **{name: getattr(self, name)[rows] for name in _BY_ROW})
 
     def saturates(self) -> bool:
         """Whether some code of some group lies beyond the inner format's maximum."""
@@ -90,6 +94,12 @@ class Grid:
     def decode(self, codes: Tensor) -> Tensor:
         """Ŵ16, the weight that the codes stand for. `codes` [out, in] → fp32 [out, in]."""
         return self.channel_scale * self.decode8(codes)
+
+
+def joined_grids(grids: Sequence[Grid]) -> Grid:
+    """The rows of all, one after another."""
+    rows = {name: torch.cat([getattr(grid, name) for grid in grids]) for name in _BY_ROW}
+    return Grid(**rows, group_size=grids[0].group_size, inner=grids[0].inner)
 
 
 def choose_grid(weight: Tensor, scheme: Scheme, importance: Tensor | None) -> Grid:

@@ -45,6 +45,14 @@ class InputStatistics:
             square.clone() if shifted else None,
         )
 
+    @classmethod
+    def even(cls, features: int, device: torch.device | str = "cpu") -> "InputStatistics":
+        """H is the identity, all columns count alike: of an embedding, whose rows are looked up."""
+        found = cls.empty(features, device)
+        found.hessian_sum.fill_diagonal_(1.0)
+        found.tokens = 1
+        return found
+
     def add_hessian(self, x: Tensor, scale: Tensor | None = None) -> None:
         """Count inputs `x` [..., in], any float type, in units of `scale` (a scalar), into the sum.
 

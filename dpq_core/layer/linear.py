@@ -11,6 +11,8 @@ models. BF16 models on a CPU take one pass over their tokens instead,
 `dpq_core.kernels.forward_rows`, whose only difference is the order of the sums.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -18,6 +20,32 @@ from dpq_core.arithmetic.formats import round_to
 from dpq_core.kernels import forward_rows, sixteen_bit
 from dpq_core.layer.input_scale import token_scale
 from dpq_core.layer.records import QuantizedLinear, QuantizedWeight, RoundedWeight
+
+_PIECE = 1 << 22  # weights that are decoded at a time, in FP32: an output head has many
+
+
+def decoded(layer: QuantizedLinear, dtype: torch.dtype) -> Tensor:
+    """Ŵ16 [out, in] in a type, without all of it in FP32."""
+    return _by_pieces(layer, QuantizedLinear.decoded, dtype)
+
+
+def _by_pieces(
+    layer: QuantizedLinear, of: Callable[[QuantizedLinear], Tensor], dtype: torch.dtype
+) -> Tensor:
+    every = max(1, _PIECE // layer.features)
+    first = of(layer.some(slice(0, every))).to(dtype)
+    if len(first) == layer.rows:
+        return first
+    found = first.new_empty(layer.rows, layer.features)
+    for start in range(0, layer.rows, every):
+        rows = slice(start, start + every)
+        found[rows] = of(layer.some(rows))
+    return found
+
+
+def _decoded8(layer: QuantizedLinear) -> Tensor:
+    assert isinstance(layer.weight, QuantizedWeight)
+    return layer.weight.grid.decode8(layer.weight.codes)
 
 
 class W4A8Linear(nn.Module):
@@ -36,9 +64,8 @@ class W4A8Linear(nn.Module):
     def __init__(self, layer: QuantizedLinear, bias: Tensor | None) -> None:
         super().__init__()
         if isinstance(layer.weight, QuantizedWeight):
-            weight8 = layer.weight.grid.decode8(layer.weight.codes)
-            if layer.weight.grid.inner or layer.scheme.input_format is None:
-                weight8 = weight8.to(torch.bfloat16)
+            inner = layer.weight.grid.inner or layer.scheme.input_format is None
+            weight8 = _by_pieces(layer, _decoded8, torch.bfloat16 if inner else torch.float32)
             channel_scale = layer.weight.grid.channel_scale.flatten()
         elif isinstance(layer.weight, RoundedWeight):
             weight8 = layer.weight.values.to(torch.bfloat16)

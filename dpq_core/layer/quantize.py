@@ -25,7 +25,13 @@ from dpq_core.layer.grid import choose_channel_scale, choose_grid
 from dpq_core.layer.hessian import InputStatistics
 from dpq_core.layer.input_scale import static_scale_of
 from dpq_core.layer.objective import objective, relative
-from dpq_core.layer.records import LayerReport, QuantizedLinear, QuantizedWeight, RoundedWeight
+from dpq_core.layer.records import (
+    LayerReport,
+    QuantizedLinear,
+    QuantizedWeight,
+    RoundedWeight,
+    joined,
+)
 from dpq_core.layer.shared_input import SharedInput
 from dpq_core.recipe.layer_choices import chosen_scheme
 from dpq_core.recipe.scheme import METHODS, Scheme
@@ -33,7 +39,7 @@ from dpq_core.recipe.scheme import METHODS, Scheme
 
 def quantize_or_keep(
     weight: Tensor | GivenWeight,  # [out, in], any float type, or given codes for method keep
-    inputs: SharedInput,
+    inputs: SharedInput | None,
     scheme: Scheme,
     min_tokens_per_input: float,
     correction: float = 0.0,
@@ -46,11 +52,16 @@ def quantize_or_keep(
     does worse than no compensation (`docs/log.md`). Codes that are given need one token alone.
 
     Args:
+        inputs: None for an embedding, whose columns all count alike.
         correction: the share of it that is taken, see `dpq_core.layer.correction`.
 
     Raises:
         ValueError, FactorizationError: as `quantize_layer`.
     """
+    if inputs is None:
+        assert isinstance(weight, Tensor)
+        even = SharedInput(InputStatistics.even(weight.shape[1], weight.device))
+        return _by_pieces(weight, even, scheme, 0.0)
     tokens, features, kept = inputs.tokens, inputs.features, ""
     if tokens == 0 or (not scheme.keeps and tokens < min_tokens_per_input * features):
         kept = (
@@ -58,8 +69,41 @@ def quantize_or_keep(
             f"calibration.min_tokens_per_input is {min_tokens_per_input:g}"
         )
         scheme = chosen_scheme(scheme, "bf16")
-    layer = _quantized(weight, inputs, scheme, correction)
+    layer = _by_pieces(weight, inputs, scheme, correction)
     return replace(layer, report=replace(layer.report, tokens=tokens, kept=kept))
+
+
+def _by_pieces(
+    weight: Tensor | GivenWeight, inputs: SharedInput, scheme: Scheme, correction: float
+) -> QuantizedLinear:
+    """A layer, or the rows of a large one piece by piece: they do not know of one another."""
+    if isinstance(weight, GivenWeight):
+        return _quantized(weight, inputs, scheme, correction)
+    every = rows_at_once(len(weight), scheme)
+    if every == len(weight):
+        return _quantized(weight, inputs, scheme, correction)
+    pieces = weight.split(every)
+    parts = [_quantized(piece, inputs, scheme, correction) for piece in pieces]
+    whole = [objective(piece.float().T, inputs.hessian()) for piece in pieces]
+    lost = sum(part.report.error * own for part, own in zip(parts, whole, strict=True))
+    moved = sum(part.report.corrected * own for part, own in zip(parts, whole, strict=True))
+    report = LayerReport(
+        error=relative(lost, sum(whole)),
+        damp_frac=max(part.report.damp_frac for part in parts),
+        codes_moved=sum(part.report.codes_moved for part in parts),
+        corrected=relative(moved, sum(whole)),
+    )
+    return joined(parts, report)
+
+
+def rows_at_once(rows: int, scheme: Scheme) -> int:
+    """Of a layer of so many rows, those that are quantized together: all, but of an output head
+    or an embedding of many tokens, where no scale is of all of them."""
+    alone = scheme.channel_scale == "row" or scheme.inner_format is None
+    return _PIECE if rows > _MANY and alone else rows
+
+
+_MANY, _PIECE = 1 << 16, 1 << 14  # rows
 
 
 def quantize_layer(

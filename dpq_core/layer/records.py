@@ -1,12 +1,13 @@
 """What quantization makes of a linear layer."""
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from dpq_core.layer.grid import Grid
+from dpq_core.layer.grid import Grid, joined_grids
 from dpq_core.recipe.scheme import Scheme
 
 
@@ -93,6 +94,25 @@ class QuantizedLinear:
             weight = weight.to(device)
         return replace(self, weight=weight, input_scale=scale)
 
+    @property
+    def rows(self) -> int:
+        """Outputs."""
+        weight = self.weight
+        if isinstance(weight, QuantizedWeight):
+            return len(weight.codes)
+        return len(weight.values if isinstance(weight, RoundedWeight) else weight)
+
+    def some(self, rows: slice) -> "QuantizedLinear":
+        """These outputs alone, in the same memory."""
+        weight = self.weight
+        if isinstance(weight, QuantizedWeight):
+            weight = QuantizedWeight(weight.codes[rows], weight.grid.some(rows))
+        elif isinstance(weight, RoundedWeight):
+            weight = RoundedWeight(weight.values[rows], weight.channel_scale[rows])
+        else:
+            weight = weight[rows]
+        return replace(self, weight=weight)
+
     def decoded(self) -> Tensor:
         """Ŵ16 [out, in] fp32."""
         if isinstance(self.weight, QuantizedWeight):
@@ -100,3 +120,20 @@ class QuantizedLinear:
         if isinstance(self.weight, RoundedWeight):
             return self.weight.decode()
         return self.weight.float()
+
+
+def joined(parts: Sequence[QuantizedLinear], report: LayerReport) -> QuantizedLinear:
+    """The layer that has the outputs of all parts, which have one scheme and one input scale."""
+    weights = [part.weight for part in parts]
+    weight: QuantizedWeight | RoundedWeight | Tensor
+    if isinstance(weights[0], QuantizedWeight):
+        own = [each for each in weights if isinstance(each, QuantizedWeight)]
+        grids = [each.grid for each in own]
+        weight = QuantizedWeight(torch.cat([each.codes for each in own]), joined_grids(grids))
+    elif isinstance(weights[0], RoundedWeight):
+        rounded = [each for each in weights if isinstance(each, RoundedWeight)]
+        scales = torch.cat([each.channel_scale for each in rounded])
+        weight = RoundedWeight(torch.cat([each.values for each in rounded]), scales)
+    else:
+        weight = torch.cat([each for each in weights if isinstance(each, Tensor)])
+    return replace(parts[0], weight=weight, report=report)

@@ -8,6 +8,9 @@ and memory is bounded by one block and the hidden states that the caller keeps.
 With `images` the blocks are those of the vision tower, its merger, and those of the language model,
 in this order. A batch's hidden states are then patches [patches, vision hidden] up to the merger,
 which puts what it makes of them among the embedded tokens.
+
+After the last block comes the output head, which counts as a block where its inputs are asked for:
+`block(block_count)`. It and the embedding can be quantized (`dpq_core.model.outside`).
 """
 
 import copy
@@ -21,38 +24,17 @@ from torch import Tensor, nn
 from dpq_core.layer.linear import W4A8Linear
 from dpq_core.layer.records import QuantizedLinear
 from dpq_core.model.anatomy import linears_of
-from dpq_core.model.empty import building, keeps_wide
+from dpq_core.model.empty import keeps_wide
 from dpq_core.model.experts import SeparateExperts
 from dpq_core.model.families import Groups, family_of, members_of
 from dpq_core.model.filling import Tensors, fill_parameters
 from dpq_core.model.inputs import Batch, Call, ModelInputs
 from dpq_core.model.observation import anatomy_of
+from dpq_core.model.outside import Outside
 from dpq_core.model.reader import CheckpointError
+from dpq_core.model.stand_ins import NoEmbedding, Skip
 
 _OF_TEXT = ("input_ids", "position_ids")
-
-
-class _Skip(nn.Module):
-    """Stands where a block is not run: hands the hidden states on, as a block returns them."""
-
-    def __init__(self, tuple_length: int | None = None) -> None:
-        super().__init__()
-        self._length = tuple_length
-
-    def forward(self, *arguments: Any, **named: Any) -> Any:
-        states = arguments[0] if arguments else named["hidden_states"]
-        return states if self._length is None else (states, *[None] * (self._length - 1))
-
-
-class _NoEmbedding(nn.Module):
-    """Stands for the embedding while a block is run: the shape of what it gives, and zeros."""
-
-    def __init__(self, width: int, dtype: torch.dtype) -> None:
-        super().__init__()
-        self._width, self._dtype = width, dtype
-
-    def forward(self, input_ids: Tensor) -> Tensor:
-        return input_ids.new_zeros((*input_ids.shape, self._width), dtype=self._dtype)
 
 
 class BlockStream:
@@ -91,6 +73,7 @@ class BlockStream:
         self._take_out()
         self._loaded: int | None = None
         self.kept: dict[str, nn.Module] | None = None  # parts that stay once they were read
+        self.outside = Outside(self.anatomy.parts, reader)
         for module in model.modules():  # what is left: rotary buffers, towers without memory
             for name, buffer in module.named_buffers(recurse=False):
                 setattr(module, name, buffer.to(self.device))
@@ -103,13 +86,13 @@ class BlockStream:
         self._paths = (seen if self.images else []) + language
         self._first_language = len(self._paths) - len(language)
         self._empty_blocks = {path: model.get_submodule(path) for path in seen + language}
-        self._stand_ins: dict[str, nn.Module] = {path: _Skip() for path in seen}
+        self._stand_ins: dict[str, nn.Module] = {path: Skip() for path in seen}
         for path in language:
-            self._stand_ins[path] = _Skip(self.anatomy.tuple_length)
+            self._stand_ins[path] = Skip(self.anatomy.tuple_length)
         for path in [*self.anatomy.after, parts.head, *([vision.patches] if vision else [])]:
-            self._stand_ins[path] = _Skip()
+            self._stand_ins[path] = Skip()
         width = model.get_submodule(parts.embedding).embedding_dim
-        self._stand_ins[parts.embedding] = _NoEmbedding(width, self.dtype)
+        self._stand_ins[parts.embedding] = NoEmbedding(width, self.dtype)
         outside = self._stand_ins.keys() - self._empty_blocks.keys()
         self._empty = {path: model.get_submodule(path) for path in outside}
         for path, stand_in in self._stand_ins.items():
@@ -124,8 +107,9 @@ class BlockStream:
         return len(self._paths)
 
     def block_name(self, index: int) -> str:
-        """Path of a block, which the names of its tensors begin with."""
-        return self._paths[index]
+        """Path of a block, which the names of its tensors begin with; after the last, of the
+        head."""
+        return self._paths[index] if index < self.block_count else self.anatomy.parts.head
 
     def empty_block(self, index: int) -> nn.Module:
         """What `block` fills a copy of."""
@@ -142,7 +126,10 @@ class BlockStream:
 
     def steps(self, index: int) -> list[list[tuple[str, ...]]]:
         """`groups` in the order of calls, those together of which none feeds another: experts'."""
-        path, linears = self.block_name(index), linears_of(self.empty_block(index))
+        path = self.block_name(index)
+        if index == self.block_count:
+            return [[(path,)]]
+        linears = linears_of(self.empty_block(index))
         steps = [list(members_of((row,), linears)) for row in self._rows(index)]
         named = [name for step in steps for group in step for name in group]
         if wrong := set(linears).symmetric_difference(named):
@@ -161,6 +148,8 @@ class BlockStream:
     def linears(self, index: int) -> dict[str, nn.Linear]:
         """The linears of a block by full name, in the order of `groups`, without weights."""
         path, names = self.block_name(index), sum(self.groups(index), ())
+        if index == self.block_count:
+            return {path: self._empty[path]}
         block = self._empty_blocks[path]
         return {name: block.get_submodule(name.removeprefix(f"{path}.")) for name in names}
 
@@ -225,19 +214,17 @@ class BlockStream:
     def head(self) -> Iterator[Callable[[Tensor], Tensor]]:
         """The final norm and the output head: a function from hidden states after the last block
         to logits, on the model's device. Gradients as in `forward`."""
-
-        last = self._paths[-1]
-
-        def logits_of(hidden: Tensor) -> Tensor:
-            tokens = torch.zeros(hidden.shape[:2], dtype=torch.int64, device=self.device)
-            with torch.set_grad_enabled(hidden.requires_grad), self._feeding(last, hidden):
-                logits: Tensor = self.model(input_ids=tokens, use_cache=False).logits
-            return logits
-
         with self._running(), ExitStack() as parts:
             for path in (*self.anatomy.after, self.anatomy.parts.head):
                 parts.enter_context(self._part(path))
-            yield logits_of
+            yield self._logits
+
+    def _logits(self, hidden: Tensor) -> Tensor:
+        tokens = torch.zeros(hidden.shape[:2], dtype=torch.int64, device=self.device)
+        feeding = self._feeding(self._paths[-1], hidden)
+        with torch.set_grad_enabled(hidden.requires_grad), feeding:
+            logits: Tensor = self.model(input_ids=tokens, use_cache=False).logits
+        return logits
 
     @contextmanager
     def block(
@@ -246,8 +233,16 @@ class BlockStream:
         replacements: Mapping[str, QuantizedLinear] | None = None,
     ) -> Iterator[nn.Module]:
         """One block with its weights; `replacements` take the place of linears, by full name."""
-        with self.placed(index, self.made(index, replacements)) as block:
-            yield block
+        if index < self.block_count:
+            with self.placed(index, self.made(index, replacements)) as block:
+                yield block
+            return
+        with self.head():
+            self._loaded = index
+            try:
+                yield self.model.get_submodule(self.anatomy.parts.head)
+            finally:
+                self._loaded = None
 
     def made(self, index: int, replacements: Mapping[str, QuantizedLinear] | None) -> nn.Module:
         """What `block` puts in its place."""
@@ -283,8 +278,11 @@ class BlockStream:
             self.reader.read_ahead(self.reader.under(self.block_name(index)))
 
     def forward(self, batch: Batch) -> Tensor:
-        """A batch's hidden states after the block that is loaded now, on their own device."""
+        """A batch's hidden states after the block that is loaded now, on their own device; after
+        the head, logits."""
         assert self._loaded is not None
+        if self._loaded == self.block_count:
+            return self._logits(batch.hidden).to(batch.hidden.device)
         path = self.block_name(self._loaded)
         if call := batch.calls.get(path):
             return self._alone(call, batch, path)
@@ -379,19 +377,15 @@ class BlockStream:
         part = (self.kept or {}).get(path) or self._read(path)
         if self.kept is not None:
             self.kept[path] = part
+        before = self.model.get_submodule(path)
         self.model.set_submodule(path, part)
         try:
             yield
         finally:
-            self.model.set_submodule(path, self._stand_ins[path])
+            self.model.set_submodule(path, before)
 
     def _read(self, path: str) -> nn.Module:
-        part: nn.Module = copy.deepcopy(self._empty[path])
-        parts = self.anatomy.parts
-        if path == parts.head and f"{path}.weight" not in self.reader:  # tied
-            embedded = self.reader.tensor(f"{parts.embedding}.weight").to(self.dtype)
-            with building:
-                part.weight = nn.Parameter(embedded, requires_grad=False)
+        part = self.outside.filled(path, copy.deepcopy(self._empty[path]), self.dtype)
         self._fill(part, path)
         return part
 

@@ -97,7 +97,9 @@ def _put_between(attention: nn.Module, seen: Seen) -> RemovableHandle:
 
 def cached_attention(stream: BlockStream, index: int) -> tuple[str, str] | None:
     """The attention of a block whose keys and values an engine keeps, and the shared input that it
-    makes (of the last linear of its own), by name. None: a block of a vision tower."""
+    makes (of the last linear of its own), by name. None: a block of a vision tower, or the head."""
+    if index == stream.block_count:
+        return None
     found = attention_of(stream.empty_block(index))
     name = f"{stream.block_name(index)}.{found}"
     own = [first for first, *_ in stream.groups(index) if first.startswith(f"{name}.")]

@@ -33,7 +33,8 @@ class ObservedBlock:
         """linears: full names. stops: where one of them is enough."""
         inputs: dict[str, nn.Linear] = {}
         for full_name in linears:
-            linear = block.get_submodule(full_name.removeprefix(f"{name}."))
+            own = "" if full_name == name else full_name.removeprefix(f"{name}.")
+            linear = block.get_submodule(own)  # itself: the output head
             assert isinstance(linear, nn.Linear)
             inputs[full_name] = linear
         return cls(stream, name, block, inputs, Routing(block, name), stops and len(inputs) == 1)

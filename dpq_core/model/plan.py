@@ -1,9 +1,15 @@
-"""Which linears of a model are quantized, and from which statistics."""
+"""Which linears of a model are quantized, and from which statistics.
+
+All of the blocks, and the output head and the embedding where a choice names them. These are no
+part of what DPQ's paper quantizes, but most of a small model's bytes. An embedding has no Hessian,
+its rows being looked up: it is rounded to nearest.
+"""
 
 import math
-from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from itertools import groupby
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -15,13 +21,17 @@ from dpq_core.model.streaming import StreamedModel, as_run
 from dpq_core.recipe.layer_choices import chosen_scheme
 from dpq_core.recipe.scheme import Scheme
 
+Outside = Literal["", "head", "embedding", "both"]  # "": in a block
+
 
 @dataclass(frozen=True)
 class PlannedLayer:
     """One linear to quantize, and how.
 
-    name: full module path. statistics: the shared input's name, its first linear's full name.
-    step: of its block, see `BlockStream.steps`.
+    name: full module path. block: the head's is what would be the next; an embedding's is −1.
+    statistics: the shared input's name, its first linear's full name; empty for an embedding.
+    step: of its block, see `BlockStream.steps`. outside: what it is outside of the blocks; both,
+    where they are tied.
     """
 
     name: str
@@ -31,10 +41,16 @@ class PlannedLayer:
     features: int
     scheme: Scheme
     step: int = 0
+    outside: Outside = ""
 
     @property
     def weights(self) -> int:
         return self.rows * self.features
+
+    def under(self, scheme: Scheme, choice: str) -> "PlannedLayer":
+        """The layer with another choice of a recipe's scheme."""
+        own = chosen_scheme(scheme, choice)
+        return replace(self, scheme=own if self.statistics else looked_up(own))
 
 
 @dataclass(frozen=True)
@@ -49,6 +65,7 @@ class Plan:
 
     @property
     def blocks(self) -> int:
+        """That calibration passes, the head among them where it is quantized."""
         return self.layers[-1].block + 1
 
     def of_block(self, block: int, inputs: Collection[str] | None = None) -> list[PlannedLayer]:
@@ -87,8 +104,9 @@ _SHOWN = 4
 def plan_layers(
     stream: StreamedModel, scheme: Scheme, choices: Mapping[str, str] | None = None
 ) -> Plan:
-    """All linears of all blocks. What stays in 16 bits is named with its reason: linears narrower
-    than a group, those that the calibration does not reach, and matrices that are no linears.
+    """All linears of all blocks, and what `choices` names outside of them. What stays in 16 bits is
+    named with its reason: linears narrower than a group, those that the calibration does not reach,
+    and matrices that are no linears.
 
     Args:
         scheme: of all layers but those that `choices` names.
@@ -100,7 +118,10 @@ def plan_layers(
     """
     choices, scheme = dict(choices or {}), scheme.of_layers
     layers: list[PlannedLayer] = []
-    skipped = {stream.anatomy.parts.head: "output head, kept in 16 bits"}
+    outside = list(_outside(stream, scheme, choices))
+    skipped = dict[str, str]()
+    if not any(layer.statistics for layer in outside):
+        skipped[stream.anatomy.parts.head] = "output head, kept in 16 bits"
     for block in range(stream.block_count):
         linears = stream.linears(block)
         for step, groups in enumerate(stream.steps(block)):
@@ -110,8 +131,8 @@ def plan_layers(
                 if rows <= stream.gate_rows(block):
                     skipped[name] = f"a gate of {rows} outputs, kept in 16 bits"
                     continue
-                if own.bits == 4 and features < own.group_size:
-                    skipped[name] = f"{features} inputs are fewer than group_size {own.group_size}"
+                if reason := _too_narrow(features, own):
+                    skipped[name] = reason
                     continue
                 layers.append(PlannedLayer(name, block, first, rows, features, own, step))
     if not layers:
@@ -120,10 +141,13 @@ def plan_layers(
             "choose a smaller scheme.group_size"
         )
     layers = _keeping(stream.reader, layers, skipped)
-    skipped |= _not_in_blocks(stream, {layer.name for layer in layers} | skipped.keys())
+    known = {layer.name for layer in layers} | skipped.keys() | {stream.anatomy.parts.head}
+    skipped |= _not_in_blocks(stream, known)
     for name in choices:
         why = f", which is kept: {skipped[name]}" if name in skipped else ""
         raise CheckpointError(f"layers: the model has no linear {name}{why}")
+    for layer in outside:  # the embedding before all, the head after all
+        layers.insert(0 if not layer.statistics else len(layers), layer)
     embedding = stream.parameters[f"{stream.anatomy.parts.embedding}.weight"].numel()
     return Plan(tuple(layers), skipped, embedding, _reading(stream))
 
@@ -168,6 +192,53 @@ def _keeping(
             " made of"
         )
     return [layer for layer in layers if layer.name not in without]
+
+
+def _too_narrow(features: int, scheme: Scheme) -> str | None:
+    if scheme.bits == 8 or features >= scheme.group_size:
+        return None
+    return f"{features} inputs are fewer than group_size {scheme.group_size}"
+
+
+def _outside(
+    stream: StreamedModel, scheme: Scheme, choices: dict[str, str]
+) -> Iterator[PlannedLayer]:
+    """Head and embedding, those that `choices` names, which are taken out of it.
+
+    Raises:
+        CheckpointError: a head that is tied, or one narrower than a group.
+    """
+    parts, end = stream.anatomy.parts, stream.block_count
+    stored = stream.outside.weight_of(parts.head)
+    if stored != parts.head and parts.head in choices:
+        raise CheckpointError(
+            f"layers: {parts.head} is tied to {stored}, one weight, whose codes serve both: name"
+            f" {stored}"
+        )
+    for name in dict.fromkeys((parts.embedding, stored)):
+        if name not in choices:
+            continue
+        own = chosen_scheme(scheme, choices.pop(name))
+        if own.keeps and name == stored:
+            raise CheckpointError(f"layers: {name} has no codes to keep: give it w8a8 or w8a16")
+        rows, features = stream.parameters[f"{name}.weight"]
+        if reason := _too_narrow(features, own):
+            raise CheckpointError(f"layers: {name}: {reason}: give it w8a8 or w8a16, or leave it")
+        if name == stored:
+            part: Outside = "head" if stored == parts.head else "both"
+            yield PlannedLayer(name, end, parts.head, rows, features, own, outside=part)
+        else:
+            own = looked_up(own)
+            yield PlannedLayer(name, -1, "", rows, features, own, outside="embedding")
+
+
+def looked_up(scheme: Scheme) -> Scheme:
+    """The scheme of an embedding: rounded to nearest, in the formats of a linear's weight."""
+    method = scheme.method if scheme.method == "none" else "rtn"
+    search = "mse" if scheme.scale_search == "hessian" else scheme.scale_search
+    plain = {"order": "none", "rounding": "nearest", "activations": "none"}
+    changed = {"method": method, "scale_search": search, **plain}
+    return Scheme.model_validate({**scheme.model_dump(), **changed})
 
 
 def _reading(stream: StreamedModel) -> int:

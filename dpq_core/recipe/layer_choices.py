@@ -30,4 +30,6 @@ def chosen_scheme(scheme: Scheme, choice: str) -> Scheme:
     changes = dict(CHOICES[choice])
     if changes.get("bits") == 8 and scheme.inner == "none" and scheme.input_format:
         changes = {"inner": "e4m3", **changes}  # as the inputs are: preset ada-vllm
+    if scheme.method == "gptq" and changes.get("inner") == "int8":
+        changes["method"] = "rtn"  # as every method rounds eight bits, and gptq knows none inside
     return Scheme.model_validate({**scheme.model_dump(), **changes})

@@ -16,16 +16,16 @@ text, and losses of different layers add up as long as they are small
 (`dpq_core.repair.allocation`).
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from dpq_core.evaluation.divergence import divergences
+from dpq_core.evaluation.divergence import Divergence, divergences
 from dpq_core.evaluation.head import head_tiles
 from dpq_core.layer.records import QuantizedLinear
-from dpq_core.model.inputs import Batch
+from dpq_core.model.inputs import Batch, ModelInputs
 from dpq_core.model.streaming import StreamedModel
 
 
@@ -70,6 +70,44 @@ def block_losses(
     with head_tiles(stream) as tiles:
         found = divergences(tiles, reference, [(tiles, _flat(states[trial])) for trial in trials])
     on_progress()
+    return _means(trials, found)
+
+
+def outside_losses(
+    stream: StreamedModel,
+    inputs: Sequence[ModelInputs],
+    trials: Mapping[Trial, Callable[[], QuantizedLinear]],
+    on_progress: Callable[[], None] = lambda: None,
+) -> dict[Trial, float]:
+    """The loss of each trial of the output head or the embedding (of both, where they are tied),
+    one after the other: two heads are in memory at a time. `on_progress` is called after each.
+
+    Raises:
+        ValueError: the 16-bit model's predictions are not finite.
+    """
+    parts = stream.anatomy.parts
+    reference, found = _last_states(stream, inputs), list[Divergence]()
+    with head_tiles(stream) as tiles:
+        for trial, layer in trials.items():
+            with stream.outside.trying(trial.name, layer()):
+                looked_up = stream.outside.quantized(parts.embedding)
+                states = _last_states(stream, inputs) if looked_up else reference
+                with head_tiles(stream) as theirs:
+                    found += divergences(tiles, reference, [(theirs, states)])
+            on_progress()
+    return _means(trials, found)
+
+
+def _last_states(stream: StreamedModel, inputs: Sequence[ModelInputs]) -> Tensor:
+    """Hidden states after the last block, [tokens, hidden]."""
+    batches = stream.begin(inputs)
+    for block in range(stream.block_count):
+        with stream.block(block):
+            stream.advance(batches)
+    return _flat(batches)
+
+
+def _means(trials: Iterable[Trial], found: Sequence[Divergence]) -> dict[Trial, float]:
     if found and not torch.stack([each.nats for each in found]).isfinite().any(0).all():
         raise ValueError("the 16-bit model's predictions are not finite")  # of a token, to no trial
     return {trial: each.nats.mean().item() for trial, each in zip(trials, found, strict=True)}

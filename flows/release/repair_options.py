@@ -2,14 +2,13 @@
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from dpq_core.evaluation.scores import PERPLEXITY
 from dpq_core.evaluation.text_divergence import DIVERGENCE
 from dpq_core.layer.storage import stored_bytes
 from dpq_core.model.plan import PlannedLayer
 from dpq_core.recipe import Recipe
-from dpq_core.recipe.layer_choices import chosen_scheme
 from dpq_core.repair.allocation import (
     Allocation,
     AllocationError,
@@ -49,19 +48,23 @@ class Assignment:
 
 class Options:
     """The choices of a model's layers, and assignments made from them. Layers that the recipe
-    itself gives a choice keep it."""
+    itself gives a choice keep it, but for a head or an embedding that it gives the scheme's own:
+    this is what asks for them to be quantized at all."""
 
     def __init__(self, recipe: Recipe, inputs: Inputs, first: Candidate) -> None:
         self._recipe = recipe
         self._layers = {
-            layer.name: layer for layer in inputs.plan.layers if layer.name not in recipe.layers
+            layer.name: layer
+            for layer in inputs.plan.layers
+            if layer.name not in recipe.layers
+            or (layer.outside and recipe.layers[layer.name] == OWN)
         }
         self._costs = _measure(recipe, inputs, list(self._layers.values()), first)
         self._weights = sum(layer.weights for layer in inputs.plan.layers)
         self._fixed = sum(
             stored_bytes(layer.rows, layer.features, layer.scheme)
             for layer in inputs.plan.layers
-            if layer.name in recipe.layers
+            if layer.name not in self._layers
         )
         self._options = {
             group: self._options_of(members) for group, members in self._groups().items()
@@ -92,8 +95,7 @@ class Options:
         for name, choices in self._costs.items():
             layer = self._layers[name]
             for choice, cost in choices.items():
-                scheme = chosen_scheme(self._recipe.scheme, choice)
-                taken = stored_bytes(layer.rows, layer.features, scheme)
+                taken = self._taken(layer, choice)
                 yield {
                     "layer": name,
                     "choice": choice,
@@ -126,17 +128,17 @@ class Options:
         return [
             Option(
                 choice,
-                sum(
-                    stored_bytes(
-                        layer.rows, layer.features, chosen_scheme(self._recipe.scheme, choice)
-                    )
-                    for layer in members
-                ),
+                sum(self._taken(layer, choice) for layer in members),
                 sum(self._costs[layer.name][choice].loss for layer in members),
             )
             for choice in self._costs[members[0].name]
             if choice in shared
         ]
+
+    def _taken(self, layer: PlannedLayer, choice: str) -> int:
+        """Bytes."""
+        scheme = layer.under(self._recipe.scheme, choice).scheme
+        return stored_bytes(layer.rows, layer.features, scheme)
 
     def _choices_of(self, recipe: Recipe) -> dict[str, str]:
         return {
@@ -160,18 +162,17 @@ def _measure(recipe: Recipe, inputs: Inputs, layers: list[PlannedLayer], first: 
     alone = recipe.model_copy(
         update={"calibration": recipe.calibration.model_copy(update={"correction": 0.0})}
     )
+    blocks = sorted({layer.block for layer in layers})
     made = {
         (block, choice): [
-            quantize_readers.submit(
-                alone, inputs.model, readers, first.statistics[readers.statistics]
-            )
+            quantize_readers.submit(alone, inputs.model, readers, readers.given(first.statistics))
             for readers in readers_of(alternatives, corrected)
         ]
-        for block in range(inputs.plan.blocks)
+        for block in blocks
         for choice, alternatives in _alternatives(recipe, layers, block).items()
     }
     measured = []
-    for block in range(inputs.plan.blocks):
+    for block in blocks:
         trials = {
             layer.name: {OWN: first.layers[layer.name]} for layer in layers if layer.block == block
         }
@@ -199,11 +200,11 @@ def _alternatives(
     if recipe.calibration.correction:
         found[OWN] = [each for each in layers if each.block == block]
     for choice in recipe.repair.candidates:
-        scheme = chosen_scheme(recipe.scheme, choice)
         for layer in (each for each in layers if each.block == block):
-            fits = scheme.bits == 8 or layer.features >= scheme.group_size
-            if choice != "bf16" and fits and scheme != layer.scheme:
-                found.setdefault(choice, []).append(replace(layer, scheme=scheme))
+            other = layer.under(recipe.scheme, choice)
+            fits = other.scheme.bits == 8 or layer.features >= other.scheme.group_size
+            if choice != "bf16" and fits and other != layer:
+                found.setdefault(choice, []).append(other)
     return found
 
 

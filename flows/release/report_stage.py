@@ -12,6 +12,8 @@ from prefect.cache_policies import NO_CACHE
 from prefect.logging import get_run_logger
 
 from dpq_core.benchmark.throughput import Times
+from dpq_core.checkpoint.bytes_by_part import bytes_by_part
+from dpq_core.checkpoint.native import QuantizedCheckpoint
 from dpq_core.errors import one_line
 from dpq_core.evaluation.text_divergence import Spot
 from dpq_core.model.reader import CheckpointReader
@@ -111,6 +113,9 @@ def _gathered(run: TrackedRun, tracking_uri: str, outcome: Outcome) -> "ReportDa
         speeds=outcome.speeds,
         spots=outcome.spots,
         attested=outcome.attested,
+        bytes_by_part=bytes_by_part(
+            QuantizedCheckpoint(candidate.checkpoint.folder, recipe.model.trust_remote_code)
+        ),
         environment={
             "Random seeds": seeds(recipe),
             "Versions": versions(),

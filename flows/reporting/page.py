@@ -18,6 +18,7 @@ from dpq_core.verdict.ratios import THROUGHPUT_RATIO
 from flows.reporting.charts import history_chart, layers_chart, speed_charts
 from flows.reporting.html import rendered
 from flows.reporting.page_tables import (
+    bytes_table,
     divergence_table,
     exports_table,
     flips_lines,
@@ -58,6 +59,7 @@ def page(data: ReportData) -> str:
         layers=layers_chart(data),
         worst=worst_table(data),
         size=size_table(data),
+        bytes_by_part=bytes_table(data),
         exports=exports_table(data),
         speeds=table("Variants of the model by device and batch", shown(data.speeds)),
         speed_charts=speed_charts(data),

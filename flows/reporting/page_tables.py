@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from dpq_core.checkpoint.exports.card import shown_scheme
+from dpq_core.checkpoint.exports.card import shown_parts, shown_scheme
 from dpq_core.evaluation.scores import PERPLEXITIES
 from dpq_core.evaluation.text_divergence import DIVERGENCE
 from dpq_core.recipe.scheme import Scheme
@@ -172,6 +172,16 @@ def size_table(data: ReportData) -> Table:
         },
     ]
     return table("Files of weights, and the layers in them by scheme", rows)
+
+
+def bytes_table(data: ReportData) -> Table:
+    """Which part of the model takes how many bytes; no rows where nobody counted them."""
+    parts = data.bytes_by_part
+    rows = [
+        {"part": row["part"], "size": shown_bytes(parts[row["part"]]), "share": row["share"]}
+        for row in shown_parts(parts)
+    ]
+    return table("The checkpoint's bytes by part of the model", rows)
 
 
 def _scheme_rows(manifest: Mapping[str, Any]) -> list[dict[str, str]]:

@@ -18,7 +18,8 @@ class ReportData:
     """What a report tells of a release. sizes: bytes of weights, 16-bit model and candidate.
     past: versions of the registered model with this one, the oldest first. parts: tables of suites'
     categories and subjects. checks: of integrity, None where passed. spots: of the text, the
-    farthest from the 16-bit model first. attested: what an engine computes, in a line."""
+    farthest from the 16-bit model first. attested: what an engine computes, in a line.
+    bytes_by_part: of the candidate (`dpq_core.checkpoint.bytes_by_part`)."""
 
     made: datetime
     recipe: Recipe
@@ -40,6 +41,7 @@ class ReportData:
     speeds: Sequence[Times] = ()
     spots: Sequence[Spot] = ()
     attested: str | None = None
+    bytes_by_part: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def errors(self) -> dict[str, float]:

@@ -1,11 +1,12 @@
 """What a task takes of its worker, for runners that ask."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Generic, Literal, Protocol, TypeVar, runtime_checkable
 
 from dpq_core.footprint import layer_bytes
 from dpq_core.model.plan import PlannedLayer, readers_of_one_input
+from infra.store import ArtifactRef
 
 FIRST = 1 << 60  # priority of what others wait for: more than any layer's weights
 
@@ -41,8 +42,12 @@ class Readers:
 
     @property
     def statistics(self) -> str:
-        """Name of the input."""
+        """Name of the input; empty for an embedding."""
         return self.layers[0].statistics
+
+    def given(self, statistics: Mapping[str, ArtifactRef]) -> ArtifactRef | None:
+        """Their input's statistics; None for an embedding, which needs none."""
+        return statistics[self.statistics] if self.statistics else None
 
     @property
     def memory(self) -> int:

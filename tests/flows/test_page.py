@@ -90,6 +90,7 @@ FULL = ReportData(
     checkpoint_sha256="ef" * 32,
     run="runs:/0123",
     sizes=(1_300_000, 400_000),
+    bytes_by_part={"embedding and head, tied": 300_000, "attention": 40_000, "MLP": 60_000},
     checks={"tensors": None, "reload": None},
     past=[
         PastVersion(

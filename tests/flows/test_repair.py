@@ -202,6 +202,16 @@ def test_a_layer_that_the_recipe_gives_a_choice_keeps_it(content):
     assert schemes["model.layers.4.mlp.down_proj"] == {"group_size": 32}
 
 
+def test_a_head_is_raised_too(content):
+    """The scheme's own choice asks for it, and says no more."""
+    result = measured(content, {"layers": {"model.embed_tokens": "w4a8"}})
+    *_, head = result.manifest["layers"]
+    assert head["name"] == "model.embed_tokens"  # tied: the head's inputs, one set of codes
+    assert head["tokens"] > 0
+    assert head["scheme"]
+    assert result.rounds[-1]["measured increase"] < result.rounds[0]["measured increase"]
+
+
 def test_a_baseline_that_was_not_measured_ends_before_the_quantization(content, tmp_path):
     """It was quantized, rejected for its baseline, and registered once."""
     evaluation = content["evaluation"] | {"suites": ["python_docs"], "timeout": 1e-6}

@@ -5,12 +5,13 @@ from pathlib import Path
 
 import pytest
 from conftest import dpq_process, run_flow
-from transformers import AutoTokenizer
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dpq_core.checkpoint.exports.card import CARD
 from dpq_core.data.texts import calibration_windows, load_texts
 from dpq_core.pipeline import quantize_checkpoint
-from dpq_core.recipe import CalibrationSection
+from dpq_core.recipe import CalibrationSection, ModelSection
 from flows.quantize import quantize
 from infra.store import Store
 from tasks.assemble import provenance
@@ -53,7 +54,7 @@ def plainly(recipe, folder):
             load_texts(section.dataset), tokenizer, section.samples, section.sequence_length
         )
     about = provenance(recipe, inspect(recipe.model, store), stored)
-    quantize_checkpoint(model, folder, windows, recipe.scheme, section, about)
+    quantize_checkpoint(model, folder, windows, recipe.scheme, section, about, recipe.layers)
 
 
 def test_plain_python_and_prefect(propagated, tmp_path):
@@ -61,6 +62,32 @@ def test_plain_python_and_prefect(propagated, tmp_path):
     flow_checkpoint = run_flow(quantize, recipe).checkpoint.folder
     plainly(recipe, tmp_path / "plain")
     assert contents(tmp_path / "plain") == contents(flow_checkpoint)
+
+
+@pytest.fixture(params=["tied", "untied"])
+def outside(request, quickstart_model, tmp_path):
+    """A model's folder, and choices for what is outside its blocks: the head first."""
+    if request.param == "tied":
+        return quickstart_model, {"model.embed_tokens": "w4a8"}
+    model = AutoModelForCausalLM.from_pretrained(quickstart_model)
+    model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().clone())
+    model.config.tie_word_embeddings = False
+    model.save_pretrained(tmp_path / "untied")
+    AutoTokenizer.from_pretrained(quickstart_model).save_pretrained(tmp_path / "untied")
+    return tmp_path / "untied", {"lm_head": "w4a8", "model.embed_tokens": "w8a16"}
+
+
+def test_head_and_embedding_too(propagated, outside, tmp_path):
+    folder, layers = outside
+    asked = {"layers": layers, "model": ModelSection(id=str(folder))}
+    recipe = in_store(propagated.model_copy(update=asked), tmp_path / "store")
+    made = run_flow(quantize, recipe)
+    assert not any(made.integrity.values())
+    names = [row["name"] for row in made.manifest["layers"]]
+    assert [names[-1], names[0]][: len(layers)] == list(layers)
+    assert not list((tmp_path / "store" / "hidden").glob("*/.artifact.json"))
+    plainly(recipe, tmp_path / "plain")
+    assert contents(tmp_path / "plain") == contents(made.checkpoint.folder)
 
 
 @pytest.mark.parametrize("shards", [1, 2])

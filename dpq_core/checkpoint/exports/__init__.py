@@ -79,7 +79,7 @@ def check_exportable(name: str, targets: Iterable[Target]) -> None:
 def planned_targets(plan: Plan, base: Scheme, dtype: torch.dtype) -> list[Target]:
     """The layers that a plan will make."""
     return [
-        Target(layer.name, layer.rows, layer.features, layer.scheme, base, dtype)
+        Target(layer.name, layer.rows, layer.features, layer.scheme, base, dtype, layer.outside)
         for layer in plan.layers
     ]
 

@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from dpq_core.checkpoint.bytes_by_part import bytes_by_part
 from dpq_core.checkpoint.exports.compressed_tensors import vllm_obstacle
 from dpq_core.checkpoint.exports.format import targets_of
 from dpq_core.checkpoint.exports.vllm import environment_of, shown_kernels
@@ -88,6 +89,7 @@ def model_card(
         format=name,
         digest=file_digest(checkpoint.folder / MANIFEST),
         layers=_layer_rows(checkpoint),
+        parts=shown_parts(bytes_by_part(checkpoint, export)),
         skipped=list(native["skipped"]),
         given=_given(native),
         gates=list(gates),
@@ -160,6 +162,15 @@ def _given(native: Mapping[str, Any]) -> str:
         f"{stored_as}; its codes are kept in {len(errors)} layers, whose outputs differ from its "
         f"own by up to {max(errors):.2g} (relative squared error, 8-bit inputs apart)"
     )
+
+
+def shown_parts(bytes_by_part: Mapping[str, int]) -> list[dict[str, str]]:
+    """A row a part: its bytes, and their share of all."""
+    whole = sum(bytes_by_part.values())
+    return [
+        {"part": part, "bytes": f"{size:,}", "share": f"{size / whole:.1%}"}
+        for part, size in bytes_by_part.items()
+    ]
 
 
 def _calibration(about: Mapping[str, Any]) -> str:

@@ -17,8 +17,9 @@ An FP8 cache is `kv_cache_scheme`, with `k_scale` and `v_scale` of each attentio
 checkpoint has them: [1], or [heads, 1, 1] where heads have their own.
 
 Layers with different schemes are different `config_groups`, with their names as targets; those in
-16 bits are in `ignore`. Each group names its own format: the library guesses `int-quantized`, a
-byte a weight, for packed weights with FP8 inputs.
+16 bits are in `ignore`. A quantized output head is a target by its name (vLLM's is no `Linear`); an
+embedding, and a head that is tied to one, have no place. Each group names its own format: the
+library guesses `int-quantized`, a byte a weight, for packed weights with FP8 inputs.
 
 The library multiplies the codes with scales in the model's type and does not round the product to
 E4M3; it divides and multiplies activations in the model's type. vLLM on Hopper does round the
@@ -34,7 +35,14 @@ from torch import Tensor, nn
 
 from dpq_core.arithmetic.formats import FORMATS, round_to
 from dpq_core.arithmetic.packing import pack_codes
-from dpq_core.checkpoint.exports.format import Arithmetic, Format, Quantization, Target, left_out
+from dpq_core.checkpoint.exports.format import (
+    Arithmetic,
+    Format,
+    Quantization,
+    Target,
+    embedding_obstacle,
+    left_out,
+)
 from dpq_core.checkpoint.exports.vllm import environment_of
 from dpq_core.checkpoint.importers import load_compressed_tensors
 from dpq_core.checkpoint.native import QuantizedCheckpoint
@@ -48,6 +56,8 @@ def _obstacle(target: Target) -> str | None:
         if scheme.activations != "none":
             return "16-bit weights with 8-bit activations: give the layer the choice bf16"
         return None
+    if reason := embedding_obstacle(target):
+        return reason
     if scheme.inner == "e4m3" and scheme.fp8_max != 448 and scheme.activations != "none":
         return (
             "its readers round activations to E4M3 up to 448, not 240: set scheme.fp8_max: 448, "
@@ -110,6 +120,9 @@ def _config(checkpoint: QuantizedCheckpoint) -> Quantization:
         groups[key] = group
         members.setdefault(key, []).append(name)
     single = len(groups) == 1
+    # By vLLM's name a quantized head is no `Linear`.
+    heads = [name for names in members.values() for name in names if checkpoint.outside[name]]
+    all_linears = ["Linear", *heads]
     formats = {group["format"] for group in groups.values()}
     return {
         "quant_method": "compressed-tensors",
@@ -118,7 +131,7 @@ def _config(checkpoint: QuantizedCheckpoint) -> Quantization:
         "global_compression_ratio": None,
         "kv_cache_scheme": _cache(checkpoint.scheme),
         "config_groups": {
-            f"group_{number}": groups[key] | {"targets": ["Linear"] if single else members[key]}
+            f"group_{number}": groups[key] | {"targets": all_linears if single else members[key]}
             for number, key in enumerate(groups)
         },
         "ignore": left_out(checkpoint),

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from dpq_core.checkpoint.native import QuantizedCheckpoint
 from dpq_core.errors import InputError
 from dpq_core.layer.records import QuantizedLinear
+from dpq_core.model.plan import Outside as Part
 from dpq_core.model.reader import read_config
 from dpq_core.recipe.scheme import Scheme
 
@@ -25,7 +26,8 @@ class ExportError(InputError):
 class Target:
     """A linear layer [rows, features] to be written into a model of 16-bit type `dtype`.
 
-    base: the scheme of the checkpoint, from which the layer's own may differ.
+    base: the scheme of the checkpoint, from which the layer's own may differ. outside: what it is
+    outside of the blocks.
     """
 
     name: str
@@ -34,6 +36,7 @@ class Target:
     scheme: Scheme
     base: Scheme
     dtype: torch.dtype
+    outside: Part = ""
 
     @property
     def groups(self) -> int:
@@ -97,6 +100,25 @@ def targets_of(checkpoint: QuantizedCheckpoint) -> list[Target]:
     """The layers of a native checkpoint."""
     dtype = getattr(torch, read_config(checkpoint.folder)["dtype"])
     return [
-        Target(name, rows, features, checkpoint.schemes[name], checkpoint.scheme, dtype)
+        Target(
+            name,
+            rows,
+            features,
+            checkpoint.schemes[name],
+            checkpoint.scheme,
+            dtype,
+            checkpoint.outside[name],
+        )
         for name, (rows, features) in checkpoint.shapes.items()
     ]
+
+
+def embedding_obstacle(target: Target) -> str | None:
+    """Why a format whose readers quantize linears alone cannot hold an embedding; or None."""
+    if target.scheme.method == "none" or target.outside not in ("embedding", "both"):
+        return None
+    tied = " (and multiply with what is tied to it)" if target.outside == "both" else ""
+    return (
+        f"its readers look rows up{tied} in 16 bits: leave it out of layers, or use the native"
+        " checkpoint"
+    )

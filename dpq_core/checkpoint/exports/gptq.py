@@ -5,6 +5,8 @@
     scales  [K/g, N] fp16     s4 · s8
     g_idx   [K] int32         column // group_size (`desc_act: false`)
 
+A quantized output head is told by `lm_head: true`, as GPTQModel and vLLM have it.
+
 z − 1 has no place for z = 0, and readers differ in what they make of it (−1 & 15, then 16, or 0, or
 a carry into the neighbour). A group with z = 0 and no code 15 moves up by one, codes and zero
 point, which stands for the same values. Where one remains, the file is of version 2, which stores
@@ -18,7 +20,14 @@ import torch
 from torch import Tensor, nn
 
 from dpq_core.arithmetic.packing import pack_codes
-from dpq_core.checkpoint.exports.format import Arithmetic, Format, Quantization, Target, left_out
+from dpq_core.checkpoint.exports.format import (
+    Arithmetic,
+    Format,
+    Quantization,
+    Target,
+    embedding_obstacle,
+    left_out,
+)
 from dpq_core.checkpoint.native import QuantizedCheckpoint, load_model
 from dpq_core.layer.records import QuantizedLinear, QuantizedWeight
 from dpq_core.recipe.scheme import Scheme
@@ -29,6 +38,8 @@ def layout_obstacle(target: Target) -> str | None:
     rows, features, scheme = target.rows, target.features, target.scheme
     if scheme.method == "none" and scheme.activations == "none":
         return None
+    if reason := embedding_obstacle(target):
+        return reason
     if scheme.bits == 8 or scheme.method == "none":
         return (
             "it holds 4-bit weights only: give the layer the choice w4a8 or bf16, or export as "
@@ -56,6 +67,7 @@ def layout_config(checkpoint: QuantizedCheckpoint) -> Quantization:
         "group_size": checkpoint.scheme.group_size,
         "sym": all(scheme.symmetric for scheme in _packed(checkpoint).values()),
         "desc_act": False,
+        **({"lm_head": True} if any(map(checkpoint.outside.get, _packed(checkpoint))) else {}),
         "dynamic": {f"-:^{name}$".replace(".", r"\."): {} for name in left_out(checkpoint)},
     }
 

@@ -53,6 +53,8 @@ def _obstacle(needs: dict[str, Any], target: Target) -> str | None:
         for field, value in needs.items():
             if (found := getattr(scheme, field)) != value:
                 return f"it needs {field}: {value}, not {found}: {_PRESET}"
+        if target.outside == "head":
+            return "Neural Compressor keeps the output head in 16 bits: leave it out of layers"
     return layout_obstacle(target)
 
 
