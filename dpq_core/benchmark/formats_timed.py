@@ -9,7 +9,7 @@ Layers are made one at a time, on the device; neither the 16-bit model as a whol
 in FP32 is ever held beside a quantized one.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -163,9 +163,11 @@ class Checkpoint:
         if stream.vision is not None:
             raise VariantError(f"{self.folder}: has a vision tower: text models alone are timed")
         plan = plan_layers(stream, scheme, self.choices if variant == "w4a8" else None)
+        _check_outside(each.name for each in plan.layers if each.outside)
         return [Linear(each.name, each.rows, each.features, each.scheme) for each in plan.layers]
 
     def _stored(self, native: QuantizedCheckpoint) -> list[Linear]:
+        _check_outside(name for name, part in native.outside.items() if part)
         parameters = dict(self.empty().named_parameters())
         for name, shape in native.shapes.items():
             expected = parameters.get(f"{name}.weight")
@@ -191,6 +193,15 @@ class Checkpoint:
             return reader.tensor(name).to(device, empty.dtype)
 
         return _filled(self.empty(), self.linears(variant), layer, parameter, linear, device)
+
+
+def _check_outside(quantized: Iterable[str]) -> None:
+    """Raises VariantError: a head or an embedding is among the quantized layers."""
+    for name in quantized:
+        raise VariantError(
+            f"{name} is quantized, and the output head and the embedding are timed in 16 bits"
+            " alone: leave it out of layers, or benchmark.devices out"
+        )
 
 
 @dataclass(frozen=True)
