@@ -7,7 +7,7 @@ product's own pipeline.
 MODEL in 16 bits; FOLDER the W4A16 checkpoint that was made of it: without one our own GPTQ makes
 and exports it. Calibrated on C4, scored on windows that are spread over WikiText-2's test split:
 perplexity, KL(p4 || p) a token to the given checkpoint in 16-bit arithmetic and its standard error,
-KL(p16 || p), the largest error of a layer's output, size of the export, CPU seconds of the
+KL(p16 || p), the largest error of a layer's output, megabytes, CPU seconds of the
 conversion. The last rows quantize MODEL itself by the same scheme.
 """
 
@@ -36,32 +36,19 @@ _SCORED = "wikitext2_raw_test/test.jsonl.gz"
 _BATCH = 4
 _GPTQ = {"method": "gptq", "inner": "none", "activations": "none", "symmetric": True}
 _DYNAMIC = {"symmetric": True, "activations": "dynamic"}
-# Name: scheme, whether of the given codes, format of the export.
-_ROWS: dict[str, tuple[dict[str, Any], bool, str]] = {
-    "kept, `ada-vllm`": ({"preset": "ada-vllm", "method": "keep"}, True, "gptq"),
-    "kept, E4M3 weights": ({"method": "keep", **_DYNAMIC}, True, "compressed-tensors"),
-    "kept, E4M3, `scale_search: mse`": (
-        {"method": "keep", "scale_search": "mse", **_DYNAMIC},
-        True,
-        "compressed-tensors",
-    ),
-    "kept, E4M3, `scale_search: hessian`": (
-        {"method": "keep", "scale_search": "hessian", **_DYNAMIC},
-        True,
-        "compressed-tensors",
-    ),
-    "kept, E4M3 and scales, `hopper-vllm`": (
-        {"preset": "hopper-vllm", "method": "keep"},
-        True,
-        "compressed-tensors",
-    ),
-    "kept, E4M3 and scales, `hessian`": (
+# Name: scheme, and whether the given codes are kept.
+_ROWS: dict[str, tuple[dict[str, Any], bool]] = {
+    "kept, `ada-vllm`": ({"preset": "ada-vllm", "method": "keep"}, True),
+    "kept, E4M3": ({"method": "keep", **_DYNAMIC}, True),
+    "kept, E4M3, `mse`": ({"method": "keep", "scale_search": "mse", **_DYNAMIC}, True),
+    "kept, E4M3, `hessian`": ({"method": "keep", "scale_search": "hessian", **_DYNAMIC}, True),
+    "kept, `hopper-vllm`": ({"preset": "hopper-vllm", "method": "keep"}, True),
+    "kept, `hopper-vllm`, `hessian`": (
         {"preset": "hopper-vllm", "method": "keep", "scale_search": "hessian"},
         True,
-        "compressed-tensors",
     ),
-    "from 16 bits, `ada-vllm`": ({"preset": "ada-vllm"}, False, "gptq"),
-    "from 16 bits, dpq": (_DYNAMIC, False, "compressed-tensors"),
+    "from 16 bits, `ada-vllm`": ({"preset": "ada-vllm"}, False),
+    "from 16 bits, dpq": (_DYNAMIC, False),
 }
 
 
@@ -77,7 +64,9 @@ class Bench:
         self.section = CalibrationSection.model_validate(
             {"dataset": TextDataset(path="none").model_dump(), "batch_size": _BATCH, **sizes}
         )
-        self.calibrated = calibration_windows(texts, tokenizer, *sizes.values(), opening)
+        self.calibrated = calibration_windows(
+            texts, tokenizer, arguments.samples, arguments.length, opening
+        )
         texts = list(texts_of(arguments.data / _SCORED))
         self.scored: Tensor = scored_windows(texts, tokenizer, opening, arguments.windows)
         self.leading = 1 if opening is None else 2
@@ -91,20 +80,16 @@ class Bench:
     def given(self, work: Path) -> Path:
         """A GPTQ checkpoint of the model, of our own making."""
         self.quantized(self.model, work / "gptq-native", _GPTQ)
-        return exported(work / "gptq-native", work / "given", "gptq")
+        (work / "given").mkdir()
+        wrong = failures(export_checkpoint(work / "gptq-native", work / "given", "gptq"))
+        assert not wrong, wrong
+        return work / "given"
 
     def scores(self, model: Any, old: Reference) -> tuple[float, float, float]:
         """Perplexity, KL a token, its standard error over windows."""
         found = score_windows(model, self.scored, old, self.leading, _BATCH)
         nats = np.array(found.divergence)
         return found.perplexity, float(nats.mean()), float(nats.std(ddof=1) / len(nats) ** 0.5)
-
-
-def exported(native: Path, folder: Path, form: str) -> Path:
-    folder.mkdir()
-    wrong = failures(export_checkpoint(native, folder, form))
-    assert not wrong, wrong
-    return folder
 
 
 def size(folder: Path) -> float:
@@ -139,19 +124,18 @@ def main() -> None:
         print(f"| given, W4A16 | {perplexity:.3f} | | {away:.4f} | | {size(given):.0f} | |")
         del model
         for number, name in enumerate(arguments.rows):
-            scheme, kept, form = _ROWS[name]
+            scheme, kept = _ROWS[name]
             before = sum(os.times()[:2])
             native = work / f"native-{number}"
             rows = bench.quantized(given if kept else arguments.model, native, scheme)
             seconds = sum(os.times()[:2]) - before
-            bytes_ = size(exported(native, work / f"export-{number}", form))
             model = load_quantized(native)
             perplexity, near, error = bench.scores(model, four)
             away = bench.scores(model, whole)[1]
             worst = max(row["error"] for row in rows)
             print(
                 f"| {name} | {perplexity:.3f} | {near:.4f} ± {error:.4f} | {away:.4f} |"
-                f" {worst:.2g} | {bytes_:.0f} | {seconds:.0f} |",
+                f" {worst:.2g} | {size(native):.0f} | {seconds:.0f} |",
                 flush=True,
             )
 

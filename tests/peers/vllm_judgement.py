@@ -140,7 +140,7 @@ def told(case):
     config = getattr(getattr(scheme, "kernel", None), "config", None)
     inputs = str(getattr(config, "act_type", "")).removeprefix("torch.")
     scheme = scheme and type(scheme).__name__
-    taken = next((name for name, why in asked if why is None), None)
+    taken = None if error else next((name for name, why in asked if why is None), None)
     passed = [[name, why] for name, why in asked if why is not None]
     said = {"scheme": scheme, "kernel": taken, "passed over": passed, "error": error}
     return said | {"inputs": inputs}

@@ -17,7 +17,6 @@ _MARLIN = {**dict.fromkeys(("Ampere", *_OTHERS), "Marlin"), "Hopper": "Machete"}
 KERNELS: dict[str, dict[str, str]] = {
     "W4A8-FP8": {"Hopper": "CutlassW4A8"},
     "W4A8-FP8, weights not rounded": {"Ada": "Marlin", "Blackwell RTX": "Marlin"},
-    "W4A8-INT8": _MARLIN,
     "W8A8-FP8": {
         "Ampere": "MarlinFP8ScaledMM",
         **dict.fromkeys(_OTHERS, "CutlassFP8ScaledMM"),
