@@ -19,7 +19,8 @@ from dpq_core.calibration.statistics import (
     cache_maxima,
     calibrate_block,
 )
-from dpq_core.checkpoint.native import load_layer, save_layer, write_checkpoint
+from dpq_core.checkpoint.native import load_layer, save_layer
+from dpq_core.checkpoint.writing import write_checkpoint
 from dpq_core.layer.kv_cache import CacheMaxima
 from dpq_core.layer.quantize import quantize_or_keep
 from dpq_core.layer.records import QuantizedLinear

@@ -28,16 +28,6 @@ def is_remote(address: str | Path) -> bool:
     return str(address).startswith("s3://")
 
 
-def files_to_send(folder: Path) -> dict[str, Path]:
-    """Name → file of what a folder holds for others: without what is hidden, and what Python keeps
-    beside code that was loaded from there."""
-    return {
-        path.relative_to(folder).as_posix(): path
-        for path in sorted(folder.rglob("*"))
-        if path.is_file() and not path.name.startswith(".") and path.parent.name != "__pycache__"
-    }
-
-
 def listing(url: str) -> dict[str, str]:
     """Name below `url` → identity of the object there, which changes with its content.
 

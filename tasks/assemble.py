@@ -11,7 +11,8 @@ from prefect.cache_policies import NO_CACHE
 from torch import Tensor
 
 from dpq_core.checkpoint.exports.card import licence_of
-from dpq_core.checkpoint.native import QuantizedCheckpoint, load_layer, write_checkpoint
+from dpq_core.checkpoint.native import QuantizedCheckpoint, load_layer
+from dpq_core.checkpoint.writing import write_checkpoint
 from dpq_core.digests import digest
 from dpq_core.layer.kv_cache import CacheMaxima
 from dpq_core.layer.records import QuantizedLinear

@@ -15,6 +15,7 @@ from dpq_core.recipe import Recipe
 from dpq_core.verdict.gates import Verdict
 from infra import remote, settings
 from infra.hub import HubError, HubRepository
+from infra.outgoing import files_to_send
 from infra.registry import Registry, RegistryError
 from infra.remote import RemoteError
 from infra.store import ArtifactRef
@@ -152,6 +153,6 @@ def push_release(
 
 
 def _names(folder: Path) -> list[str]:
-    names = remote.files_to_send(folder)
+    names = files_to_send(folder)
     last = [name for name in _LAST if name in names]
     return [name for name in names if name not in last] + last

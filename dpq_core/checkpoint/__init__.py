@@ -1,12 +1,12 @@
-"""Checkpoints on disk: ours (`native`), others' read (`importers`) and written (`exports`)."""
+"""Checkpoints on disk: ours (`native`, `writing`), read (`importers`) and exported (`exports`)."""
 
 from dpq_core.checkpoint.native import (
     QuantizedCheckpoint,
     check_checkpoint,
     load_quantized,
     read_manifest,
-    write_checkpoint,
 )
+from dpq_core.checkpoint.writing import write_checkpoint
 
 __all__ = [
     "QuantizedCheckpoint",

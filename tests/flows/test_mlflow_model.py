@@ -23,10 +23,10 @@ import dpq_core
 from dpq_core.checkpoint import load_quantized
 from dpq_core.serving import pyfunc
 from flows.release.release import release
+from infra.outgoing import files_to_send
 from infra.registry import Registry
 from infra.registry.flavor import CODE, MODEL
 from infra.registry.tracking import tracking_store
-from infra.remote import files_to_send
 
 PROMPT = "def main("
 _OTHERS = {"dpq_core", "mlflow", "pandas", "triton"}  # ours, there already, a GPU's

@@ -27,8 +27,9 @@ from dpq_core.checkpoint.exports.gptq import GPTQ
 from dpq_core.checkpoint.exports.inc import FP8_TO_INT, INC
 from dpq_core.checkpoint.exports.verify import check_content
 from dpq_core.checkpoint.native import MANIFEST as NATIVE
-from dpq_core.checkpoint.native import QuantizedCheckpoint, copy_side_files
+from dpq_core.checkpoint.native import QuantizedCheckpoint
 from dpq_core.checkpoint.shards import ShardWriter, StoredTensor, check_files, digests_of
+from dpq_core.checkpoint.writing import copy_side_files
 from dpq_core.digests import file_digest, write_json
 from dpq_core.layer.storage import expected_shapes
 from dpq_core.model.plan import Plan
