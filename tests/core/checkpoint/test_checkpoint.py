@@ -16,7 +16,7 @@ from transformers import (
 )
 
 from dpq_core.arithmetic.packing import pack_codes
-from dpq_core.checkpoint import native as checkpoint_module
+from dpq_core.checkpoint import writing as checkpoint_writing
 from dpq_core.checkpoint.native import (
     MANIFEST,
     QuantizedCheckpoint,
@@ -303,7 +303,7 @@ def test_written_twice_is_byte_identical(
 ):
     first = written
     if shard_bytes:
-        monkeypatch.setattr(checkpoint_module, "_SHARD_BYTES", shard_bytes)
+        monkeypatch.setattr(checkpoint_writing, "_SHARD_BYTES", shard_bytes)
         first = tmp_path / "first"
         quantize_checkpoint(bases["llama"], first, windows, SCHEME, calibration(), {"by": "test"})
         assert len(list(first.glob("*.safetensors"))) > 2
