@@ -2,6 +2,7 @@
 
     python tests/bench/kv_cache.py MODEL [--data ../shared/data] [--samples 16] [--length 512]
                                       [--windows 12] [--scored 512] [--weights 16 w8a16 w4a8]
+                                      [--faults -2 -1 1 8]
 
 By the product's own pipeline: calibrated on C4, scored as a whole model whose attention rounds. A
 row is weights and a cache: `none`, a scale a `layer` or a `head`, or, to see what powers of two
@@ -49,7 +50,7 @@ CACHES: dict[str, dict[str, Any]] = {
     "head": {"kv_cache": "fp8", "kv_cache_scale": "head"},
 }
 TRIED = {"16": ("layer", "layer, exact", "head")}  # without a cache these are the model itself
-FAULTS = (-2, -1, 1, 8)  # powers of two
+FAULTS = [-2, -1, 1, 8]  # powers of two
 
 
 def truncated(x: Tensor, scale: Tensor) -> Tensor:
@@ -143,6 +144,7 @@ def main() -> None:
     parser.add_argument("--scored", type=int, default=512, help="tokens of a scored window")
     parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--weights", nargs="+", default=list(WEIGHTS), choices=list(WEIGHTS))
+    parser.add_argument("--faults", nargs="*", type=int, default=FAULTS, metavar="POWER")
     arguments = parser.parse_args()
     bench, sixteen = Bench(arguments), bytes_of(arguments.model)
     print(f"16 bits: {bench.base.perplexity:.4f}; load {os.getloadavg()[0]:.1f}", flush=True)
@@ -155,7 +157,7 @@ def main() -> None:
                 out = Path(work, "out")
                 taken = cache_bytes(bench.made(weights, cache, out))
                 rows.add(cache, bench.scores(load_quantized(out)), taken)
-                for power in FAULTS if (weights, cache) == ("16", "layer") else ():
+                for power in arguments.faults if (weights, cache) == ("16", "layer") else ():
                     found = bench.scores(off(load_quantized(out), power))
                     rows.add(f"off by 2^{power}", found, taken)
                 if cache == "layer":
