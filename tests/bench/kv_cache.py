@@ -2,10 +2,12 @@
 
     python tests/bench/kv_cache.py MODEL [--data ../shared/data] [--samples 16] [--length 512]
                                       [--windows 12] [--scored 512] [--weights 16 w8a16 w4a8]
+                                      [--faults -2 -1 1 8]
 
 By the product's own pipeline: calibrated on C4, scored as a whole model whose attention rounds. A
 row is weights and a cache: `none`, a scale a `layer` or a `head`, or, to see what powers of two
-cost, a layer's largest magnitude over 448 (`layer, exact`); `off by 2^n` has all scales wrong.
+cost, a layer's largest magnitude over 448 (`layer, exact`); `off by 2^n` has all scales wrong, and
+`truncated` is what vLLM's kernel for CPUs does in place of rounding.
 Scored on windows of WikiText-2's test split as by `correction.py`: the increase of perplexity,
 KL(p16 || p) a token, that less the same weights' without, window by window, with its standard
 error. Bytes are of the keys and values of a token.
@@ -19,13 +21,16 @@ from typing import Any
 from unittest.mock import patch
 
 import numpy as np
+import torch
 from correction import scored_windows, texts_of
 from methods_score import WindowScores, reference, score_windows
+from torch import Tensor
 
 from dpq_core.checkpoint.exports.card import cache_bytes
 from dpq_core.checkpoint.native import load_model, load_quantized
 from dpq_core.data.texts import calibration_windows, opening_token
 from dpq_core.layer import kv_cache
+from dpq_core.model import kv_cache as hooks
 from dpq_core.pipeline import quantize_checkpoint
 from dpq_core.recipe import CalibrationSection, TextDataset
 from dpq_core.recipe.scheme import Scheme
@@ -45,7 +50,16 @@ CACHES: dict[str, dict[str, Any]] = {
     "head": {"kv_cache": "fp8", "kv_cache_scale": "head"},
 }
 TRIED = {"16": ("layer", "layer, exact", "head")}  # without a cache these are the model itself
-FAULTS = (-2, -1, 1, 8)  # powers of two
+FAULTS = [-2, -1, 1, 8]  # powers of two
+
+
+def truncated(x: Tensor, scale: Tensor) -> Tensor:
+    """`as_kept` of a kernel that goes to the next number towards zero, as vLLM's for CPUs does."""
+    units = (x.float() / scale.float()).clamp(-448, 448)
+    codes = units.to(torch.float8_e4m3fn)
+    beyond = codes.float().abs() > units.abs()
+    codes = (codes.view(torch.uint8) - beyond.to(torch.uint8)).view(torch.float8_e4m3fn)
+    return (codes.float() * scale.float()).to(x.dtype)
 
 
 class Bench:
@@ -130,6 +144,7 @@ def main() -> None:
     parser.add_argument("--scored", type=int, default=512, help="tokens of a scored window")
     parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--weights", nargs="+", default=list(WEIGHTS), choices=list(WEIGHTS))
+    parser.add_argument("--faults", nargs="*", type=int, default=FAULTS, metavar="POWER")
     arguments = parser.parse_args()
     bench, sixteen = Bench(arguments), bytes_of(arguments.model)
     print(f"16 bits: {bench.base.perplexity:.4f}; load {os.getloadavg()[0]:.1f}", flush=True)
@@ -142,9 +157,13 @@ def main() -> None:
                 out = Path(work, "out")
                 taken = cache_bytes(bench.made(weights, cache, out))
                 rows.add(cache, bench.scores(load_quantized(out)), taken)
-                for power in FAULTS if (weights, cache) == ("16", "layer") else ():
+                for power in arguments.faults if (weights, cache) == ("16", "layer") else ():
                     found = bench.scores(off(load_quantized(out), power))
                     rows.add(f"off by 2^{power}", found, taken)
+                if cache == "layer":
+                    with patch.object(hooks, "as_kept", truncated):
+                        found = bench.scores(load_quantized(out))
+                    rows.add("layer, truncated", found, taken)
 
 
 if __name__ == "__main__":
