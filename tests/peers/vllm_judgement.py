@@ -4,10 +4,10 @@ vLLM's environment, and knows nothing of this project.
     python vllm_judgement.py 90 < CASES.json > JUDGEMENTS.json
 
 90: the card's compute capability, times ten. A case: name, quantization_config (of an export's
-config.json), rows, columns. Of each: scheme, kernel, and why not of each kernel that was asked
-before it; or the error. vLLM is told that it runs on CUDA on such a card. What its compiled library
-would say of the card (`cutlass_scaled_mm_supports_…`) is assumed, not asked: it is not here. No
-kernel is run.
+config.json), rows, columns; module: its name in the model, `lm_head` of an output head. Of each:
+scheme, kernel, and why not of each kernel that was asked before it; or the error. vLLM is told that
+it runs on CUDA on such a card. What its compiled library would say of the card
+(`cutlass_scaled_mm_supports_…`) is assumed, not asked: it is not here. No kernel is run.
 """
 
 import json
@@ -91,6 +91,14 @@ from vllm.model_executor.layers.quantization import auto_gptq  # noqa: E402
 from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors import (  # noqa: E402
     CompressedTensorsConfig,
 )
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead  # noqa: E402
+
+
+class Head(ParallelLMHead):
+    """An output head as far as a scheme looks at it."""
+
+    def __init__(self):
+        torch.nn.Module.__init__(self)
 
 
 class Linear(LinearBase):
@@ -98,6 +106,18 @@ class Linear(LinearBase):
 
     def __init__(self):
         torch.nn.Module.__init__(self)
+
+
+def judged_head(config, sizes):
+    """The method that a head gets, and its scheme: none, where vLLM takes it for 16 bits."""
+    known = {"gptq": auto_gptq.AutoGPTQConfig, "compressed-tensors": CompressedTensorsConfig}
+    parsed, layer = known[config["quant_method"]].from_config(config), Head()
+    parsed.packed_modules_mapping = {}
+    method = parsed.get_quant_method(layer, "lm_head")
+    if method is None:
+        return None
+    method.create_weights(layer, **sizes)
+    return type(getattr(layer, "scheme", method)).__name__
 
 
 def judged(case):
@@ -111,6 +131,8 @@ def judged(case):
         "params_dtype": torch.bfloat16,
         "weight_loader": lambda *_: None,
     }
+    if case.get("module") == "lm_head":
+        return judged_head(config, sizes)
     if config["quant_method"] == "gptq":
         method = auto_gptq.AutoGPTQLinearMethod(auto_gptq.AutoGPTQConfig.from_config(config))
         method.create_weights(Linear(), **sizes)
