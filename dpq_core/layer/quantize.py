@@ -100,7 +100,7 @@ def rows_at_once(rows: int, scheme: Scheme) -> int:
     """Of a layer of so many rows, those that are quantized together: all, but of an output head
     or an embedding of many tokens, where no scale is of all of them."""
     alone = scheme.channel_scale == "row" or scheme.inner_format is None
-    return _PIECE if rows > _MANY and alone else rows
+    return _PIECE if rows > _MANY and alone and scheme.method != "none" else rows
 
 
 _MANY, _PIECE = 1 << 16, 1 << 14  # rows

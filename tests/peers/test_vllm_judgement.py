@@ -32,11 +32,14 @@ LAYER, SIDE = "model.layers.0.mlp.down_proj", 4096
 _TABLE = re.compile(r"(<!-- judged by vLLM [^>]*-->\n).*?(<!-- end -->)", re.DOTALL)
 
 
-def config_of(scheme, form):
+def config_of(scheme, form, layer=LAYER):
     """`quantization_config` as an export has it."""
     parsed = Scheme.model_validate(scheme)
     checkpoint = SimpleNamespace(
-        scheme=parsed, schemes={LAYER: parsed}, manifest={"skipped": ["lm_head"]}
+        scheme=parsed,
+        schemes={layer: parsed},
+        manifest={"skipped": ["lm_head"] if layer == LAYER else []},
+        outside={layer: "" if layer == LAYER else "head"},
     )
     if form == "gptq":
         layout = layout_config(checkpoint)
@@ -57,23 +60,26 @@ def judged(vllm_python, export_rows):
         }
         for name, (scheme, form) in export_rows.items()
     ]
-    found = {}
-    for card in CARDS:
-        done = subprocess.run(
-            [vllm_python, str(HERE / "vllm_judgement.py"), card.removeprefix("SM")],
-            input=json.dumps(cases),
-            capture_output=True,
-            text=True,
-            env={**os.environ, "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"},
-        )
-        assert done.returncode == 0, done.stderr[-2000:]
-        found[card] = json.loads(done.stdout)
+    found = {card: asked(vllm_python, card, cases) for card in CARDS}
+    for said in found.values():
         for name, (scheme, form) in export_rows.items():
-            parsed = Scheme.model_validate(scheme)
-            said = found[card][f"{name}, {form}"]
-            said["rounds"] = form != "gptq" or bool(environment_of(parsed))
-            said["rounds"] &= parsed.activations != "none"
+            parsed, own = Scheme.model_validate(scheme), said[f"{name}, {form}"]
+            own["rounds"] = form != "gptq" or bool(environment_of(parsed))
+            own["rounds"] &= parsed.activations != "none"
     return found
+
+
+def asked(vllm_python, card, cases):
+    """What the script says of a card, by the case's name."""
+    done = subprocess.run(
+        [vllm_python, str(HERE / "vllm_judgement.py"), card.removeprefix("SM")],
+        input=json.dumps(cases),
+        capture_output=True,
+        text=True,
+        env={**os.environ, "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"},
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    return json.loads(done.stdout)
 
 
 def short(name):
@@ -162,3 +168,27 @@ def test_the_kernels_that_our_presets_are_for(judged):
             said = judged[card][form]
             assert (short(said["kernel"]), said["inputs"]) == ("Marlin", FP8_INPUTS)
         assert "only support SM89 or SM12x" in judged["SM80"][form]["error"]
+
+
+def test_a_quantized_head_is_taken_for_one(vllm_python, export_rows):
+    """By its name: as one of all `Linear` it would be taken for 16 bits, without a word."""
+    cases = [
+        {
+            "name": f"{name}, {form}",
+            "quantization_config": config_of(scheme, form, "lm_head"),
+            "module": "lm_head",
+            "rows": 128_256,
+            "columns": SIDE,
+            "environment": environment_of(Scheme.model_validate(scheme)),
+        }
+        for name, (scheme, form) in export_rows.items()
+    ]
+    unnamed = json.loads(json.dumps(cases[0])) | {"name": "unnamed"}
+    groups = unnamed["quantization_config"]["config_groups"].values()
+    for group in groups:
+        group["targets"] = ["Linear"]
+    said = asked(vllm_python, "SM90", [*cases, unnamed])
+    assert said.pop("unnamed")["scheme"] is None
+    assert any(each["scheme"] for each in said.values())
+    for each in said.values():
+        assert each["scheme"] or each["error"]  # a kernel, or a refusal, as for any layer

@@ -4,11 +4,11 @@ vLLM's environment, and knows nothing of this project.
     python vllm_judgement.py 90 < CASES.json > JUDGEMENTS.json
 
 90: the card's compute capability, times ten. A case: name, quantization_config (of an export's
-config.json), rows, columns, environment (variables that vLLM is run with). Of each: scheme, kernel,
-the type of the inputs that it multiplies with, and why not of each kernel that was asked before it;
-or the error. vLLM is told that it runs on CUDA on such a card. What its compiled library
-would say of the card (`cutlass_scaled_mm_supports_…`) is assumed, not asked: it is not here. No
-kernel is run.
+config.json), rows, columns, environment (variables that vLLM is run with); module: its name in the
+model, `lm_head` of an output head. Of each: scheme, kernel, the type of the inputs that it multiplies
+with, and why not of each kernel that was asked before it; or the error. vLLM is told that it runs on
+CUDA on such a card. What its compiled library would say of the card
+(`cutlass_scaled_mm_supports_…`) is assumed, not asked: it is not here. No kernel is run.
 """
 
 import json
@@ -95,6 +95,14 @@ from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tenso
 from vllm.model_executor.layers.quantization.utils.marlin_utils import (  # noqa: E402
     get_marlin_input_dtype,
 )
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead  # noqa: E402
+
+
+class Head(ParallelLMHead):
+    """An output head as far as a scheme looks at it."""
+
+    def __init__(self):
+        torch.nn.Module.__init__(self)
 
 
 class Linear(LinearBase):
@@ -102,6 +110,18 @@ class Linear(LinearBase):
 
     def __init__(self):
         torch.nn.Module.__init__(self)
+
+
+def judged_head(config, sizes):
+    """The method that a head gets, and its scheme: none, where vLLM takes it for 16 bits."""
+    known = {"gptq": auto_gptq.AutoGPTQConfig, "compressed-tensors": CompressedTensorsConfig}
+    parsed, layer = known[config["quant_method"]].from_config(config), Head()
+    parsed.packed_modules_mapping = {}
+    method = parsed.get_quant_method(layer, "lm_head")
+    if method is None:
+        return None
+    method.create_weights(layer, **sizes)
+    return getattr(layer, "scheme", method)
 
 
 def judged(case):
@@ -115,6 +135,8 @@ def judged(case):
         "params_dtype": torch.bfloat16,
         "weight_loader": lambda *_: None,
     }
+    if case.get("module") == "lm_head":
+        return judged_head(config, sizes)
     if config["quant_method"] == "gptq":
         method = auto_gptq.AutoGPTQLinearMethod(auto_gptq.AutoGPTQConfig.from_config(config))
         method.input_dtype = get_marlin_input_dtype()  # as `AutoGPTQConfig.get_quant_method` does

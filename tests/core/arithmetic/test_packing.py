@@ -3,6 +3,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dpq_core.arithmetic import packing
 from dpq_core.arithmetic.packing import (
     pack_codes,
     pack_zero_points,
@@ -81,3 +82,13 @@ def test_wrong_width_is_refused(features):
     assert unpack_codes(packed, 16).shape == (2, 16)
     with pytest.raises(ValueError, match=f"2 packed words a row do not hold {features} codes"):
         unpack_codes(packed, features)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_pieces_are_the_whole(monkeypatch, bits):
+    codes = torch.randint(1 << bits, (37, 50), dtype=torch.uint8)
+    whole = pack_codes(codes, bits)
+    monkeypatch.setattr(packing, "_PIECE", 300)
+    assert torch.equal(pack_codes(codes, bits), whole)
+    if bits == 4:
+        assert torch.equal(unpack_codes(whole, 50), codes)

@@ -298,7 +298,7 @@ def test_pieces_are_the_whole(monkeypatch, choice, correction):
         expected = getattr(whole.report, name)
         assert getattr(by_pieces.report, name) == pytest.approx(expected, rel=1e-5)
     one_for_all = scheme.model_copy(update={"channel_scale": "tensor"})
-    assert quantize_module.rows_at_once(200, one_for_all) == (200 if choice != "bf16" else 48)
+    assert quantize_module.rows_at_once(200, one_for_all) == 200
 
 
 def test_the_memory_of_a_large_head_is_bounded():
