@@ -4,10 +4,10 @@ vLLM's environment, and knows nothing of this project.
     python vllm_judgement.py 90 < CASES.json > JUDGEMENTS.json
 
 90: the card's compute capability, times ten. A case: name, quantization_config (of an export's
-config.json), rows, columns, environment (variables that vLLM is run with); module: its name in the
-model, `lm_head` of an output head. Of each: scheme, kernel, the type of the inputs that it multiplies
-with, and why not of each kernel that was asked before it; or the error. vLLM is told that it runs on
-CUDA on such a card. What its compiled library would say of the card
+config.json), rows, columns, environment (variables that vLLM is run with); module: its name in
+the model, `lm_head` of an output head. Of each: scheme, kernel, the type of the inputs that it
+multiplies with, and why not of each kernel that was asked before it; or the error. vLLM is told
+that it runs on CUDA on such a card. What its compiled library would say of the card
 (`cutlass_scaled_mm_supports_…`) is assumed, not asked: it is not here. No kernel is run.
 """
 
