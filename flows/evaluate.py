@@ -6,6 +6,8 @@ from typing import Any
 from prefect import flow
 from prefect.artifacts import create_table_artifact
 
+from dpq_core.checkpoint.native import MANIFEST
+from dpq_core.errors import CheckpointError
 from dpq_core.evaluation.scores import PERPLEXITY
 from dpq_core.evaluation.text_divergence import TextDivergence
 from dpq_core.machine.device import share_machine
@@ -69,7 +71,7 @@ def evaluate(recipe: Recipe, checkpoint: str, against: str | None = None) -> Eva
 
     Raises:
         RecipeError: nothing to measure. CheckpointError, ContextError, DataError, MirrorError,
-            SuiteError: one line that says what and where.
+            RuntimeUnavailableError, SuiteError: one line that says what and where.
     """
     if recipe.evaluation.perplexity is None and not recipe.evaluation.suites:
         raise RecipeError("evaluation measures nothing: name a perplexity data set, or suites")
@@ -124,7 +126,13 @@ def _inspect(
     tokenizer = load_tokenizer(model.folder, trusted)
     data = prepare(recipe.evaluation, tokenizer, config, store, worker.arithmetic)
     fitting.check_ids(config, tokenizer, {"evaluation.perplexity": data.perplexity}, store)
-    return Subject(role, model.folder, model.digest), data
+    served = recipe.evaluation.arithmetic == "served" and role == "candidate"
+    if served and not (model.folder / MANIFEST).is_file():
+        raise CheckpointError(
+            f"{checkpoint}: evaluation.arithmetic is served, and runtimes serve native checkpoints"
+            " alone: set it to definition"
+        )
+    return Subject(role, model.folder, model.digest, served=served), data
 
 
 def _compared(

@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from prefect import task
 from prefect.cache_policies import NO_CACHE
+from prefect.logging import get_run_logger
 from torch import Tensor
+from torch.nn.functional import kl_div
 
 from dpq_core.checkpoint.exports.card import licence_of
 from dpq_core.checkpoint.native import QuantizedCheckpoint, load_layer
@@ -24,6 +26,7 @@ from dpq_core.model.streaming import StreamedModel
 from dpq_core.paths import is_folder
 from dpq_core.recipe import Recipe
 from dpq_core.recipe.datasets import MixedDataset
+from dpq_core.serving.runtimes import runtime_for
 from infra.store import ArtifactRef, Store
 from tasks.calibrate import load_maxima
 from tasks.support.model import Model, stream_of
@@ -34,6 +37,7 @@ from tasks.support.worker import this_worker
 
 _PROBE_WINDOWS = 2
 _PROBE_LENGTH = 64
+SERVED_DIVERGENCE = 0.002  # nats a token, as `attest.divergence` of other engines by default
 
 
 def provenance(recipe: Recipe, model: Model, windows: ArtifactRef) -> dict[str, Any]:
@@ -133,11 +137,13 @@ def verify(
     """Integrity of a checkpoint: check name → None where it passed, else what is wrong.
 
     Every file, tensor, shape and value is checked, and the checkpoint must give, to the last bit,
-    the logits of the model that was put together from the layers' own artifacts.
+    the logits of the model that was put together from the layers' own artifacts. Where the
+    candidate is scored as it is served, the runtime's predictions must be near to the formula's.
     """
-    store = Store(recipe.execution.store)
+    store, served = Store(recipe.execution.store), recipe.evaluation.arithmetic == "served"
     made_by = computed_by("integrity", this_worker(recipe.execution).arithmetic)
-    key = digest({**made_by, "checkpoint": checkpoint.sha256})
+    about = {**made_by, "checkpoint": checkpoint.sha256} | ({"served": True} if served else {})
+    key = digest(about)
 
     def make(folder: Path) -> None:
         maxima = _maxima(cache, store)
@@ -183,9 +189,32 @@ def _check(
     checks["reload"] = (
         None if torch.equal(expected, found) else f"logits differ by up to {difference:g}"
     )
+    if recipe.evaluation.arithmetic == "served":
+        checks["served"] = _served(written, probe, checkpoint, found)
     missing = sorted(set(layers) ^ set(shapes))
     checks["layers"] = f"quantized and planned layers differ: {missing}" if missing else None
     return checks
+
+
+def _served(
+    stream: StreamedModel,
+    probe: list[ModelInputs],
+    checkpoint: QuantizedCheckpoint,
+    expected: Tensor,
+) -> str | None:
+    """What is wrong with the runtime's predictions, beside those of the formula."""
+    stream.linear = runtime = runtime_for(stream.device)
+    found = _probe_logits(stream, probe, checkpoint.layer, checkpoint.shapes)
+    for reason, layers in runtime.refused.items():
+        get_run_logger().warning(f"{layers} layers are computed by the formula: {reason}")
+    served, formula = (each.double().log_softmax(-1) for each in (found, expected))
+    nats = kl_div(served, formula, reduction="batchmean", log_target=True).item()
+    if nats <= SERVED_DIVERGENCE:  # not so where it is not a number
+        return None
+    return (
+        f"the {runtime.runtime.name} runtime's predictions diverge by {nats:.2g} nats a token from"
+        f" the formula's, limit {SERVED_DIVERGENCE:g}: set evaluation.arithmetic: definition"
+    )
 
 
 def _probe_logits(
@@ -194,10 +223,11 @@ def _probe_logits(
     layer: Any,
     shapes: dict[str, list[int]],
 ) -> Tensor:
+    """[tokens, vocabulary]."""
     stream.outside.quantize(shapes, layer)
     batches = stream.begin(inputs)
     for block in range(stream.block_count):
         replacements = {name: layer(name) for name in stream.linears(block) if name in shapes}
         with stream.block(block, replacements):
             stream.advance(batches)
-    return torch.cat([stream.logits(batch.hidden).flatten() for batch in batches])
+    return torch.cat([stream.logits(batch.hidden).flatten(0, -2) for batch in batches])

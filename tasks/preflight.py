@@ -57,7 +57,8 @@ def preflight(recipe: Recipe) -> Inputs:
 
     Raises:
         CheckpointError, ContextError, DataError, DeviceError, ExportError, MirrorError,
-            RoomError, SuiteError, VariantError: one line that says what and where.
+            RoomError, RuntimeUnavailableError, SuiteError, VariantError: one line that says what
+            and where.
     """
     worker = about_worker.submit(recipe).result()
     store = Store(recipe.execution.store)

@@ -18,9 +18,11 @@ from dpq_core.evaluation.room import Sizes
 from dpq_core.evaluation.scorer import last_states
 from dpq_core.evaluation.subject import Subject as Opened
 from dpq_core.evaluation.subject import streamable, subject_of
+from dpq_core.layer.linear import W4A8Linear
 from dpq_core.machine.device import whole_machine
 from dpq_core.model.streaming import StreamedModel
 from dpq_core.recipe import Recipe
+from dpq_core.serving.runtimes import runtime_for
 from infra.memory import available_memory
 from infra.store import Store
 from tasks.support.chunks import ChunkRef, Comparison, Kept, Portion, Subject, loader_of
@@ -73,6 +75,7 @@ def _opened(
         resident=resident,
         trust_remote_code=recipe.model.trust_remote_code,
         source=subject.source,
+        linear=runtime_for(device) if subject.served else W4A8Linear,
     )
 
 

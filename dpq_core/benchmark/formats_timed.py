@@ -24,6 +24,7 @@ from dpq_core.benchmark.roofline import Load
 from dpq_core.checkpoint.native import QuantizedCheckpoint, load_quantized
 from dpq_core.errors import InputError
 from dpq_core.layer.grid import choose_grid
+from dpq_core.layer.linear import MakeLinear
 from dpq_core.layer.quantize import round_weight
 from dpq_core.layer.records import LayerReport, QuantizedLinear, QuantizedWeight
 from dpq_core.layer.storage import expected_shapes, layer_from_tensors, stored_bytes
@@ -36,7 +37,6 @@ from dpq_core.recipe import Recipe
 from dpq_core.recipe.layer_choices import CHOICES
 from dpq_core.recipe.scheme import Scheme
 from dpq_core.serving.decoding import context_bytes
-from dpq_core.serving.runtimes import MakeLinear
 
 _NEAREST = {"method": "rtn", "order": "none", "rounding": "nearest", "scale_search": "minmax"}
 

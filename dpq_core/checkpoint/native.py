@@ -24,7 +24,7 @@ from torch import nn
 from dpq_core.checkpoint.importers import fill_gptq, load_compressed_tensors, unsupported
 from dpq_core.checkpoint.shards import check_files
 from dpq_core.layer.kv_cache import KEY_SCALE, VALUE_SCALE
-from dpq_core.layer.linear import W4A8Linear
+from dpq_core.layer.linear import MakeLinear, W4A8Linear
 from dpq_core.layer.records import LayerReport, QuantizedLinear
 from dpq_core.layer.storage import expected_shapes, layer_from_tensors, layer_tensors
 from dpq_core.model.anatomy import parts_of, path_of
@@ -32,7 +32,7 @@ from dpq_core.model.empty import building
 from dpq_core.model.filling import fill_parameters
 from dpq_core.model.given import reader_of
 from dpq_core.model.given_layouts import read_by_codes
-from dpq_core.model.outside import MakeLinear, Outside
+from dpq_core.model.outside import Outside
 from dpq_core.model.plan import Outside as Part
 from dpq_core.model.quantization import quantization_of, reads_fp8
 from dpq_core.model.reader import (

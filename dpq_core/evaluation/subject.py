@@ -2,7 +2,8 @@
 goes by shared prefixes.
 
 A streamed model reads a block when it is run and drops it; a resident one keeps what it has read.
-Nothing else differs. Blocks of a native checkpoint have their quantized linears (`W4A8Linear`).
+Nothing else differs. Blocks of a native checkpoint have their quantized linears: `W4A8Linear`, or
+the modules of a runtime that serves them.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -15,6 +16,7 @@ import torch
 from dpq_core.checkpoint.native import MANIFEST, QuantizedCheckpoint, by_its_library, load_model
 from dpq_core.evaluation.attention import attend_by_spans
 from dpq_core.evaluation.sharing import why_not_shared
+from dpq_core.layer.linear import MakeLinear, W4A8Linear
 from dpq_core.layer.records import QuantizedLinear
 from dpq_core.model.blocks import BlockStream
 from dpq_core.model.given import reader_of
@@ -79,12 +81,14 @@ def subject_of(
     dtype: torch.dtype | None = None,
     trust_remote_code: bool = False,
     source: bool = False,
+    linear: MakeLinear = W4A8Linear,
 ) -> Subject:
     """Any checkpoint that `load_model` reads. Those in 16 bits (FP8 with scales is read as such)
     and native ones are streamed; a third party's is loaded as its format says, and stays.
 
     dtype: that a model in 16 bits is run in instead of its own (FP32: to compare exactly).
     source: as `load_model` has it.
+    linear: what a quantized layer of a native checkpoint becomes; its head stays the definition's.
 
     Raises:
         CheckpointError, ArchitectureError: as `StreamedModel` and `load_model`.
@@ -97,7 +101,9 @@ def subject_of(
         checkpoint = QuantizedCheckpoint(folder, trust_remote_code)
         layers = {name: _reading(checkpoint, name) for name in checkpoint.shapes}
     unshared = why_not_shared(model)
-    return Subject(BlockStream(model, reader_of(folder), device), unshared, layers, resident)
+    stream = BlockStream(model, reader_of(folder), device)
+    stream.linear = linear
+    return Subject(stream, unshared, layers, resident)
 
 
 def streamable(folder: Path, source: bool = False) -> bool:

@@ -21,6 +21,8 @@ from dpq_core.kernels import forward_rows, sixteen_bit
 from dpq_core.layer.input_scale import token_scale
 from dpq_core.layer.records import QuantizedLinear, QuantizedWeight, RoundedWeight
 
+MakeLinear = Callable[[QuantizedLinear, Tensor | None], nn.Module]  # of a layer and its bias
+
 _PIECE = 1 << 22  # weights that are decoded at a time, in FP32: an output head has many
 
 

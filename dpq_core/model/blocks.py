@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dpq_core.layer.linear import W4A8Linear
+from dpq_core.layer.linear import MakeLinear, W4A8Linear
 from dpq_core.layer.records import QuantizedLinear
 from dpq_core.model.anatomy import linears_of
 from dpq_core.model.empty import keeps_wide
@@ -74,6 +74,7 @@ class BlockStream:
         self._loaded: int | None = None
         self.kept: dict[str, nn.Module] | None = None  # parts that stay once they were read
         self.outside = Outside(self.anatomy.parts, reader)
+        self.linear: MakeLinear = W4A8Linear  # what a quantized layer of a block becomes
         for module in model.modules():  # what is left: rotary buffers, towers without memory
             for name, buffer in module.named_buffers(recurse=False):
                 setattr(module, name, buffer.to(self.device))
@@ -252,7 +253,8 @@ class BlockStream:
             bias_name = f"{full_name}.bias"
             bias = self.reader.tensor(bias_name) if bias_name in self.reader else None
             member = full_name.removeprefix(f"{path}.")
-            block.set_submodule(member, W4A8Linear(layer, bias))
+            bias = None if bias is None else bias.to(self.device)
+            block.set_submodule(member, self.linear(layer.to(self.device), bias))
         self._fill(block, path)
         return block.eval()
 

@@ -11,15 +11,13 @@ from contextlib import contextmanager
 from functools import partial
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from dpq_core.layer.linear import W4A8Linear, decoded
+from dpq_core.layer.linear import MakeLinear, W4A8Linear, decoded
 from dpq_core.layer.records import QuantizedLinear
 from dpq_core.model.anatomy import Parts
 from dpq_core.model.empty import building
 from dpq_core.model.filling import Tensors
-
-MakeLinear = Callable[[QuantizedLinear, Tensor | None], nn.Module]
 
 
 class Outside:

@@ -1,6 +1,6 @@
 """`evaluation`: what baseline and candidate are scored on."""
 
-from typing import Annotated, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -26,6 +26,10 @@ class EvaluationSection(Section):
     )
     prefer_norm: bool = Field(True, description="acc_norm where a suite defines it, else acc")
     limit: int | None = Field(None, ge=1, description="first documents of each suite, for looking")
+    arithmetic: Literal["definition", "served"] = Field(
+        "definition",
+        description="of a candidate: the formula's, or that of the kernels that serve it here",
+    )
     retries: int = Field(1, ge=0, description="of a task that fails other than by bad input")
     timeout: float | None = Field(
         None, gt=0, description="seconds a task may take; the chunks that it scored are kept"

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 
 from dpq_core.checkpoint.native import load_quantized
-from dpq_core.layer.linear import W4A8Linear
-from dpq_core.serving.runtimes import MakeLinear, RuntimeUnavailableError, runtime_for
+from dpq_core.layer.linear import MakeLinear, W4A8Linear
+from dpq_core.serving.runtimes import RuntimeUnavailableError, runtime_for
 
 PARAMETERS: Mapping[str, int | float] = {"max_new_tokens": 64, "temperature": 0.0}  # defaults
 # What this module needs, by the names that pip knows.

@@ -7,7 +7,6 @@ What a runtime has no kernel for, it refuses with a reason; such layers are comp
 definition and named, so that nobody takes their time for the kernel's.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib import import_module
 
@@ -17,8 +16,6 @@ from torch import Tensor, nn
 from dpq_core.errors import InputError
 from dpq_core.layer.linear import W4A8Linear
 from dpq_core.layer.records import QuantizedLinear
-
-MakeLinear = Callable[[QuantizedLinear, Tensor | None], nn.Module]
 
 
 class RuntimeUnavailableError(InputError):

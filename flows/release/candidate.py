@@ -78,7 +78,8 @@ def baseline_of(inputs: Inputs) -> Subject:
 def subject_of(recipe: Recipe, candidate: Candidate, role: str) -> Subject:
     """A candidate to measure, under the digest that `dpq evaluate` gives the same checkpoint."""
     folder = candidate.checkpoint.folder
-    return Subject(role, folder, content_digest(folder, Store(recipe.execution.store)))
+    digest = content_digest(folder, Store(recipe.execution.store))
+    return Subject(role, folder, digest, served=recipe.evaluation.arithmetic == "served")
 
 
 @task(name="gate", cache_policy=NO_CACHE)

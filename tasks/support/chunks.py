@@ -40,18 +40,20 @@ _SCORES, _STATES, _DIVERGENCES = "chunk-scores", "last-states", "divergences"
 @dataclass(frozen=True)
 class Subject:
     """A checkpoint to measure. role: baseline or candidate. digest: of its content. source: as what
-    a candidate is quantized from, see `load_model`."""
+    a candidate is quantized from, see `load_model`. served: by the runtime of the device."""
 
     role: str
     folder: Path
     digest: str
     source: bool = False
+    served: bool = False
 
     @cached_property
     def identity(self) -> dict[str, str | bool]:
         """Its part of a key."""
         as_source = self.source and by_its_library(self.folder)
-        return {"checkpoint": self.digest} | ({"source": True} if as_source else {})
+        flags = {"source": as_source, "served": self.served}
+        return {"checkpoint": self.digest} | {name: True for name, it_is in flags.items() if it_is}
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ from prefect.task_runners import ThreadPoolTaskRunner
 from dpq_core.machine.device import DeviceError, device_named
 from dpq_core.machine.device_kinds import devices_of_kind, index_of, kind_of
 from dpq_core.recipe import ExecutionSection, Recipe
+from dpq_core.serving.runtimes import RuntimeUnavailableError, runtime_for
 from infra.store.claims import Claim, claims
 
 _ON_CPU = 2  # workers where a recipe names no number
@@ -180,9 +181,18 @@ def about_worker(recipe: Recipe) -> Worker:
     """What a run's workers are, asked of one; all have the same class of arithmetic.
 
     Raises:
-        DeviceError: they lack the device that the recipe names.
+        DeviceError: they lack the device that the recipe names. RuntimeUnavailableError: what is
+            to be scored as it is served, they have nothing to serve with.
     """
-    return this_worker(recipe.execution)
+    worker = this_worker(recipe.execution)
+    if recipe.evaluation.arithmetic == "served":
+        try:
+            runtime_for(worker.device)
+        except RuntimeUnavailableError as error:
+            raise RuntimeUnavailableError(
+                f"evaluation.arithmetic is served, and {error}: set it to definition"
+            ) from error
+    return worker
 
 
 def one_arithmetic(classes: dict[str, str]) -> None:

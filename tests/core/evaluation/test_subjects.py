@@ -21,12 +21,14 @@ from dpq_core.evaluation.room import RESIDENT, Sizes
 from dpq_core.evaluation.scorer import answers, last_states, score
 from dpq_core.evaluation.sharing import why_not_shared
 from dpq_core.evaluation.subject import subject_of
+from dpq_core.layer.linear import W4A8Linear
 from dpq_core.model.empty import building, empty_of
 from dpq_core.model.finite import NotFiniteError
 from dpq_core.model.streaming import StreamedModel
 from dpq_core.pipeline import quantize_checkpoint
 from dpq_core.recipe import CalibrationSection, TextDataset
 from dpq_core.recipe.scheme import Scheme
+from dpq_core.serving.runtimes import runtime_for
 
 UNSHARED = {
     "StableLM": "its attention is not called with what the model is called with",
@@ -123,6 +125,20 @@ def test_a_candidate_is_scored_with_its_quantized_linears(candidate, quickstart_
     for (ours, _), (theirs, _), (others, _) in zip(found, expected, original, strict=True):
         # An activation at the edge of two FP8 values may be rounded to either.
         assert abs(ours - theirs) < 0.02 * max(abs(others - theirs), 0.1)
+
+
+def test_what_is_scored_as_served_is_computed_by_the_runtime(candidate):
+    runtime, asked = runtime_for(torch.device("cpu")), asked_of(200)
+    served = subject_of(candidate, linear=runtime)
+    with served.stream.block(0, {n: made() for n, made in served._layers.items() if ".0." in n}):
+        made = [isinstance(each, W4A8Linear) for each in served.stream.model.modules()]
+    assert runtime.refused == {"kept in 16 bits": 1}  # of seven: too few tokens for its inputs
+    assert sum(made) == 1
+    found = answers(score(served, list(chunks_of(asked))), len(asked))
+    expected = answers(score(subject_of(candidate), list(chunks_of(asked))), len(asked))
+    apart = [abs(ours - theirs) for (ours, _), (theirs, _) in zip(found, expected, strict=True)]
+    assert 0 < max(apart) < 0.5  # sums in another order, in BF16
+    assert sum(apart) / len(apart) < 0.1
 
 
 def sums_of(scores):

@@ -1,0 +1,67 @@
+"""A candidate that is scored by the runtime that serves it."""
+
+import dataclasses
+import json
+
+import pytest
+from conftest import run_flow
+from torch import nn
+
+from dpq_core.recipe import parse_recipe
+from dpq_core.serving import avx2, cpu, runtimes
+from flows.release.release import release
+
+SERVED = ["--set", "evaluation.arithmetic=served"]
+
+
+@pytest.fixture
+def served(content, services_home):
+    section = {**content["evaluation"], "arithmetic": "served"}
+    return parse_recipe({**content, "evaluation": section})
+
+
+def test_it_is_promoted_with_scores_of_its_own(served, recipe):
+    found, defined = run_flow(release, served), run_flow(release, recipe)
+    assert found.verdict.verdict == "promoted"
+    assert found.checkpoint == defined.checkpoint
+    ours, theirs = (each.verdict.metrics["perplexity_token"] for each in (found, defined))
+    assert ours.baseline == theirs.baseline
+    assert ours.candidate != theirs.candidate
+    assert ours.candidate == pytest.approx(theirs.candidate, rel=0.01)
+
+
+def test_a_runtime_that_computes_otherwise_is_no_release(served, monkeypatch, tmp_path):
+    def wrong(make):
+        def made(layer, bias):
+            return nn.Sequential(make(layer, bias), nn.Hardtanh(-0.5, 0.5))
+
+        return made
+
+    for kernels in (cpu, avx2):
+        monkeypatch.setattr(kernels, "make", wrong(kernels.make))
+    execution = served.execution.model_copy(update={"store": str(tmp_path / "store")})
+    found = run_flow(release, served.model_copy(update={"execution": execution}))
+    assert found.verdict.verdict == "rejected"
+    (reason,) = [each for each in found.verdict.reasons if "integrity" in each]
+    assert "nats a token from the formula's, limit 0.002" in reason
+
+
+def test_without_a_runtime_it_ends_before_any_work(dpq, monkeypatch):
+    gone = dataclasses.replace(runtimes.RUNTIMES["hopper"], device="cpu")
+    monkeypatch.setattr(runtimes, "RUNTIMES", {"hopper": gone})
+    done = dpq("release", *SERVED, "--json")
+    assert done.exit_code == 1
+    assert "evaluation.arithmetic is served, and the hopper runtime cannot run" in done.stderr
+    assert done.stderr.count("set it to definition") == 1
+
+
+def test_a_checkpoint_of_others_has_no_runtime(dpq, quickstart_model, recipe_file):
+    from typer.testing import CliRunner
+
+    from flows.cli.main import app
+
+    asked = ["evaluate", str(quickstart_model), "--recipe", str(recipe_file), *SERVED]
+    done = CliRunner().invoke(app, asked)
+    assert done.exit_code == 1
+    assert "runtimes serve native checkpoints alone" in done.stderr
+    assert json.loads(recipe_file.read_text())["model"]["id"] == str(quickstart_model)
