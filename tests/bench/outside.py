@@ -30,7 +30,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from dpq_core.calibration.statistics import InputRounding, TokenWeights, calibrate_block
-from dpq_core.checkpoint.bytes_by_part import bytes_by_part
+from dpq_core.checkpoint.bytes_by_part import TIED, bytes_by_part
 from dpq_core.checkpoint.native import QuantizedCheckpoint, copy_side_files, write_checkpoint
 from dpq_core.data.texts import calibration_windows, opening_token
 from dpq_core.evaluation.divergence import divergence
@@ -193,8 +193,10 @@ class Bench:
                     divergence(theirs, old.hidden, ours, new.hidden)
                     for old, new in zip(self.states, states, strict=True)
                 ]
-            parts = bytes_by_part(checkpoint)
-            weights = sum(parameter.numel() for parameter in checkpoint.empty_model().parameters())
+            parts, model = bytes_by_part(checkpoint), checkpoint.empty_model()
+            weights = sum(parameter.numel() for parameter in model.parameters())
+            if TIED in parts:  # two parameters without memory, one weight
+                weights -= model.get_output_embeddings().weight.numel()
         kl = np.concatenate([each.nats.numpy() for each in apart])
         agree = np.concatenate([each.agree.numpy() for each in apart])
         return {
