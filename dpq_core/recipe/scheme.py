@@ -112,7 +112,7 @@ class Scheme(BaseModel):
     scale_search: Literal["minmax", "mse", "hessian"] = Field(
         "minmax",
         description="group ranges: as they are, or shrunk to lower the (weighted) error; with "
-        "method keep scales: as they are given, or moved to lower it",
+        "method keep row scales: to the largest, or to the least error in an octave",
     )
     activations: Literal["static", "dynamic", "none"] = Field(
         "static", description="8-bit activations: one calibrated scale, one a token, or 16 bits"
@@ -155,6 +155,8 @@ class Scheme(BaseModel):
             )
         if self.group_scale == "e4m3" and self.bits == 4 and self.method != "none":
             self._check_e4m3_scales()
+        if self.keeps and self.scale_search != "minmax":
+            self._check_row_scales()
         if self.bits == 8 and self.inner == "none":
             raise ValueError("bits is 8 but inner is 'none': set inner: e4m3 or int8, or bits: 4")
         if self.inner == "none" and self.activations == "static":
@@ -176,6 +178,21 @@ class Scheme(BaseModel):
         if self.kv_cache == "none":
             written = {name: value for name, value in written.items() if name not in _OF_CACHE}
         return written
+
+    def _check_row_scales(self) -> None:
+        """With method keep it is a row's scale that is searched for."""
+        fixed = {
+            "inner": self.inner == "none",
+            "group_scale": self.group_scale == "e4m3",
+            "channel_scale": self.channel_scale == "tensor",
+            "power_of_two": self.power_of_two,
+        }
+        for field, is_fixed in fixed.items():
+            if is_fixed:
+                raise ValueError(
+                    f"scale_search {self.scale_search} has no row scale to choose with method keep"
+                    f" and {field} {getattr(self, field)!r}: set scale_search: minmax"
+                )
 
     def _check_e4m3_scales(self) -> None:
         needs = {"inner": "e4m3", "fp8_max": 448, "symmetric": True, "channel_scale": "row"}

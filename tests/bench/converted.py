@@ -43,10 +43,6 @@ _ROWS: dict[str, tuple[dict[str, Any], bool]] = {
     "kept, E4M3, `mse`": ({"method": "keep", "scale_search": "mse", **_DYNAMIC}, True),
     "kept, E4M3, `hessian`": ({"method": "keep", "scale_search": "hessian", **_DYNAMIC}, True),
     "kept, `hopper-vllm`": ({"preset": "hopper-vllm", "method": "keep"}, True),
-    "kept, `hopper-vllm`, `hessian`": (
-        {"preset": "hopper-vllm", "method": "keep", "scale_search": "hessian"},
-        True,
-    ),
     "from 16 bits, `ada-vllm`": ({"preset": "ada-vllm"}, False),
     "from 16 bits, dpq": (_DYNAMIC, False),
 }
