@@ -544,15 +544,18 @@ def test_an_export_is_written_whole_or_not_at_all(native, tmp_path):
 # The card.
 
 
+SIXTEEN = {"inner": "none", "activations": "none"}
+
+
 @pytest.mark.parametrize(
     ("scheme", "form", "variables"),
     [
-        ({"inner": "none", "activations": "none"}, "compressed-tensors", ["VLLM_CPU_INT4_W4A8=0"]),
+        ({**SIXTEEN, "method": "gptq"}, "compressed-tensors", ["VLLM_CPU_INT4_W4A8=0"]),
         ({"activations": "dynamic"}, "gptq", ["VLLM_CPU_INT4_W4A8=0"]),  # a file of W4A16
         ({"activations": "dynamic"}, "compressed-tensors", []),
         ({"preset": "ada-vllm"}, "gptq", ["VLLM_MARLIN_INPUT_DTYPE=fp8"]),
         ({"bits": 8, "activations": "none"}, "compressed-tensors", []),
-        ({"method": "none", "activations": "none"}, "compressed-tensors", []),
+        ({**SIXTEEN, "method": "none"}, "compressed-tensors", []),
     ],
 )
 def test_variables_without_which_vllm_computes_otherwise(scheme, form, variables):
