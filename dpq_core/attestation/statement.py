@@ -3,8 +3,9 @@
     subject        every file of the export that a digest covers, by SHA-256
     predicateType  `urn:dpq:engine-attestation:1`
     predicate      verdict and reasons; engine (name, version, packages, kernels, device, driver,
-                   its command's arguments); reference (whose arithmetic is right); tokens; figures;
-                   limits; when it was made; what the last one said
+                   its command's arguments, variables that the export asks for); reference (whose
+                   arithmetic is right); tokens; figures; limits; when it was made; what the last
+                   one said
 
 The model card is no subject: it tells of the statement.
 """

@@ -14,10 +14,11 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from infra.engine.client import EngineClient, EngineError
@@ -96,8 +97,15 @@ def about(name: str) -> dict[str, Any]:
 
 
 @contextmanager
-def started(name: str, folder: Path, log: Path, arguments: Sequence[str] = ()) -> Iterator[Started]:
-    """An engine that serves a folder, while this lasts. Its log is kept.
+def started(
+    name: str,
+    folder: Path,
+    log: Path,
+    arguments: Sequence[str] = (),
+    variables: Mapping[str, str] = MappingProxyType({}),
+) -> Iterator[Started]:
+    """An engine that serves a folder, while this lasts. Its log is kept. variables: of its
+    environment, where ours does not name them.
 
     Raises:
         EngineError: no environment; it ended, or did not answer in time: with its last lines.
@@ -111,7 +119,7 @@ def started(name: str, folder: Path, log: Path, arguments: Sequence[str] = ()) -
     with log.open("wb") as output:
         process = subprocess.Popen(
             command,
-            env=_environment() | keys,
+            env=dict(variables) | _environment() | keys,
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,

@@ -1,6 +1,7 @@
 """Ask an engine what it thinks of tokens, hold it against our own arithmetic, and state it."""
 
 import hashlib
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ from dpq_core.digests import write_json
 from dpq_core.evaluation.subject import subject_of
 from dpq_core.machine.device import whole_machine
 from dpq_core.model.context import context_of
+from dpq_core.model.reader import read_json
 from dpq_core.model.streaming import load_config
 from dpq_core.recipe import AttestSection, Recipe
 from infra import settings
@@ -154,9 +156,19 @@ def _engine(section: AttestSection, folder: Path) -> Iterator[_Engine]:
     found = about(name)
     log = settings.home() / "logs" / f"engine-{name}.log"
     starting = stepper(f"start {name}", 1)
-    with started(name, folder, log, section.arguments) as engine:
+    wanted = _variables(folder)
+    seen = {key: os.environ.get(key, value) for key, value in wanted.items()}
+    with started(name, folder, log, section.arguments, wanted) as engine:
         starting()
-        yield _Engine(engine.client, engine.model, {"name": name, **found}, log)
+        about_it = {"name": name, **found, "variables": seen}
+        yield _Engine(engine.client, engine.model, about_it, log)
+
+
+def _variables(folder: Path) -> dict[str, str]:
+    """Those that an engine needs to compute what an export was judged by."""
+    path = folder / MANIFEST
+    found: dict[str, str] = read_json(path).get("vllm_environment", {}) if path.is_file() else {}
+    return found
 
 
 def _said(engine: _Engine, windows: Tensor, top: int) -> list[list[Said]]:
@@ -181,6 +193,7 @@ def _told(engine: _Engine, section: AttestSection) -> dict[str, Any]:
         "device": engine.about.get("device"),
         "driver": engine.about.get("driver"),
         "kernels": kernels_in(engine.log) if engine.log else [],
+        "variables": engine.about.get("variables", {}),
         "arguments": list(section.arguments),
     }
 

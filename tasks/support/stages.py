@@ -34,7 +34,7 @@ STAGES = {
     "layers": Stage(1, ("torch", "numba")),
     "checkpoints": Stage(1),
     "integrity": Stage(1, _FORWARD),
-    "exports": Stage(1, _ANY),
+    "exports": Stage(2, _ANY),
     "requests": Stage(1, ("transformers", "tokenizers", "lm-eval")),
     "chunk-scores": Stage(2, _ANY),
     "last-states": Stage(2, _ANY),

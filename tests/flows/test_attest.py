@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from dpq_core.attestation.envelope import opened
 from dpq_core.attestation.statement import FILE
-from dpq_core.checkpoint.exports import export_to
+from dpq_core.checkpoint.exports import MANIFEST, export_to
 from dpq_core.digests import file_digest
 from dpq_core.pipeline import quantize_checkpoint
 from dpq_core.recipe import CalibrationSection, RecipeError, TextDataset, parse_recipe
@@ -185,6 +185,21 @@ def test_engines_have_an_environment_of_their_own(own, attest, monkeypatch):
     assert "DPQ_VLLM_PYTHON is /nowhere/python" in attest(own, "vllm")[1]["reasons"][0]
     monkeypatch.setenv("DPQ_VLLM_PYTHON", sys.executable)
     assert "has no vllm: install it there" in attest(own, "vllm")[1]["reasons"][0]
+
+
+def test_an_engine_gets_the_variables_that_the_export_asks_for(attest, own, monkeypatch):
+    """vLLM on a CPU with AMX rounds the inputs of W4A16 files to INT8 where nobody says no."""
+    asked = {"VLLM_CPU_INT4_W4A8": "0"}
+    manifest = json.loads((own / MANIFEST).read_text())
+    assert manifest["vllm_environment"] == {}  # of W4A8
+    (own / MANIFEST).write_text(json.dumps({**manifest, "vllm_environment": asked}))
+    assert attest(own, "transformers")[0] == 0
+    engine = json.loads((own / FILE).read_text())["predicate"]["engine"]
+    assert engine["variables"] == asked
+    monkeypatch.setenv("VLLM_CPU_INT4_W4A8", "1")  # whoever says yes is heard, and told of
+    assert attest(own, "transformers")[0] == 0
+    engine = json.loads((own / FILE).read_text())["predicate"]["engine"]
+    assert engine["variables"] == {"VLLM_CPU_INT4_W4A8": "1"}
 
 
 def test_an_engine_that_dies_shows_its_last_lines(own, tmp_path):

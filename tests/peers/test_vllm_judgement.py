@@ -12,7 +12,7 @@ import pytest
 
 from dpq_core.checkpoint.exports.compressed_tensors import COMPRESSED_TENSORS
 from dpq_core.checkpoint.exports.gptq import layout_config
-from dpq_core.checkpoint.exports.vllm import KERNELS, environment_of, kind_of
+from dpq_core.checkpoint.exports.vllm import KERNELS, environment_of, kind_of, takes_fp8_inputs
 from dpq_core.recipe.scheme import Scheme
 
 pytestmark = pytest.mark.slow
@@ -56,7 +56,7 @@ def judged(vllm_python, export_rows):
             "quantization_config": config_of(scheme, form),
             "rows": SIDE,
             "columns": SIDE,
-            "environment": environment_of(Scheme.model_validate(scheme)),
+            "environment": environment_of(Scheme.model_validate(scheme), form),
         }
         for name, (scheme, form) in export_rows.items()
     ]
@@ -64,7 +64,7 @@ def judged(vllm_python, export_rows):
     for said in found.values():
         for name, (scheme, form) in export_rows.items():
             parsed, own = Scheme.model_validate(scheme), said[f"{name}, {form}"]
-            own["rounds"] = form != "gptq" or bool(environment_of(parsed))
+            own["rounds"] = form != "gptq" or takes_fp8_inputs(parsed)
             own["rounds"] &= parsed.activations != "none"
     return found
 
@@ -179,7 +179,7 @@ def test_a_quantized_head_is_taken_for_one(vllm_python, export_rows):
             "module": "lm_head",
             "rows": 128_256,
             "columns": SIDE,
-            "environment": environment_of(Scheme.model_validate(scheme)),
+            "environment": environment_of(Scheme.model_validate(scheme), form),
         }
         for name, (scheme, form) in export_rows.items()
     ]

@@ -26,6 +26,7 @@ from dpq_core.checkpoint.exports.format import ExportError, Format, Quantization
 from dpq_core.checkpoint.exports.gptq import GPTQ
 from dpq_core.checkpoint.exports.inc import FP8_TO_INT, INC
 from dpq_core.checkpoint.exports.verify import check_content
+from dpq_core.checkpoint.exports.vllm import environment_for
 from dpq_core.checkpoint.native import MANIFEST as NATIVE
 from dpq_core.checkpoint.native import QuantizedCheckpoint
 from dpq_core.checkpoint.shards import ShardWriter, StoredTensor, check_files, digests_of
@@ -116,6 +117,7 @@ def export_checkpoint(
         "distance": found.distance,
         "checks": found.checks,
         "reader": form.reader,
+        "vllm_environment": environment_for(targets, name),
         "tolerance": {"logits": form.arithmetic.tolerance, "reason": form.arithmetic.reason},
         "tensors": {stored: asdict(about) for stored, about in written.items()},
         "files": digests_of(folder),

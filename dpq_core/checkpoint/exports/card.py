@@ -12,7 +12,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from dpq_core.checkpoint.bytes_by_part import bytes_by_part
 from dpq_core.checkpoint.exports.compressed_tensors import vllm_obstacle
 from dpq_core.checkpoint.exports.format import targets_of
-from dpq_core.checkpoint.exports.vllm import environment_of, shown_kernels
+from dpq_core.checkpoint.exports.vllm import environment_for, shown_kernels, takes_fp8_inputs
 from dpq_core.checkpoint.native import MANIFEST, QuantizedCheckpoint
 from dpq_core.digests import file_digest
 from dpq_core.recipe.scheme import Scheme
@@ -189,27 +189,33 @@ def _uses(name: str, checkpoint: QuantizedCheckpoint) -> list[str]:
     uses = [_USES[name]]
     if name == "compressed-tensors":
         obstacle = vllm_obstacle(targets_of(checkpoint))
-        uses.append(f"Not for vLLM: {obstacle}." if obstacle else _served(checkpoint))
+        uses.append(f"Not for vLLM: {obstacle}." if obstacle else _served(checkpoint, name))
         return uses if obstacle else [*uses, *_kernels(name, checkpoint)]
     if name == "gptq":
         four = [t.scheme for t in targets_of(checkpoint) if t.scheme.method != "none"]
         if all(scheme.symmetric for scheme in four):
-            fp8 = [_served(checkpoint)] if any(map(environment_of, four)) else []
-            return [*uses, *fp8, *_kernels(name, checkpoint)]
+            fp8 = any(map(takes_fp8_inputs, four))
+            uses.append(_served(checkpoint, name) if fp8 else _ON_CPU)
+            return [*uses, *_kernels(name, checkpoint)]
         uses.append("Not for vLLM: it takes symmetric GPTQ files alone (scheme.symmetric: true).")
     return uses
 
 
-def _served(checkpoint: QuantizedCheckpoint) -> str:
+_ON_CPU = (
+    "On a CPU with AMX set `VLLM_CPU_INT4_W4A8=0`: vLLM rounds inputs to INT8 there where nobody "
+    "says no, and this was judged with inputs in 16 bits."
+)
+
+
+def _served(checkpoint: QuantizedCheckpoint, name: str) -> str:
     """The command that serves it with vLLM, and where."""
-    variables: dict[str, str] = {}
-    for target in targets_of(checkpoint):
-        variables |= environment_of(target.scheme)
-    if not variables:
-        return (
+    variables = environment_for(targets_of(checkpoint), name)
+    if "VLLM_MARLIN_INPUT_DTYPE" not in variables:
+        plain = (
             "With vLLM, on hardware that has its kernels (four-bit weights with FP8 activations: "
             "Hopper):\n\n```sh\nvllm serve …  # this folder\n```"
         )
+        return f"{plain}\n\n{_ON_CPU}" if variables else plain
     settings = " ".join(f"{name}={value}" for name, value in variables.items())
     return (
         "With vLLM, on Ada (SM89) and GeForce and RTX Blackwell (SM12x), as it was judged:\n\n"

@@ -43,7 +43,7 @@ from dpq_core.checkpoint.exports.format import (
     embedding_obstacle,
     left_out,
 )
-from dpq_core.checkpoint.exports.vllm import environment_of
+from dpq_core.checkpoint.exports.vllm import takes_fp8_inputs
 from dpq_core.checkpoint.importers import load_compressed_tensors
 from dpq_core.checkpoint.native import QuantizedCheckpoint
 from dpq_core.layer.records import QuantizedLinear, QuantizedWeight, RoundedWeight
@@ -74,10 +74,10 @@ def _obstacle(target: Target) -> str | None:
 def vllm_obstacle(targets: Sequence[Target]) -> str | None:
     """Why vLLM has no kernel for these layers, or None. From its documentation and source: four
     bits with FP8 activations run on Hopper, symmetric, in groups of 128, with a scale a token;
-    on Ada by its setting (`environment_of`), for all files of W4A16 at once; linears that it fuses
-    need one scheme."""
+    on Ada by its setting (`vllm.environment_of`), for all files of W4A16 at once; linears that it
+    fuses need one scheme."""
     fused: dict[str, Scheme] = {}
-    variables = any(environment_of(target.scheme) for target in targets)
+    variables = any(takes_fp8_inputs(target.scheme) for target in targets)
     for target in targets:
         scheme, name = target.scheme, target.name
         if scheme.bits == 4 and rounds_inputs(scheme):
@@ -88,7 +88,7 @@ def vllm_obstacle(targets: Sequence[Target]) -> str | None:
                     f"{name} is not symmetric in groups of 128 with a scale a token and sides that "
                     "are multiples of 128 (scheme.preset hopper-vllm)"
                 )
-        if environment_of(scheme) and not (scheme.symmetric and scheme.group_size in _MARLIN):
+        if takes_fp8_inputs(scheme) and not (scheme.symmetric and scheme.group_size in _MARLIN):
             return f"{name} is not symmetric in groups of 32, 64 or 128 (scheme.preset ada-vllm)"
         if variables and scheme.bits == 8 and _packed(scheme):
             return f"{name} has 8-bit weights, which Marlin takes no FP8 inputs for: choose w8a8"

@@ -31,7 +31,7 @@ def kind_of(scheme: Scheme, form: str) -> str | None:
     """The row of a layer; None: 16 bits."""
     if scheme.method == "none":
         return None
-    if environment_of(scheme):
+    if takes_fp8_inputs(scheme):
         return "W4A8-FP8, weights not rounded"
     number = "INT8" if scheme.inner == "int8" else "FP8"
     if form == "gptq" or scheme.inner == "none" or scheme.activations == "none":
@@ -39,12 +39,31 @@ def kind_of(scheme: Scheme, form: str) -> str | None:
     return f"W{scheme.bits}A8-{number}"
 
 
-def environment_of(scheme: Scheme) -> dict[str, str]:
-    """Variables that vLLM is to be run with, else it computes with other inputs than were judged:
-    Marlin takes FP8 ones of files of W4A16, symmetric and in groups of 32, 64 or 128."""
-    if scheme.inner == "none" and scheme.activations == "dynamic":
+def takes_fp8_inputs(scheme: Scheme) -> bool:
+    """Whether a file of W4A16 was judged with FP8 inputs."""
+    return scheme.inner == "none" and scheme.activations == "dynamic"
+
+
+def environment_of(scheme: Scheme, form: str) -> dict[str, str]:
+    """Variables that vLLM is to be run with, else it computes with other inputs than were judged.
+
+    Of files of W4A16 Marlin takes FP8 inputs (symmetric, groups of 32, 64 or 128), and on a CPU
+    with AMX all are rounded to INT8 where nobody says no.
+    """
+    if takes_fp8_inputs(scheme):
         return {"VLLM_MARLIN_INPUT_DTYPE": "fp8"}
+    four = scheme.bits == 4 and scheme.method != "none"
+    if four and (form == "gptq" or scheme.activations == "none"):
+        return {"VLLM_CPU_INT4_W4A8": "0"}
     return {}
+
+
+def environment_for(targets: Iterable[Target], form: str) -> dict[str, str]:
+    """Of all layers of an export."""
+    found: dict[str, str] = {}
+    for target in targets:
+        found |= environment_of(target.scheme, form)
+    return found
 
 
 def shown_kernels(targets: Iterable[Target], form: str) -> str | None:

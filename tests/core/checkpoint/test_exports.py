@@ -25,7 +25,7 @@ from dpq_core.checkpoint.exports import (
 )
 from dpq_core.checkpoint.exports.card import licence_of
 from dpq_core.checkpoint.exports.gptq import moved_up, packed
-from dpq_core.checkpoint.exports.vllm import KERNELS, kind_of
+from dpq_core.checkpoint.exports.vllm import KERNELS, environment_of, kind_of
 from dpq_core.checkpoint.native import QuantizedCheckpoint, load_model, load_quantized
 from dpq_core.kernels.sixteen_bit import fit
 from dpq_core.layer.grid import Grid
@@ -542,6 +542,25 @@ def test_an_export_is_written_whole_or_not_at_all(native, tmp_path):
 
 
 # The card.
+
+
+SIXTEEN = {"inner": "none", "activations": "none"}
+
+
+@pytest.mark.parametrize(
+    ("scheme", "form", "variables"),
+    [
+        ({**SIXTEEN, "method": "gptq"}, "compressed-tensors", ["VLLM_CPU_INT4_W4A8=0"]),
+        ({"activations": "dynamic"}, "gptq", ["VLLM_CPU_INT4_W4A8=0"]),  # a file of W4A16
+        ({"activations": "dynamic"}, "compressed-tensors", []),
+        ({"preset": "ada-vllm"}, "gptq", ["VLLM_MARLIN_INPUT_DTYPE=fp8"]),
+        ({"bits": 8, "activations": "none"}, "compressed-tensors", []),
+        ({**SIXTEEN, "method": "none"}, "compressed-tensors", []),
+    ],
+)
+def test_variables_without_which_vllm_computes_otherwise(scheme, form, variables):
+    found = environment_of(Scheme.model_validate(scheme), form)
+    assert [f"{name}={value}" for name, value in found.items()] == variables
 
 
 @pytest.mark.parametrize(
