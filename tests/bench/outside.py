@@ -31,7 +31,8 @@ from transformers import AutoModelForCausalLM
 
 from dpq_core.calibration.statistics import InputRounding, TokenWeights, calibrate_block
 from dpq_core.checkpoint.bytes_by_part import TIED, bytes_by_part
-from dpq_core.checkpoint.native import QuantizedCheckpoint, copy_side_files, write_checkpoint
+from dpq_core.checkpoint.native import QuantizedCheckpoint
+from dpq_core.checkpoint.writing import copy_side_files, write_checkpoint
 from dpq_core.data.texts import calibration_windows, opening_token
 from dpq_core.evaluation.divergence import divergence
 from dpq_core.evaluation.forest import chunks_of
