@@ -14,6 +14,7 @@ MODEL = "MLmodel"
 CODE = "code"  # folder
 _REQUIREMENTS = "requirements.txt"
 _PYTHON = "python_env.yaml"
+FILES = (MODEL, CODE, _REQUIREMENTS, _PYTHON)  # all that is written
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from dpq_core.data.texts import calibration_windows, load_texts
 from dpq_core.pipeline import quantize_checkpoint
 from dpq_core.recipe import CalibrationSection, ModelSection
 from flows.quantize import quantize
+from infra.registry.flavor import FILES
 from infra.store import Store
 from tasks.assemble import provenance
 from tasks.support.model import inspect
@@ -20,8 +21,9 @@ from tasks.support.tokenized_data import load_inputs, store_calibration
 
 
 def contents(folder):
-    files = (path for path in sorted(folder.iterdir()) if path.name[0] != "." and path.name != CARD)
-    return {path.name: path.read_bytes() for path in files}
+    """Without what a release puts beside it."""
+    files = (path for path in sorted(folder.iterdir()) if path.name[0] != ".")
+    return {path.name: path.read_bytes() for path in files if path.name not in (CARD, *FILES)}
 
 
 def in_store(recipe, folder, **execution):
