@@ -9,6 +9,9 @@ from pathlib import Path
 from platform import python_version
 
 import yaml
+from filelock import FileLock
+
+from infra.outgoing import files_to_send
 
 MODEL = "MLmodel"
 CODE = "code"  # folder
@@ -30,8 +33,32 @@ class TextModel:
 
 
 def write_flavor(folder: Path, model: TextModel) -> None:
-    """Make `folder` a model of MLflow's, beside the files that it has. `MLmodel` goes first and
-    comes last: who finds it finds all of it. Versions are those that are installed here."""
+    """Make `folder` a model of MLflow's, beside the files that it has, if it is not this one
+    already. `MLmodel` goes first and comes last: who finds it finds all of it. Versions are those
+    that are installed here. Of several runs one writes at a time."""
+    with FileLock(folder / f".{MODEL}.lock"):
+        if not _is_there(folder, model):
+            _write(folder, model)
+
+
+def _is_there(folder: Path, model: TextModel) -> bool:
+    files = [folder / MODEL, folder / _REQUIREMENTS, folder / _PYTHON]
+    if not all(path.is_file() for path in files):
+        return False
+    same = (folder / _REQUIREMENTS).read_text("utf-8") == _requirements(model)
+    return same and _code(folder / CODE / model.package.name) == _code(model.package)
+
+
+def _code(package: Path) -> dict[str, bytes]:
+    return {name: path.read_bytes() for name, path in files_to_send(package).items()}
+
+
+def _requirements(model: TextModel) -> str:
+    names = ("mlflow", *model.requirements)
+    return "".join(f"{name}=={_public(name)}\n" for name in names)
+
+
+def _write(folder: Path, model: TextModel) -> None:
     from mlflow.models import Model
     from mlflow.models.signature import ModelSignature
     from mlflow.pyfunc import add_to_model
@@ -41,8 +68,7 @@ def write_flavor(folder: Path, model: TextModel) -> None:
     code = folder / CODE / model.package.name
     shutil.rmtree(code, ignore_errors=True)
     shutil.copytree(model.package, code, ignore=shutil.ignore_patterns("__pycache__"))
-    pinned = [f"{name}=={_public(name)}" for name in ("mlflow", *model.requirements)]
-    (folder / _REQUIREMENTS).write_text("\n".join(pinned) + "\n", "utf-8")
+    (folder / _REQUIREMENTS).write_text(_requirements(model), "utf-8")
     python = {"python": python_version(), "dependencies": [f"-r {_REQUIREMENTS}"]}
     (folder / _PYTHON).write_text(yaml.safe_dump(python), "utf-8")
     text = Schema([ColSpec("string")])
