@@ -36,6 +36,7 @@ from dpq_core.checkpoint.exports import verify
 from dpq_core.checkpoint.exports.card import CARD
 from infra import remote
 from infra.registry import Registry
+from infra.registry.flavor import FILES
 from infra.registry.tracking import tracking_store
 from infra.store import Store
 
@@ -184,9 +185,9 @@ def _workers(run: Run) -> list[psutil.Process]:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """Of a checkpoint, without what differs by the run: its card."""
-    files = (path for path in folder.iterdir() if path.name[0] != "." and path.name != CARD)
-    return {path.name: path.read_bytes() for path in files}
+    """Of a checkpoint, without what a release puts beside it."""
+    files = (path for path in folder.iterdir() if path.name[0] != ".")
+    return {path.name: path.read_bytes() for path in files if path.name not in (CARD, *FILES)}
 
 
 def survive(
