@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 from conftest import run_flow
+from test_same_bytes import in_store
 from torch import nn
 from typer.testing import CliRunner
 
@@ -21,27 +22,42 @@ def served(content, services_home):
     return parse_recipe({**content, "evaluation": section})
 
 
-def test_it_is_promoted_with_scores_of_its_own(served, recipe):
-    found, defined = run_flow(release, served), run_flow(release, recipe)
-    assert found.verdict.verdict == "promoted"
-    assert found.checkpoint == defined.checkpoint
-    ours, theirs = (each.verdict.metrics["perplexity_token"] for each in (found, defined))
-    assert ours.baseline == theirs.baseline
-    assert ours.candidate != theirs.candidate
-    assert ours.candidate == pytest.approx(theirs.candidate, rel=0.01)
+@pytest.fixture
+def put_after(monkeypatch):
+    """Put what a function makes after each linear of a CPU's runtimes; how many were made."""
+    made = []
 
+    def put(module):
+        def after(make):
+            def both(layer, bias):
+                made.append(layer)
+                return nn.Sequential(make(layer, bias), module())
 
-def test_a_runtime_that_computes_otherwise_is_no_release(served, monkeypatch, tmp_path):
-    def wrong(make):
-        def made(layer, bias):
-            return nn.Sequential(make(layer, bias), nn.Hardtanh(-0.5, 0.5))
+            return both
 
+        for kernels in (cpu, avx2):
+            monkeypatch.setattr(kernels, "make", after(kernels.make))
         return made
 
-    for kernels in (cpu, avx2):
-        monkeypatch.setattr(kernels, "make", wrong(kernels.make))
-    execution = served.execution.model_copy(update={"store": str(tmp_path / "store")})
-    found = run_flow(release, served.model_copy(update={"execution": execution}))
+    return put
+
+
+def test_it_is_scored_by_the_runtime_alone_and_promoted(served, recipe, put_after, tmp_path):
+    defined, made = run_flow(release, recipe), put_after(nn.Identity)
+    found = run_flow(release, in_store(served, tmp_path / "store"))
+    assert found.verdict.verdict == "promoted"
+    assert len(made) >= 2 * 35  # linears, to be looked at and to score with
+    ours, theirs = (each.verdict.metrics["perplexity_token"] for each in (found, defined))
+    assert ours.baseline == theirs.baseline
+    assert ours.candidate == pytest.approx(theirs.candidate, rel=0.01)
+    made.clear()
+    run_flow(release, in_store(recipe, tmp_path / "store"))
+    assert made == []
+
+
+def test_a_runtime_that_computes_otherwise_is_no_release(served, put_after, tmp_path):
+    put_after(lambda: nn.Hardtanh(-0.5, 0.5))
+    found = run_flow(release, in_store(served, tmp_path / "store"))
     assert found.verdict.verdict == "rejected"
     (reason,) = [each for each in found.verdict.reasons if "integrity" in each]
     assert "nats a token from the formula's, limit 0.002" in reason
