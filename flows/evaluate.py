@@ -126,7 +126,7 @@ def _inspect(
     tokenizer = load_tokenizer(model.folder, trusted)
     data = prepare(recipe.evaluation, tokenizer, config, store, worker.arithmetic)
     fitting.check_ids(config, tokenizer, {"evaluation.perplexity": data.perplexity}, store)
-    served = recipe.evaluation.arithmetic == "served" and role == "candidate"
+    served = recipe.evaluation.served and role == "candidate"
     if served and not (model.folder / MANIFEST).is_file():
         raise CheckpointError(
             f"{checkpoint}: evaluation.arithmetic is served, and runtimes serve native checkpoints"

@@ -140,7 +140,7 @@ def verify(
     the logits of the model that was put together from the layers' own artifacts. Where the
     candidate is scored as it is served, the runtime's predictions must be near to the formula's.
     """
-    store, served = Store(recipe.execution.store), recipe.evaluation.arithmetic == "served"
+    store, served = Store(recipe.execution.store), recipe.evaluation.served
     made_by = computed_by("integrity", this_worker(recipe.execution).arithmetic)
     about = {**made_by, "checkpoint": checkpoint.sha256} | ({"served": True} if served else {})
     key = digest(about)
@@ -189,7 +189,7 @@ def _check(
     checks["reload"] = (
         None if torch.equal(expected, found) else f"logits differ by up to {difference:g}"
     )
-    if recipe.evaluation.arithmetic == "served":
+    if recipe.evaluation.served:
         checks["served"] = _served(written, probe, checkpoint, found)
     missing = sorted(set(layers) ^ set(shapes))
     checks["layers"] = f"quantized and planned layers differ: {missing}" if missing else None

@@ -71,6 +71,7 @@ def export(recipe: Recipe, checkpoint: ArtifactRef, name: str) -> Export:
 @task(name="cards", cache_policy=NO_CACHE)
 def cards(
     run: TrackedRun,
+    recipe: Recipe,
     checkpoint: ArtifactRef,
     exports: Sequence[Export],
     verdict: str,
@@ -83,7 +84,7 @@ def cards(
     Both lie beside what the store and the manifests have digests of: the same checkpoint may be
     released again, under other gates.
     """
-    native = QuantizedCheckpoint(checkpoint.folder)
+    native = QuantizedCheckpoint(checkpoint.folder, recipe.model.trust_remote_code)
     card = model_card(native, None, verdict, gates, standings)
     (checkpoint.folder / CARD).write_text(card, "utf-8")
     run.log_text(card, CARD)

@@ -234,15 +234,13 @@ def load_model(
         if (folder / MANIFEST).is_file():
             return load_quantized(folder, device, trust_remote_code)
         quantization = quantization_of(folder)
-        model = empty_model(folder, trust_remote_code)
-        if read_by_codes(quantization, source):
-            codes = reader_of(folder)
-            check_parameters(model, codes)
-            return _complete(model, codes, device)
-        if by_its_library(folder) and not (source and reads_fp8(quantization)):
+        by_codes = read_by_codes(quantization, source)
+        library = by_its_library(folder) and not by_codes
+        if library and not (source and reads_fp8(quantization)):
             return load_compressed_tensors(folder).to(device).eval()
-        reader = CheckpointReader(folder)
-        if quantization is None or reads_fp8(quantization):
+        model = empty_model(folder, trust_remote_code)
+        reader = reader_of(folder) if by_codes else CheckpointReader(folder)
+        if quantization is None or by_codes or reads_fp8(quantization):
             check_parameters(model, reader)
         elif quantization["quant_method"] == "gptq":
             fill_gptq(model, reader, quantization)

@@ -39,7 +39,8 @@ def _by_pieces(
     if len(first) == layer.rows:
         return first
     found = first.new_empty(layer.rows, layer.features)
-    for start in range(0, layer.rows, every):
+    found[:every] = first
+    for start in range(every, layer.rows, every):
         rows = slice(start, start + every)
         found[rows] = of(layer.some(rows))
     return found

@@ -35,6 +35,11 @@ class EvaluationSection(Section):
         None, gt=0, description="seconds a task may take; the chunks that it scored are kept"
     )
 
+    @property
+    def served(self) -> bool:
+        """Whether a candidate is computed by the kernels that serve it."""
+        return self.arithmetic == "served"
+
     @model_validator(mode="after")
     def _examples_are_of_suites(self) -> Self:
         unknown = sorted(set(self.num_fewshot) - set(self.suites))

@@ -79,7 +79,7 @@ def subject_of(recipe: Recipe, candidate: Candidate, role: str) -> Subject:
     """A candidate to measure, under the digest that `dpq evaluate` gives the same checkpoint."""
     folder = candidate.checkpoint.folder
     digest = content_digest(folder, Store(recipe.execution.store))
-    return Subject(role, folder, digest, served=recipe.evaluation.arithmetic == "served")
+    return Subject(role, folder, digest, served=recipe.evaluation.served)
 
 
 @task(name="gate", cache_policy=NO_CACHE)

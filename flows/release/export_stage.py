@@ -4,6 +4,7 @@ from dataclasses import replace
 
 from prefect.artifacts import create_table_artifact
 
+from dpq_core.recipe import Recipe
 from dpq_core.verdict.gates import Verdict
 from flows.release.candidate import Attempt, gate
 from flows.reporting.prefect_artifacts import gate_rows, standings
@@ -38,11 +39,15 @@ def with_exports(baseline: Measured, attempt: Attempt) -> tuple[Attempt, list[Ex
 
 
 def write_cards(
-    run: TrackedRun, checkpoint: ArtifactRef, exports: list[Export], verdict: Verdict
+    run: TrackedRun,
+    recipe: Recipe,
+    checkpoint: ArtifactRef,
+    exports: list[Export],
+    verdict: Verdict,
 ) -> None:
     """Model cards with the gate table; the exports as a table on the run page and in MLflow."""
-    metrics = verdict.metrics
-    cards(run, checkpoint, exports, verdict.verdict, gate_rows(metrics), standings(metrics))
+    gates, said = gate_rows(verdict.metrics), standings(verdict.metrics)
+    cards(run, recipe, checkpoint, exports, verdict.verdict, gates, said)
     rows = [each.as_row() for each in exports]
     if rows:
         create_table_artifact(rows, key="exports", description="Other formats, and their checks")

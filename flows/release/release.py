@@ -123,7 +123,7 @@ def release(recipe: Recipe) -> Release:
             about["attested"] = attested.line
         log_verdict(run, judged)
         log_attestation(run, attested)
-        write_cards(run, checkpoint, exports, judged)
+        write_cards(run, recipe, checkpoint, exports, judged)
         source = published(destination, registry, judged, name, checkpoint, exports)
         registration = register(
             tracking_uri,
@@ -139,7 +139,7 @@ def release(recipe: Recipe) -> Release:
         verdict = registration.verdict
         if verdict != judged:
             log_verdict(run, verdict)
-            write_cards(run, checkpoint, exports, verdict)
+            write_cards(run, recipe, checkpoint, exports, verdict)
         publish(verdict, manifest, checkpoint.folder, registration, run.url)
         publish_parts(parts)
         rounds = list(round_rows(repaired.attempts))

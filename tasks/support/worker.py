@@ -185,7 +185,7 @@ def about_worker(recipe: Recipe) -> Worker:
             to be scored as it is served, they have nothing to serve with.
     """
     worker = this_worker(recipe.execution)
-    if recipe.evaluation.arithmetic == "served":
+    if recipe.evaluation.served:
         try:
             runtime_for(worker.device)
         except RuntimeUnavailableError as error:

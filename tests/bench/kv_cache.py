@@ -31,9 +31,11 @@ from dpq_core.checkpoint.native import load_model, load_quantized
 from dpq_core.data.texts import calibration_windows, opening_token
 from dpq_core.layer import kv_cache
 from dpq_core.model import kv_cache as hooks
+from dpq_core.model.streaming import load_config
 from dpq_core.pipeline import quantize_checkpoint
 from dpq_core.recipe import CalibrationSection, TextDataset
 from dpq_core.recipe.scheme import Scheme
+from dpq_core.serving.decoding import context_bytes
 from tasks.support.model import load_tokenizer
 
 _CALIBRATION = "c4_sample/c4_train_00000_first.jsonl.gz"
@@ -127,13 +129,6 @@ class Rows:
         )
 
 
-def bytes_of(folder: Path) -> int:
-    """Of a token's keys and values in 16 bits."""
-    text = load_model(folder).config.get_text_config()
-    size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    return int(2 * 2 * text.num_hidden_layers * text.num_key_value_heads * size)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("model", type=Path)
@@ -146,7 +141,7 @@ def main() -> None:
     parser.add_argument("--weights", nargs="+", default=list(WEIGHTS), choices=list(WEIGHTS))
     parser.add_argument("--faults", nargs="*", type=int, default=FAULTS, metavar="POWER")
     arguments = parser.parse_args()
-    bench, sixteen = Bench(arguments), bytes_of(arguments.model)
+    bench, sixteen = Bench(arguments), context_bytes(load_config(arguments.model))
     print(f"16 bits: {bench.base.perplexity:.4f}; load {os.getloadavg()[0]:.1f}", flush=True)
     print("| weights | cache | bytes a token | increase | KL | less without |", flush=True)
     print("|---|---|--:|--:|--:|--:|")

@@ -111,7 +111,7 @@ def shown_scheme(scheme: Scheme) -> str:
     if scheme.method == "none":
         return "16 bits"
     inner = {"e4m3": f"E4M3 up to {scheme.fp8_max}", "int8": "INT8", "none": "16 bits"}
-    if scheme.input_format and not scheme.inner_format:
+    if takes_fp8_inputs(scheme):
         inner["none"] = f"{inner['e4m3']} by codes, weights not rounded"
     weights = "8 bits, a scale a row"
     if scheme.bits == 4:
