@@ -1,6 +1,6 @@
 """What was found of an engine, as an in-toto Statement (v1) about the files that it served.
 
-    subject        every file of the export that a digest covers, by SHA-256
+    subject        every file of the model that a digest covers, by SHA-256
     predicateType  `urn:dpq:engine-attestation:1`
     predicate      verdict and reasons; engine (name, version, packages, kernels, device, driver,
                    its command's arguments, variables that the export asks for); reference (whose
@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from dpq_core.checkpoint import exports
+from dpq_core.checkpoint import exports, native
 from dpq_core.checkpoint.exports.card import CARD
 from dpq_core.digests import file_digest
 from dpq_core.errors import InputError
@@ -34,14 +34,17 @@ class StatementError(InputError):
 
 
 def subject_of_folder(folder: Path) -> dict[str, str]:
-    """SHA-256 of the files that are attested, by name. An export is compared with its manifest.
+    """SHA-256 of the files that are attested, by name: what its manifest lists and that itself, or
+    every file of a model that has none. An export is compared with its manifest.
 
     Raises:
-        CheckpointError: a damaged export.
+        CheckpointError: a damaged export, or a manifest that nobody knows.
     """
     if (folder / exports.MANIFEST).is_file():
         exports.verify(folder)
         names = [*exports.read_export(folder)["files"], exports.MANIFEST]
+    elif (folder / native.MANIFEST).is_file():
+        names = [*native.read_manifest(folder)["files"], native.MANIFEST]
     else:
         left_out = (CARD, FILE, ENVELOPE)
         names = [p.name for p in folder.iterdir() if p.is_file() and p.name not in left_out]

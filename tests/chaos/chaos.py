@@ -33,10 +33,9 @@ from pathlib import Path
 import psutil
 
 from dpq_core.checkpoint.exports import verify
-from dpq_core.checkpoint.exports.card import CARD
+from dpq_core.checkpoint.native import MANIFEST, read_manifest
 from infra import remote
 from infra.registry import Registry
-from infra.registry.flavor import FILES
 from infra.registry.tracking import tracking_store
 from infra.store import Store
 
@@ -185,9 +184,9 @@ def _workers(run: Run) -> list[psutil.Process]:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """Of a checkpoint, without what a release puts beside it."""
-    files = (path for path in folder.iterdir() if path.name[0] != ".")
-    return {path.name: path.read_bytes() for path in files if path.name not in (CARD, *FILES)}
+    """Of a checkpoint, without what a release, or MLflow, puts beside it."""
+    names = [*read_manifest(folder)["files"], MANIFEST]
+    return {name: (folder / name).read_bytes() for name in names}
 
 
 def survive(

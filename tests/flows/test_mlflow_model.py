@@ -54,6 +54,7 @@ def greedy(folder, prompt, tokens):
 
 def test_mlflow_serves_the_champion(address, tmp_path):
     tracking, folder, uri = address
+    to_send = {*files_to_send(folder)}
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     command = ["models", "serve", "-m", uri, "--env-manager", "local", "--port", str(port)]
@@ -77,6 +78,7 @@ def test_mlflow_serves_the_champion(address, tmp_path):
         code, said = answered({"inputs": [PROMPT], "params": {"max_new_tokens": 0}})
         assert code == 400
         assert "max_new_tokens is 0" in said["message"]
+        assert {*files_to_send(folder)} == to_send
     finally:
         for each in [*psutil.Process(server.pid).children(recursive=True), server]:
             each.kill()

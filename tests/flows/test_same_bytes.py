@@ -8,12 +8,11 @@ from conftest import dpq_process, run_flow
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from dpq_core.checkpoint.exports.card import CARD
+from dpq_core.checkpoint.native import MANIFEST, read_manifest
 from dpq_core.data.texts import calibration_windows, load_texts
 from dpq_core.pipeline import quantize_checkpoint
 from dpq_core.recipe import CalibrationSection, ModelSection
 from flows.quantize import quantize
-from infra.registry.flavor import FILES
 from infra.store import Store
 from tasks.assemble import provenance
 from tasks.support.model import inspect
@@ -21,9 +20,9 @@ from tasks.support.tokenized_data import load_inputs, store_calibration
 
 
 def contents(folder):
-    """Without what a release puts beside it."""
-    files = (path for path in sorted(folder.iterdir()) if path.name[0] != ".")
-    return {path.name: path.read_bytes() for path in files if path.name not in (CARD, *FILES)}
+    """Of a checkpoint, without what a release, or MLflow, puts beside it."""
+    names = [*read_manifest(folder)["files"], MANIFEST]
+    return {name: (folder / name).read_bytes() for name in names}
 
 
 def in_store(recipe, folder, **execution):

@@ -22,6 +22,7 @@ from dpq_core.attestation.statement import (
     statement,
     subject_of_folder,
 )
+from dpq_core.checkpoint.native import FORMAT_VERSION, MANIFEST
 from dpq_core.digests import file_digest, write_json
 
 SAID = statement({"model.safetensors": "0" * 64}, {"verdict": "passed"})
@@ -50,6 +51,16 @@ def test_a_statement_is_of_every_file_but_the_card_and_itself(tmp_path):
     said = statement(found, {})
     assert said["_type"] == "https://in-toto.io/Statement/v1"
     assert [each["name"] for each in said["subject"]] == names
+
+
+def test_a_statement_of_a_checkpoint_is_of_what_its_manifest_lists(tmp_path):
+    """The rest is put beside it later, or by who loads it."""
+    for name in ("model.safetensors", "MLmodel"):
+        (tmp_path / name).write_text(name)
+    about = {"format_version": FORMAT_VERSION, "scheme": {}, "layers": []}
+    write_json(tmp_path / MANIFEST, {**about, "files": {"model.safetensors": {}}})
+    names = [MANIFEST, "model.safetensors"]
+    assert subject_of_folder(tmp_path) == {name: file_digest(tmp_path / name) for name in names}
 
 
 def test_a_signature_is_of_dsse(keys, tmp_path):
