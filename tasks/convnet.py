@@ -27,6 +27,7 @@ from dpq_core.convnet.artifact import (
 )
 from dpq_core.convnet.executor import (
     Classifier,
+    apart,
     kernel_counts,
     latencies,
     other_answers,
@@ -305,10 +306,10 @@ def _check_written(folder: Path, made: Prepared, probe: Images) -> None:
     """Raises ArtifactError where the file is another network than the graph."""
     with torch.no_grad():
         expected = predict(made.graph, probe)
-    off = (predict(Classifier(folder, "as written"), probe) - expected).norm() / expected.norm()
+    off = apart(expected, predict(Classifier(folder, "as written"), probe))
     if not off < _OTHER_LOGITS:
         raise ArtifactError(
-            f"{folder}: the written model's logits differ by {100 * float(off):.1f} % of their norm"
+            f"{folder}: the written model's logits differ by {100 * off:.1f} % of their norm"
             f" from those of the one made: at most {100 * _OTHER_LOGITS:g} % comes of rounding"
         )
 

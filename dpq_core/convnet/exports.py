@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from dpq_core.convnet.artifact import read_manifest
-from dpq_core.convnet.executor import Classifier, other_answers, too_many
+from dpq_core.convnet.executor import Classifier, apart, other_answers, too_many
 from dpq_core.convnet.files import MODEL
 from dpq_core.convnet.images import Images, square
 from dpq_core.convnet.recipe import ImagesSection
@@ -141,7 +141,7 @@ def _logits(model: Runs, pictures: Images) -> Tensor:
 
 def _compared(name: str, to: Path, expected: Tensor, found: Tensor) -> Written:
     count, other = len(expected), other_answers(expected, found)
-    distance = float((found - expected).norm() / expected.norm())
+    distance = apart(expected, found)
     if too_many(other, count) or not found.isfinite().all():
         raise ConvExportError(
             f"{name}: another class than the scored file's for {other} of {count} pictures,"

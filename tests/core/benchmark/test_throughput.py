@@ -148,7 +148,8 @@ def test_every_variant_at_every_batch():
     speed = {(c.variant, c.batch): c.decode_tokens_per_second for c in found.cells}
     assert found.ratio() == speed["w4a8", 1] / speed["bf16", 1]
     assert any("took turns" in note for note in found.notes)
-    assert any(note.startswith("w4a8: runtime cpu") for note in found.notes)
+    runtime = runtime_for(CPU).runtime.name
+    assert any(note.startswith(f"w4a8: runtime {runtime}") for note in found.notes)
     assert steps == [(n, 6) for n in range(1, 7)]
 
 
