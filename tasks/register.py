@@ -4,11 +4,13 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 
+import httpx
 import tenacity
-from prefect import task
+from prefect import get_client, task
 from prefect.cache_policies import NO_CACHE
 from prefect.concurrency.asyncio import ConcurrencySlotAcquisitionError
 from prefect.concurrency.sync import concurrency
+from prefect.exceptions import ObjectNotFound
 
 from dpq_core.digests import digest
 from dpq_core.errors import InputError
@@ -25,23 +27,37 @@ _RESTART = 120.0  # s, for a server to be up again
 @contextmanager
 def promoting() -> Iterator[None]:
     """Within Prefect's limit, which holds for all that use one server, where `dpq deploy` made it.
+    Where it did not, no place is asked for: on SQLite the server writes for that too, is refused
+    beside other writers, and its client waits two seconds.
 
     Prefect asks for a place once. A server that is being started again is asked until it answers,
     as Prefect's client does with everything else.
 
     Raises:
-        ConcurrencySlotAcquisitionError: it does not.
+        ConcurrencySlotAcquisitionError, httpx.TransportError: it does not.
     """
     with ExitStack() as stack:
         for attempt in tenacity.Retrying(
-            retry=tenacity.retry_if_exception_type(ConcurrencySlotAcquisitionError),
+            retry=tenacity.retry_if_exception_type(
+                (ConcurrencySlotAcquisitionError, httpx.TransportError)
+            ),
             wait=tenacity.wait_fixed(2),
             stop=tenacity.stop_after_delay(_RESTART),
             reraise=True,
         ):
             with attempt:
-                stack.enter_context(concurrency(PROMOTION))
+                if _is_limited():
+                    stack.enter_context(concurrency(PROMOTION))
         yield
+
+
+def _is_limited() -> bool:
+    with get_client(sync_client=True) as client:
+        try:
+            client.read_global_concurrency_limit_by_name(PROMOTION)
+        except ObjectNotFound:
+            return False
+    return True
 
 
 class BaseModelError(InputError):
