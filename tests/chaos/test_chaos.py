@@ -44,8 +44,8 @@ def undisturbed(recipe, model, folder):
 def test_a_release_survives(tmp_path, model):
     path = recipe_in(tmp_path, "processes", model=str(model))
     chaos = Chaos(path, tmp_path / "release", random.Random(59))
-    found = chaos.release([5, 10, 20, 28])
-    assert chaos.kills.total() == 4
+    found = chaos.release([6, 28])  # between chunks of scores, between layers
+    assert chaos.kills.total() == 2
     assert found == undisturbed(load_recipe(path), model, tmp_path / "plain")
     chaos.check_store()
 
