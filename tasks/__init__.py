@@ -1,0 +1,3 @@
+from infra.lean import import_less
+
+import_less()

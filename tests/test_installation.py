@@ -22,11 +22,10 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
 
 # Of `dpq --help`: nothing that computes, serves or talks to servers.
 LATE_FOR_HELP = "torch numpy scipy transformers datasets prefect mlflow httpx filelock matplotlib"
-# Of the start of a release. (transformers itself imports scikit-learn, pandas and torchao where
-# they are installed, accelerate boto3.)
+# Of the start of a release. (accelerate itself imports boto3 where it is installed.)
 LATE_FOR_RELEASE = (
     "dask distributed prefect_dask lm_eval datasets compressed_tensors s3fs matplotlib"
-    " onnx onnxruntime onnxscript"
+    " onnx onnxruntime onnxscript sklearn pandas torchao"
 )
 NOT_IN_A_RELEASE = (
     "dask distributed mypy moto playwright prefect-dask pytest ruff torchao triton hypothesis"
@@ -68,6 +67,12 @@ def test_a_release_starts_without_what_comes_late_or_never(tmp_path):
     found = imported_by(
         "import flows.release.release, flows.running.runners, flows.cli.terminal", tmp_path
     )
+    assert {"torch", "prefect", "transformers"} <= found
+    assert not found & set(LATE_FOR_RELEASE.split())
+
+
+def test_a_task_on_a_worker_imports_as_little(tmp_path):
+    found = imported_by("import tasks.quantize, tasks.score, dpq_core.model.streaming", tmp_path)
     assert {"torch", "prefect", "transformers"} <= found
     assert not found & set(LATE_FOR_RELEASE.split())
 
