@@ -26,6 +26,7 @@ from dpq_core.model.streaming import StreamedModel
 from dpq_core.paths import is_folder
 from dpq_core.recipe import Recipe
 from dpq_core.recipe.datasets import MixedDataset
+from dpq_core.serving.runtimes import VERSION as RUNTIMES_VERSION
 from dpq_core.serving.runtimes import runtime_for
 from infra.store import ArtifactRef, Store
 from tasks.calibrate import load_maxima
@@ -142,7 +143,9 @@ def verify(
     """
     store, served = Store(recipe.execution.store), recipe.evaluation.served
     made_by = computed_by("integrity", this_worker(recipe.execution).arithmetic)
-    about = {**made_by, "checkpoint": checkpoint.sha256} | ({"served": True} if served else {})
+    about = {**made_by, "checkpoint": checkpoint.sha256} | (
+        {"served": RUNTIMES_VERSION} if served else {}
+    )
     key = digest(about)
 
     def make(folder: Path) -> None:

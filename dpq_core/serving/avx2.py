@@ -3,7 +3,8 @@
 `Avx2Linear` holds a weight as `dpq_core.serving.avx2_weights` lays it out. Threads share the rows
 of the weight. A few tokens, rounded, as FP32, are multiplied by weights that are decoded in
 registers; for more, a few rows at a time are decoded into the first cache, and multiplied by tiles
-of tokens. Reading the codes takes a seventh of what reading the weight in FP32 does.
+of tokens, as BF16 where the processor has units for that (`bf16_tiles`). Reading the codes takes a
+seventh of what reading the weight in FP32 does.
 
 As in `dpq_core.serving.cpu` rounding to E4M3 is part of decoding, and what lies beyond the
 format's range is refused.
@@ -23,7 +24,7 @@ from dpq_core.kernels.cpu import bits_of
 from dpq_core.kernels.forward_rows import scale_rows, take_threads, widen
 from dpq_core.kernels.numba_loops import real, round_rows
 from dpq_core.layer.records import QuantizedLinear, QuantizedWeight
-from dpq_core.serving import avx2_kernels
+from dpq_core.serving import avx2_kernels, bf16_tiles
 from dpq_core.serving.avx2_kernels import LANES, ROWS, TOKENS, WIDTHS, sizes
 from dpq_core.serving.avx2_weights import code_bytes, eight_bits, group_tables
 from dpq_core.serving.weights import UNIT, choose_scales, numbers_of, refusal, rows_of
@@ -32,12 +33,12 @@ __all__ = ["Avx2Linear", "make", "refusal", "unavailable"]
 
 _INPUTS = 32  # units times tokens whose inputs stay in the first cache: 16 KiB
 _FEW = 8  # tokens up to which weights are decoded in registers
+_FEW_BESIDE_UNITS = 4  # where the processor multiplies BF16
 _APART = 16  # columns between tokens, which would otherwise share places in the first cache
 _BATCH = 4096  # tokens whose inputs are held as FP32
 _TOGETHER = LANES * TOKENS  # tokens that whole groups of both are made of
 _MANY = 44 * TOKENS  # tokens at a time, whose inputs stay in a cache from piece to piece
 _PIECE, _DEPTH = 64, 8  # rows and units that are decoded at a time: 256 KiB, of the second cache
-_NEAR = 2 * TOKENS  # tokens whose inputs stay in the first cache there: 24 KiB
 
 
 def unavailable() -> str:
@@ -103,11 +104,12 @@ class Avx2Linear(nn.Module):
     def _multiply(self, x: NDArray[np.int16], y: NDArray[np.int16], threads: int) -> None:
         """x [tokens, in] bf16; y [tokens, out] bf16, written. Few operations: with one token and
         small layers they are what takes the time."""
-        tensors, tokens = self._buffers, len(x)
-        each = LANES if tokens <= _FEW else _TOGETHER
+        tensors, tokens, units = self._buffers, len(x), has_units()
+        many = tokens > (_FEW_BESIDE_UNITS if units else _FEW)
+        each = _TOGETHER if many else LANES
         filled, width = -(-tokens // each) * each, -(-self.in_features // UNIT) * UNIT
         static = tensors["input_scale"]
-        _kernel(*self._kind)(
+        _kernel(*self._kind, many, units)(
             x,
             self._rounds,
             0.0 if static is None else float(static),
@@ -119,7 +121,7 @@ class Avx2Linear(nn.Module):
             tensors["bias"].numpy(),  # type: ignore[union-attr]
             y,
             np.ones((tokens, 1), np.float32),
-            np.empty((filled, width + _APART), np.float32),
+            np.empty((filled, width + _APART), np.int16 if many and units else np.float32),
             threads,
         )
 
@@ -128,9 +130,18 @@ class Avx2Linear(nn.Module):
 
 
 @functools.cache
-def _kernel(kind: str, tables: int) -> Any:
+def has_units() -> bool:
+    """Whether tiles are multiplied by BF16 units: where the processor has them, and neither the
+    libraries that multiply nor Numba are told of another."""
+    there = "avx512_bf16" in products.features() and numba.config.CPU_NAME is None
+    return there and products.bf16_units()
+
+
+@functools.cache
+def _kernel(kind: str, tables: int, many: bool, units: bool) -> Any:
     """`Avx2Linear.forward` for one kind of weights; compiled when it first runs, in seconds."""
-    few, many = _few(kind, tables), _many(kind, tables)
+    multiply = _many(kind, tables, units) if many else _few(kind, tables)
+    prepare = _preparing(_as_they_are if many and units else widen)
 
     @numba.njit(nogil=True, parallel=True, error_model="numpy")
     def forward(
@@ -145,22 +156,19 @@ def _kernel(kind: str, tables: int) -> Any:
         bias: NDArray[np.float32],
         y: NDArray[np.int16],  # [tokens, out] bf16, written
         scales: NDArray[np.float32],  # [tokens, 1], ones, written
-        wide: NDArray[np.float32],  # [tokens and more, units * 128 and more], written
+        wide: NDArray[Any],  # [tokens and more, units * 128 and more] fp32 or bf16, written
         parts: int,
     ) -> None:
         tokens, rows = y.shape
         if tokens <= LANES:
-            _prepare(0, x, rounds, static, numbers, scales, wide)
+            prepare(0, x, rounds, static, numbers, scales, wide)
         else:
             for number in numba.prange(len(wide) // LANES):
-                _prepare(number * LANES, x, rounds, static, numbers, scales, wide)
+                prepare(number * LANES, x, rounds, static, numbers, scales, wide)
         for part in numba.prange(parts):
             first, last = part * rows // parts, (part + 1) * rows // parts
             scaled = channel_scale[first:last], bias[first:last] if bias.size else bias
-            if tokens > _FEW:
-                many(first, last, wide, scales, weights, groups, values, *scaled, y)
-            else:
-                few(first, last, wide, scales, weights, groups, values, *scaled, y)
+            multiply(first, last, wide, scales, weights, groups, values, *scaled, y)
 
     return forward
 
@@ -226,10 +234,14 @@ def _few(kind: str, tables: int) -> Any:
     return few
 
 
-def _many(kind: str, tables: int) -> Any:
-    """Some rows of the weight, decoded a piece at a time, which stays in the second cache."""
-    decode, multiply = avx2_kernels.decoding(kind, tables), avx2_kernels.tiling()
+def _many(kind: str, tables: int, by_units: bool) -> Any:
+    """Some rows of the weight, decoded a piece at a time, which stays in the second cache: FP32, or
+    BF16 for units, and so the inputs."""
+    decode = avx2_kernels.decoding(kind, tables, narrow=by_units)
+    tiles = bf16_tiles if by_units else avx2_kernels
+    multiply, number, tile = tiles.tiling(), np.int16 if by_units else np.float32, tiles.TOKENS
     unit_bytes, group_bytes = sizes(kind, tables)
+    size, deep, near = number().itemsize, _DEPTH * 4 // number().itemsize, 2 * tile
 
     @numba.njit(nogil=True, error_model="numpy")
     def fill_piece(
@@ -240,32 +252,32 @@ def _many(kind: str, tables: int) -> Any:
         weights: int,
         groups: int,
         values: int,
-        piece: NDArray[np.float32],  # [rows, columns], written
+        piece: NDArray[Any],  # [rows, columns], written
     ) -> None:
-        of_row, of_groups, some = units * unit_bytes, units * group_bytes, min(_DEPTH, units - unit)
+        of_row, of_groups, some = units * unit_bytes, units * group_bytes, min(deep, units - unit)
         decode(
             stop - row, weights + row * of_row + unit * unit_bytes, of_row,
             groups + row * of_groups + unit * group_bytes, of_groups, values, some,
-            piece.ctypes.data, 4 * piece.shape[1],
+            piece.ctypes.data, size * piece.shape[1],
         )  # fmt: skip
 
     @numba.njit(nogil=True, error_model="numpy")
     def add_products(
-        x: NDArray[np.float32],  # [tokens, columns]: whole tiles
+        x: NDArray[Any],  # [tokens, columns]: whole tiles
         unit: int,
         units: int,
-        piece: NDArray[np.float32],  # [rows, columns]
+        piece: NDArray[Any],  # [rows, columns]
         sums: NDArray[np.float32],  # [tokens, rows], added to
     ) -> None:
         """sums += x · pieceᵀ, of some units' columns of x."""
-        stride, of_x, of_sums = 4 * piece.shape[1], 4 * x.shape[1], 4 * sums.shape[1]
-        for token in range(0, len(x), _NEAR):
-            tiles, inputs = min(_NEAR, len(x) - token) // TOKENS, x.ctypes.data + token * of_x
+        stride, of_x, of_sums = size * piece.shape[1], size * x.shape[1], 4 * sums.shape[1]
+        for token in range(0, len(x), near):
+            tiles, inputs = min(near, len(x) - token) // tile, x.ctypes.data + token * of_x
             found = sums.ctypes.data + token * of_sums
             for row in range(0, sums.shape[1], ROWS):
                 multiply(
                     tiles, piece.ctypes.data + row * stride, stride, units,
-                    inputs + 4 * UNIT * unit, of_x, found + 4 * row, of_sums,
+                    inputs + size * UNIT * unit, of_x, found + 4 * row, of_sums,
                 )  # fmt: skip
 
     @numba.njit(nogil=True, error_model="numpy")
@@ -282,18 +294,18 @@ def _many(kind: str, tables: int) -> Any:
         y: NDArray[np.int16],
     ) -> None:
         units, memory = x.shape[1] // UNIT, np.empty(min(len(x), _MANY) * _PIECE, np.float32)
-        piece = np.zeros((_PIECE, min(units, _DEPTH) * UNIT), np.float32)
+        piece = np.zeros((_PIECE, min(units, deep) * UNIT), number)
         for token in range(0, len(y), _MANY):
             stop = min(token + _MANY, len(y))
-            filled = -(-(stop - token) // TOKENS) * TOKENS
+            filled = -(-(stop - token) // tile) * tile
             for row in range(first, last, _PIECE):
                 end = min(row + _PIECE, last)
                 wide = -(-(end - row) // ROWS) * ROWS
                 sums = memory[: filled * wide].reshape(filled, wide)
                 sums[:] = 0
-                for unit in range(0, units, _DEPTH):
+                for unit in range(0, units, deep):
                     fill_piece(row, end, unit, units, weights, groups, values, piece)
-                    inputs, depth = x[token : token + filled], min(_DEPTH, units - unit)
+                    inputs, depth = x[token : token + filled], min(deep, units - unit)
                     add_products(inputs, unit, depth, piece, sums)
                 found, some = sums[: stop - token, : end - row], slice(row - first, end - first)
                 added, target = bias[some] if bias.size else bias, y[token:stop, row:end]
@@ -313,27 +325,38 @@ def _turn(sums: NDArray[np.float32], turned: NDArray[np.float32], to: bool) -> N
                 sums[row, token] = 0
 
 
-@numba.njit(nogil=True, error_model="numpy")
-def _prepare(
-    first: int,
-    x: NDArray[np.int16],  # [tokens, in] bf16
-    rounds: bool,
-    static: float,  # sx, or 0 where each token has its own
-    numbers: NDArray[np.int32],
-    scales: NDArray[np.float32],  # [tokens, 1], written: sx
-    wide: NDArray[np.float32],  # [tokens and more, in and more], written: x8, zero beyond
-) -> None:
-    """Round 8 tokens' inputs and lay them out."""
-    last, features = min(first + LANES, len(x)), x.shape[1]
-    x8 = x[first:last]
-    if rounds:
-        maximum = real(numbers[0])
-        choose_scales(x8, static, maximum, scales[first:last])
-        x8 = np.empty_like(x8)
-        round_rows(
-            0, len(x8), x[first:last], scales[first:last], x8, maximum, numbers[1], numbers[2]
-        )
-    widen(x8, wide[first:last])
-    for token in range(first, first + LANES):
-        for column in range(features if token < last else 0, wide.shape[1]):
-            wide[token, column] = 0
+def _preparing(lay_out: Any) -> Any:
+    @numba.njit(nogil=True, error_model="numpy")
+    def prepare(
+        first: int,
+        x: NDArray[np.int16],  # [tokens, in] bf16
+        rounds: bool,
+        static: float,  # sx, or 0 where each token has its own
+        numbers: NDArray[np.int32],
+        scales: NDArray[np.float32],  # [tokens, 1], written: sx
+        wide: NDArray[Any],  # [tokens and more, in and more], written: x8, zero beyond
+    ) -> None:
+        """Round 8 tokens' inputs and lay them out."""
+        last, features = min(first + LANES, len(x)), x.shape[1]
+        x8 = x[first:last]
+        if rounds:
+            maximum = real(numbers[0])
+            choose_scales(x8, static, maximum, scales[first:last])
+            x8 = np.empty_like(x8)
+            round_rows(
+                0, len(x8), x[first:last], scales[first:last], x8, maximum, numbers[1], numbers[2]
+            )
+        lay_out(x8, wide[first:last])
+        for token in range(first, first + LANES):
+            for column in range(features if token < last else 0, wide.shape[1]):
+                wide[token, column] = 0
+
+    return prepare
+
+
+@numba.njit(error_model="numpy")
+def _as_they_are(values: NDArray[np.int16], wide: NDArray[np.int16]) -> None:
+    """Into rows that are longer."""
+    for row in range(values.shape[0]):
+        for column in range(values.shape[1]):
+            wide[row, column] = values[row, column]

@@ -98,7 +98,7 @@ def multiplying(kind: str, tables: int, width: int) -> Any:
                         sum_ = total[number % each]
                         b.store(_fma(b, weight, inputs, b.load(sum_)), sum_)
             place = b.add(sums, b.mul(loop.index, I64(4 * LANES)))
-            added = _added_up(b, [_total(b, total) for total in totals])
+            added = added_up(b, [_total(b, total) for total in totals])
             store(b, b.fadd(load(b, place, 0, _REALS), added), place, 0)
         return context.get_dummy_value()
 
@@ -111,13 +111,13 @@ def multiplying(kind: str, tables: int, width: int) -> Any:
     ) -> Any:  # fmt: skip
         return signature, generate
 
-    return _compiled(
+    return compiled(
         signature, lambda a, b, c, d, e, f, g, h, i, j: multiply(a, b, c, d, e, f, g, h, i, j)
     )
 
 
-def decoding(kind: str, tables: int) -> Any:
-    """Kernel that writes rows of the weight as FP32, in their own order.
+def decoding(kind: str, tables: int, narrow: bool = False) -> Any:
+    """Kernel that writes rows of the weight as FP32, or narrow as BF16, in their own order.
 
     Arguments: the first seven of `multiplying`; where to, and the bytes from a row to the next
     there.
@@ -136,9 +136,11 @@ def decoding(kind: str, tables: int) -> Any:
                 decoded = _decoded(b, kind, tables, row, of_row, values, unit.index)
                 ahead = b.add(b.add(row, beyond), b.mul(unit.index, I64(unit_bytes)))
                 _prefetch_unit(b, ahead, unit_bytes)
-                place = b.add(to_row, b.mul(unit.index, I64(4 * UNIT)))
+                size = 2 if narrow else 4
+                place = b.add(to_row, b.mul(unit.index, I64(size * UNIT)))
                 for number, weight in enumerate(decoded):
-                    store(b, weight, place, 4 * LANES * number)
+                    written = _upper_halves(b, weight) if narrow else weight
+                    store(b, written, place, size * LANES * number)
         return context.get_dummy_value()
 
     signature = types.void(*[types.int64] * 9)
@@ -150,7 +152,7 @@ def decoding(kind: str, tables: int) -> Any:
     ) -> Any:  # fmt: skip
         return signature, generate
 
-    return _compiled(signature, lambda a, b, c, d, e, f, g, h, i: decode(a, b, c, d, e, f, g, h, i))
+    return compiled(signature, lambda a, b, c, d, e, f, g, h, i: decode(a, b, c, d, e, f, g, h, i))
 
 
 def tiling() -> Any:
@@ -179,7 +181,7 @@ def tiling() -> Any:
                         for given, total in zip(inputs, totals, strict=True):
                             b.store(_fma(b, weight, given, b.load(total[row])), total[row])
             for number, total in zip(numbers, totals, strict=True):
-                lanes = _added_up(b, [b.load(each) for each in total])
+                lanes = added_up(b, [b.load(each) for each in total])
                 added = pick(b, lanes, lanes, range(ROWS))
                 place = b.add(sums, b.mul(sums_stride, number))
                 store(b, b.fadd(load(b, place, 0, added.type), added), place, 0)
@@ -194,10 +196,10 @@ def tiling() -> Any:
     ) -> Any:  # fmt: skip
         return signature, generate
 
-    return _compiled(signature, lambda a, b, c, d, e, f, g, h: multiply(a, b, c, d, e, f, g, h))
+    return compiled(signature, lambda a, b, c, d, e, f, g, h: multiply(a, b, c, d, e, f, g, h))
 
 
-def _compiled(signature: Any, kernel: Any) -> Any:
+def compiled(signature: Any, kernel: Any) -> Any:
     """A pointer that Numba's functions can call: who calls it does not compile it again."""
     function = numba.cfunc(signature)(kernel)
     pointer = function.ctypes
@@ -284,6 +286,12 @@ def _widened(b: Builder, weights: Any, is_float: bool) -> Iterator[Any]:
             yield b.sitofp(numbers, _REALS)
 
 
+def _upper_halves(b: Builder, reals: Any) -> Any:
+    """FP32 that BF16 holds, as that."""
+    shifted = b.lshr(b.bitcast(reals, _INTEGERS), fill(_INTEGERS, 16))
+    return b.trunc(shifted, ir.VectorType(I16, LANES))
+
+
 def _total(b: Builder, sums: list[Any]) -> Any:
     first, *others = [b.load(each) for each in sums]
     for other in others:
@@ -291,7 +299,7 @@ def _total(b: Builder, sums: list[Any]) -> Any:
     return first
 
 
-def _added_up(b: Builder, totals: list[Any]) -> Any:
+def added_up(b: Builder, totals: list[Any]) -> Any:
     """The lanes of up to 8 registers added up: a lane each, zero beyond."""
     rows = totals + [fill(_REALS, 0)] * (LANES - len(totals))
     even, odd = range(0, 2 * LANES, 2), range(1, 2 * LANES, 2)

@@ -16,6 +16,14 @@ BIT, I8, I16, I32, I64 = (ir.IntType(bits) for bits in (1, 8, 16, 32, 64))
 F32 = ir.FloatType()
 
 
+class _BF16(ir.Type):  # llvmlite has none
+    def __str__(self) -> str:
+        return "bfloat"
+
+
+BF16 = _BF16()
+
+
 def fill(vector: ir.VectorType, value: float) -> ir.Constant:
     return ir.Constant(vector, [value] * vector.count)
 

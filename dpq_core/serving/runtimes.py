@@ -40,6 +40,9 @@ class Runtime:
     note: str = ""
 
 
+# Of the bits that runtimes compute: raised with any change to them. In keys of what is served.
+VERSION = 2
+
 RUNTIMES = {
     r.name: r
     for r in (

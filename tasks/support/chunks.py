@@ -31,6 +31,7 @@ from dpq_core.evaluation.divergence import Divergence, by_request, divergence
 from dpq_core.evaluation.forest import Chunk
 from dpq_core.evaluation.head import Tiles
 from dpq_core.evaluation.scorer import ChunkScores, LastStates, scores_of
+from dpq_core.serving.runtimes import VERSION as RUNTIMES_VERSION
 from infra.store import ArtifactRef, Store, StoreError
 from tasks.support.stages import computed_by
 
@@ -49,11 +50,14 @@ class Subject:
     served: bool = False
 
     @cached_property
-    def identity(self) -> dict[str, str | bool]:
+    def identity(self) -> dict[str, str | int]:
         """Its part of a key."""
-        as_source = self.source and by_its_library(self.folder)
-        flags = {"source": as_source, "served": self.served}
-        return {"checkpoint": self.digest} | {name: True for name, it_is in flags.items() if it_is}
+        found: dict[str, str | int] = {"checkpoint": self.digest}
+        if self.source and by_its_library(self.folder):
+            found["source"] = True
+        if self.served:
+            found["served"] = RUNTIMES_VERSION
+        return found
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ import copy
 import functools
 from typing import Any
 
+import numba
 import pytest
 import torch
 from torch import Tensor
@@ -187,8 +188,17 @@ def _wide_layer() -> tuple[QuantizedLinear, Tensor]:
     return layer, torch.randn(515, 5000, generator=generator).bfloat16()
 
 
+@pytest.fixture(params=["FP32", "BF16"])
+def products_of(request: Any, monkeypatch: Any) -> None:
+    """How the runtime for AVX2 multiplies tiles."""
+    if request.param == "BF16" and not avx2.has_units():
+        pytest.skip("its processor has no units for BF16 (AVX512_BF16)")
+    monkeypatch.setattr(avx2, "has_units", lambda: request.param == "BF16")
+
+
 @pytest.mark.parametrize("tokens", [1, 2, 3, 4, 5, 7, 8, 9, 12, 13, 63, 64, 65, 131, 512, 515])
 @needs_avx2
+@pytest.mark.usefixtures("products_of")
 def test_tokens_few_and_many_of_a_wide_layer_by_avx2(tokens: int) -> None:
     """More columns than the first cache holds, more rows than a piece has."""
     layer, x = _wide_layer()
@@ -198,6 +208,7 @@ def test_tokens_few_and_many_of_a_wide_layer_by_avx2(tokens: int) -> None:
 @pytest.mark.parametrize("tokens", [1, 8, 63, 64, 65])
 @pytest.mark.parametrize("scheme", [{"bits": 8}, W4A16, {"group_size": 32}], ids=str)
 @needs_avx2
+@pytest.mark.usefixtures("products_of")
 def test_rows_and_columns_left_over_by_avx2(scheme: dict[str, Any], tokens: int) -> None:
     """A last group, a last unit and a last tile that are not whole."""
     layer, x = layer_of(67, 1111, **scheme)
@@ -215,11 +226,24 @@ def _assert_right(layer: QuantizedLinear, x: Tensor) -> None:
 
 
 @needs_avx2
+@pytest.mark.usefixtures("products_of")
 def test_more_tokens_give_each_token_the_same_bits_by_avx2() -> None:
     layer, x = _wide_layer()
     module = avx2.make(layer, None)
     whole = module(x)
     assert torch.equal(torch.cat([module(x[:250]), module(x[250:])]), whole)
+
+
+@pytest.mark.parametrize("without", ["avx512_bf16", "libraries", "numba", None])
+def test_tiles_are_of_bf16_where_the_processor_and_everybody_says_so(
+    without: str | None, monkeypatch: Any
+) -> None:
+    units = () if without == "avx512_bf16" else ("avx512_bf16",)
+    monkeypatch.setattr(products, "features", lambda: ("avx2", "fma3", *units))
+    monkeypatch.setattr(products, "bf16_units", lambda: without != "libraries")
+    named = "haswell" if without == "numba" else None
+    monkeypatch.setattr(numba.config, "CPU_NAME", named)
+    assert avx2.has_units.__wrapped__() is (without is None)
 
 
 def test_tables_hold_what_the_grid_decodes() -> None:
