@@ -160,7 +160,7 @@ def _kernel(kind: str, tables: int, many: bool, units: bool) -> Any:
         parts: int,
     ) -> None:
         tokens, rows = y.shape
-        if tokens <= LANES:
+        if len(wide) <= LANES:
             prepare(0, x, rounds, static, numbers, scales, wide)
         else:
             for number in numba.prange(len(wide) // LANES):
