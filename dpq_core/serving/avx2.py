@@ -159,7 +159,7 @@ def _kernel(kind: str, tables: int, many: bool, units: bool) -> Any:
         wide: NDArray[Any],  # [tokens and more, units * 128 and more] fp32 or bf16, written
         parts: int,
     ) -> None:
-        tokens, rows = y.shape
+        rows = y.shape[1]
         if len(wide) <= LANES:
             prepare(0, x, rounds, static, numbers, scales, wide)
         else:
