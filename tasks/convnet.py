@@ -19,6 +19,7 @@ from prefect.cache_policies import NO_CACHE
 from safetensors.torch import load_model, save_model
 from torch import Tensor, nn
 
+from dpq_core.arithmetic.distance import distance
 from dpq_core.convnet.artifact import (
     ArtifactError,
     WeightSizes,
@@ -27,7 +28,6 @@ from dpq_core.convnet.artifact import (
 )
 from dpq_core.convnet.executor import (
     Classifier,
-    apart,
     kernel_counts,
     latencies,
     other_answers,
@@ -306,7 +306,7 @@ def _check_written(folder: Path, made: Prepared, probe: Images) -> None:
     """Raises ArtifactError where the file is another network than the graph."""
     with torch.no_grad():
         expected = predict(made.graph, probe)
-    off = apart(expected, predict(Classifier(folder, "as written"), probe))
+    off = distance(predict(Classifier(folder, "as written"), probe), expected)
     if not off < _OTHER_LOGITS:
         raise ArtifactError(
             f"{folder}: the written model's logits differ by {100 * off:.1f} % of their norm"

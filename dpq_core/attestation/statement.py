@@ -44,7 +44,7 @@ def subject_of_folder(folder: Path) -> dict[str, str]:
         exports.verify(folder)
         names = [*exports.read_export(folder)["files"], exports.MANIFEST]
     elif (folder / native.MANIFEST).is_file():
-        names = [*native.read_manifest(folder)["files"], native.MANIFEST]
+        names = native.files_of(folder)
     else:
         left_out = (CARD, FILE, ENVELOPE)
         names = [p.name for p in folder.iterdir() if p.is_file() and p.name not in left_out]

@@ -94,6 +94,16 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     return manifest
 
 
+def files_of(folder: Path) -> list[str]:
+    """Names of the files that a native checkpoint is of: what its manifest lists, and that. Others
+    are put beside them later, or by who loads it.
+
+    Raises:
+        CheckpointError: as `read_manifest`.
+    """
+    return [*read_manifest(folder)["files"], MANIFEST]
+
+
 class QuantizedCheckpoint:
     """A native checkpoint folder, opened for reading.
 

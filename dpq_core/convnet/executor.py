@@ -61,13 +61,6 @@ def other_answers(logits: Tensor, others: Tensor) -> int:
     return int((logits.argmax(1) != others.argmax(1)).sum())
 
 
-def apart(logits: Tensor, others: Tensor) -> float:
-    """Norm of the difference of two runs' logits over the norm of the first's. 0 where both are
-    the same, of a network that says zero of everything too."""
-    off = (others - logits).norm()
-    return float(off / logits.norm()) if off != 0 else 0.0
-
-
 def too_many(other: int, pictures: int) -> bool:
     """Whether so many other answers are more than rounding in another order explains."""
     return other > max(_OTHER_ANSWERS * pictures, 1)

@@ -18,8 +18,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dpq_core.arithmetic.distance import distance
 from dpq_core.convnet.artifact import read_manifest
-from dpq_core.convnet.executor import Classifier, apart, other_answers, too_many
+from dpq_core.convnet.executor import Classifier, other_answers, too_many
 from dpq_core.convnet.files import MODEL
 from dpq_core.convnet.images import Images, square
 from dpq_core.convnet.recipe import ImagesSection
@@ -141,14 +142,14 @@ def _logits(model: Runs, pictures: Images) -> Tensor:
 
 def _compared(name: str, to: Path, expected: Tensor, found: Tensor) -> Written:
     count, other = len(expected), other_answers(expected, found)
-    distance = apart(expected, found)
+    off = distance(found, expected)
     if too_many(other, count) or not found.isfinite().all():
         raise ConvExportError(
             f"{name}: another class than the scored file's for {other} of {count} pictures,"
-            f" logits {100 * distance:.1f} % away: nothing is kept"
+            f" logits {100 * off:.1f} % away: nothing is kept"
         )
     files = {path.name: path.stat().st_size for path in sorted(to.iterdir())}
-    return Written(name, files, count, count - other, distance)
+    return Written(name, files, count, count - other, off)
 
 
 def _copy(model: Path, to: Path) -> None:

@@ -24,9 +24,10 @@ from dpq_core.kernels.cpu import bits_of
 from dpq_core.kernels.forward_rows import scale_rows, take_threads, widen
 from dpq_core.kernels.numba_loops import real, round_rows
 from dpq_core.layer.records import QuantizedLinear, QuantizedWeight
-from dpq_core.serving import avx2_kernels, bf16_tiles
-from dpq_core.serving.avx2_kernels import LANES, ROWS, TOKENS, WIDTHS, sizes
+from dpq_core.serving import avx2_kernels
+from dpq_core.serving.avx2_kernels import FP32_TILE, LANES, ROWS, WIDTHS, Tile, sizes
 from dpq_core.serving.avx2_weights import code_bytes, eight_bits, group_tables
+from dpq_core.serving.bf16_tiles import BF16_TILE
 from dpq_core.serving.weights import UNIT, choose_scales, numbers_of, refusal, rows_of
 
 __all__ = ["Avx2Linear", "make", "refusal", "unavailable"]
@@ -36,9 +37,9 @@ _FEW = 8  # tokens up to which weights are decoded in registers
 _FEW_BESIDE_UNITS = 4  # where the processor multiplies BF16
 _APART = 16  # columns between tokens, which would otherwise share places in the first cache
 _BATCH = 4096  # tokens whose inputs are held as FP32
-_TOGETHER = LANES * TOKENS  # tokens that whole groups of both are made of
-_MANY = 44 * TOKENS  # tokens at a time, whose inputs stay in a cache from piece to piece
-_PIECE, _DEPTH = 64, 8  # rows and units that are decoded at a time: 256 KiB, of the second cache
+_TOGETHER = 24  # tokens that whole groups of 8, and whole tiles, are made of
+_MANY = 132  # tokens at a time, whole tiles, whose inputs stay in a cache from piece to piece
+_PIECE, _DEPTH = 64, 32  # rows, and units times bytes, that are decoded at a time: 256 KiB
 
 
 def unavailable() -> str:
@@ -104,12 +105,12 @@ class Avx2Linear(nn.Module):
     def _multiply(self, x: NDArray[np.int16], y: NDArray[np.int16], threads: int) -> None:
         """x [tokens, in] bf16; y [tokens, out] bf16, written. Few operations: with one token and
         small layers they are what takes the time."""
-        tensors, tokens, units = self._buffers, len(x), has_units()
-        many = tokens > (_FEW_BESIDE_UNITS if units else _FEW)
-        each = _TOGETHER if many else LANES
+        tensors, tokens = self._buffers, len(x)
+        tile = _tile_for(tokens)
+        each, number = (_TOGETHER, tile.number) if tile else (LANES, np.float32)
         filled, width = -(-tokens // each) * each, -(-self.in_features // UNIT) * UNIT
         static = tensors["input_scale"]
-        _kernel(*self._kind, many, units)(
+        _kernel(*self._kind, tile)(
             x,
             self._rounds,
             0.0 if static is None else float(static),
@@ -121,7 +122,7 @@ class Avx2Linear(nn.Module):
             tensors["bias"].numpy(),  # type: ignore[union-attr]
             y,
             np.ones((tokens, 1), np.float32),
-            np.empty((filled, width + _APART), np.int16 if many and units else np.float32),
+            np.empty((filled, width + _APART), number),
             threads,
         )
 
@@ -129,7 +130,6 @@ class Avx2Linear(nn.Module):
         return f"{self.in_features}, {self.out_features}, {self._kind[0]}"
 
 
-@functools.cache
 def has_units() -> bool:
     """Whether tiles are multiplied by BF16 units: where the processor has them, and neither the
     libraries that multiply nor Numba are told of another."""
@@ -137,11 +137,18 @@ def has_units() -> bool:
     return there and products.bf16_units()
 
 
+def _tile_for(tokens: int) -> Tile | None:
+    """None: weights are decoded in registers."""
+    if has_units():
+        return BF16_TILE if tokens > _FEW_BESIDE_UNITS else None
+    return FP32_TILE if tokens > _FEW else None
+
+
 @functools.cache
-def _kernel(kind: str, tables: int, many: bool, units: bool) -> Any:
+def _kernel(kind: str, tables: int, tile: Tile | None) -> Any:
     """`Avx2Linear.forward` for one kind of weights; compiled when it first runs, in seconds."""
-    multiply = _many(kind, tables, units) if many else _few(kind, tables)
-    prepare = _preparing(_as_they_are if many and units else widen)
+    multiply = _many(kind, tables, tile) if tile else _few(kind, tables)
+    prepare = _preparing(_as_they_are if tile is BF16_TILE else widen)
 
     @numba.njit(nogil=True, parallel=True, error_model="numpy")
     def forward(
@@ -234,14 +241,12 @@ def _few(kind: str, tables: int) -> Any:
     return few
 
 
-def _many(kind: str, tables: int, by_units: bool) -> Any:
-    """Some rows of the weight, decoded a piece at a time, which stays in the second cache: FP32, or
-    BF16 for units, and so the inputs."""
-    decode = avx2_kernels.decoding(kind, tables, narrow=by_units)
-    tiles = bf16_tiles if by_units else avx2_kernels
-    multiply, number, tile = tiles.tiling(), np.int16 if by_units else np.float32, tiles.TOKENS
+def _many(kind: str, tables: int, tile: Tile) -> Any:
+    """Some rows of the weight, decoded a piece at a time, which stays in the second cache."""
+    decode, multiply = avx2_kernels.decoding(kind, tables, tile), avx2_kernels.tiling(tile)
     unit_bytes, group_bytes = sizes(kind, tables)
-    size, deep, near = number().itemsize, _DEPTH * 4 // number().itemsize, 2 * tile
+    number, size, together = tile.number, tile.size, tile.tokens
+    deep, near = _DEPTH // size, 2 * together  # of tokens whose inputs stay in the first cache
 
     @numba.njit(nogil=True, error_model="numpy")
     def fill_piece(
@@ -272,7 +277,7 @@ def _many(kind: str, tables: int, by_units: bool) -> Any:
         """sums += x · pieceᵀ, of some units' columns of x."""
         stride, of_x, of_sums = size * piece.shape[1], size * x.shape[1], 4 * sums.shape[1]
         for token in range(0, len(x), near):
-            tiles, inputs = min(near, len(x) - token) // tile, x.ctypes.data + token * of_x
+            tiles, inputs = min(near, len(x) - token) // together, x.ctypes.data + token * of_x
             found = sums.ctypes.data + token * of_sums
             for row in range(0, sums.shape[1], ROWS):
                 multiply(
@@ -297,7 +302,7 @@ def _many(kind: str, tables: int, by_units: bool) -> Any:
         piece = np.zeros((_PIECE, min(units, deep) * UNIT), number)
         for token in range(0, len(y), _MANY):
             stop = min(token + _MANY, len(y))
-            filled = -(-(stop - token) // tile) * tile
+            filled = -(-(stop - token) // together) * together
             for row in range(first, last, _PIECE):
                 end = min(row + _PIECE, last)
                 wide = -(-(end - row) // ROWS) * ROWS

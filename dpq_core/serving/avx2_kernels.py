@@ -18,10 +18,12 @@ operations; with one token that, and not memory, is what takes the time.
 Sources: Intel's Intrinsics Guide (AVX2, FMA); LLVM's intrinsics of the same names.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import numba
+import numpy as np
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
@@ -44,13 +46,13 @@ from dpq_core.serving.llvm import (
 from dpq_core.serving.weights import UNIT
 
 LANES = 8  # numbers of a register
-ROWS, TOKENS = 4, 3  # of a tile
+ROWS = 4  # of a tile
 WIDTHS = (1, 2, 4, 8)  # tokens at a time that there are kernels for
 _PART = 32  # columns that are looked up at once
 _STEPS = 4  # registers of a row between two jumps, where tiles are multiplied
 _AHEAD = 4096  # bytes of weights that are on their way from memory
 
-_REALS, _INTEGERS = ir.VectorType(F32, LANES), ir.VectorType(I32, LANES)
+REALS, INTEGERS = ir.VectorType(F32, LANES), ir.VectorType(I32, LANES)
 _WORDS, _BYTES, _EIGHT = ir.VectorType(I16, 16), ir.VectorType(I8, 32), ir.VectorType(I8, LANES)
 
 # Unpacking joins bytes within halves of a register, 16 at a time; then the even words are one
@@ -60,6 +62,25 @@ COLUMN_OF_BYTE = [0] * _PART
 for _half, _order in enumerate(_OF_UNPACKED):
     for _place, _byte in enumerate(_order):
         COLUMN_OF_BYTE[_byte] = 16 * _half + 8 * (_place % 2) + _place // 2
+
+
+@dataclass(frozen=True, eq=False)
+class Tile:
+    """How rows of the weight are multiplied by many tokens. tokens: at a time. number: type of what
+    is multiplied, in NumPy. inputs, sums: registers of that, and of FP32."""
+
+    tokens: int
+    number: type[np.generic]
+    inputs: ir.VectorType
+    sums: ir.VectorType
+    stored: Callable[[Builder, Any], Any]  # 8 weights in FP32, as `number`
+    add_products: Callable[[Builder, Any, Any, Any], Any]  # of weights and inputs, to sums
+    in_lanes: Callable[[Builder, Any], Any]  # sums as 8 of them
+
+    @property
+    def size(self) -> int:
+        """Bytes of a number."""
+        return np.dtype(self.number).itemsize
 
 
 def multiplying(kind: str, tables: int, width: int) -> Any:
@@ -94,12 +115,12 @@ def multiplying(kind: str, tables: int, width: int) -> Any:
                 _prefetch_unit(b, b.add(ahead, b.mul(unit.index, I64(unit_bytes))), unit_bytes)
                 for number, weight in enumerate(decoded):
                     for token, total in zip(tokens, totals, strict=True):
-                        inputs = load(b, b.add(token, column), 4 * LANES * number, _REALS)
+                        inputs = load(b, b.add(token, column), 4 * LANES * number, REALS)
                         sum_ = total[number % each]
                         b.store(_fma(b, weight, inputs, b.load(sum_)), sum_)
             place = b.add(sums, b.mul(loop.index, I64(4 * LANES)))
-            added = added_up(b, [_total(b, total) for total in totals])
-            store(b, b.fadd(load(b, place, 0, _REALS), added), place, 0)
+            added = _added_up(b, [_total(b, total) for total in totals])
+            store(b, b.fadd(load(b, place, 0, REALS), added), place, 0)
         return context.get_dummy_value()
 
     signature = types.void(*[types.int64] * 10)
@@ -111,13 +132,13 @@ def multiplying(kind: str, tables: int, width: int) -> Any:
     ) -> Any:  # fmt: skip
         return signature, generate
 
-    return compiled(
+    return _compiled(
         signature, lambda a, b, c, d, e, f, g, h, i, j: multiply(a, b, c, d, e, f, g, h, i, j)
     )
 
 
-def decoding(kind: str, tables: int, narrow: bool = False) -> Any:
-    """Kernel that writes rows of the weight as FP32, or narrow as BF16, in their own order.
+def decoding(kind: str, tables: int, tile: Tile) -> Any:
+    """Kernel that writes rows of the weight in a tile's type, in their own order.
 
     Arguments: the first seven of `multiplying`; where to, and the bytes from a row to the next
     there.
@@ -136,11 +157,9 @@ def decoding(kind: str, tables: int, narrow: bool = False) -> Any:
                 decoded = _decoded(b, kind, tables, row, of_row, values, unit.index)
                 ahead = b.add(b.add(row, beyond), b.mul(unit.index, I64(unit_bytes)))
                 _prefetch_unit(b, ahead, unit_bytes)
-                size = 2 if narrow else 4
-                place = b.add(to_row, b.mul(unit.index, I64(size * UNIT)))
+                place = b.add(to_row, b.mul(unit.index, I64(tile.size * UNIT)))
                 for number, weight in enumerate(decoded):
-                    written = _upper_halves(b, weight) if narrow else weight
-                    store(b, written, place, size * LANES * number)
+                    store(b, tile.stored(b, weight), place, tile.size * LANES * number)
         return context.get_dummy_value()
 
     signature = types.void(*[types.int64] * 9)
@@ -152,36 +171,38 @@ def decoding(kind: str, tables: int, narrow: bool = False) -> Any:
     ) -> Any:  # fmt: skip
         return signature, generate
 
-    return compiled(signature, lambda a, b, c, d, e, f, g, h, i: decode(a, b, c, d, e, f, g, h, i))
+    return _compiled(signature, lambda a, b, c, d, e, f, g, h, i: decode(a, b, c, d, e, f, g, h, i))
 
 
-def tiling() -> Any:
-    """Kernel that adds products of `ROWS` decoded rows and some tokens to their sums, `TOKENS` at a
-    time: 12 sums, 3 inputs and a weight are the 16 registers.
+def tiling(tile: Tile) -> Any:
+    """Kernel that adds products of `ROWS` decoded rows and some tokens to their sums, a tile at a
+    time.
 
-    Arguments: tokens over `TOKENS`; the rows (FP32), and the bytes from a row to the next; units;
-    the tokens' inputs (FP32), and the bytes from a token to the next; sums [tokens, rows] (FP32) at
-    the first row, and the bytes from a token to the next.
+    Arguments: tiles of tokens; the rows (in the tile's type), and the bytes from a row to the next;
+    units; the tokens' inputs (as the rows), and the bytes from a token to the next; sums [tokens,
+    rows] (FP32) at the first row, and the bytes from a token to the next.
     """
+    register = tile.size * tile.inputs.count  # bytes
 
     def generate(context: Any, b: Builder, signature: Any, arguments: Any) -> Any:
         tiles, rows, row_stride, units, x, x_stride, sums, sums_stride = arguments
-        count = b.mul(units, I64(UNIT // LANES // _STEPS))
+        count = b.mul(units, I64(UNIT // tile.inputs.count // _STEPS))
         with cgutils.for_range(b, tiles) as loop:
-            first = b.mul(loop.index, I64(TOKENS))
-            numbers = [b.add(first, I64(token)) for token in range(TOKENS)]
+            first = b.mul(loop.index, I64(tile.tokens))
+            numbers = [b.add(first, I64(token)) for token in range(tile.tokens)]
             tokens = [b.add(x, b.mul(x_stride, number)) for number in numbers]
-            totals = [[_zero(b) for _ in range(ROWS)] for _ in tokens]
+            totals = [[_zero(b, tile.sums) for _ in range(ROWS)] for _ in tokens]
             with cgutils.for_range(b, count) as step:
                 for part in range(_STEPS):
-                    at = b.add(b.mul(step.index, I64(4 * LANES * _STEPS)), I64(4 * LANES * part))
-                    inputs = [load(b, token, at, _REALS) for token in tokens]
+                    at = b.add(b.mul(step.index, I64(register * _STEPS)), I64(register * part))
+                    inputs = [load(b, token, at, tile.inputs) for token in tokens]
                     for row in range(ROWS):
-                        weight = load(b, b.add(rows, b.mul(row_stride, I64(row))), at, _REALS)
+                        weight = load(b, b.add(rows, b.mul(row_stride, I64(row))), at, tile.inputs)
                         for given, total in zip(inputs, totals, strict=True):
-                            b.store(_fma(b, weight, given, b.load(total[row])), total[row])
+                            added = tile.add_products(b, weight, given, b.load(total[row]))
+                            b.store(added, total[row])
             for number, total in zip(numbers, totals, strict=True):
-                lanes = added_up(b, [b.load(each) for each in total])
+                lanes = _added_up(b, [tile.in_lanes(b, b.load(each)) for each in total])
                 added = pick(b, lanes, lanes, range(ROWS))
                 place = b.add(sums, b.mul(sums_stride, number))
                 store(b, b.fadd(load(b, place, 0, added.type), added), place, 0)
@@ -196,10 +217,10 @@ def tiling() -> Any:
     ) -> Any:  # fmt: skip
         return signature, generate
 
-    return compiled(signature, lambda a, b, c, d, e, f, g, h: multiply(a, b, c, d, e, f, g, h))
+    return _compiled(signature, lambda a, b, c, d, e, f, g, h: multiply(a, b, c, d, e, f, g, h))
 
 
-def compiled(signature: Any, kernel: Any) -> Any:
+def _compiled(signature: Any, kernel: Any) -> Any:
     """A pointer that Numba's functions can call: who calls it does not compile it again."""
     function = numba.cfunc(signature)(kernel)
     pointer = function.ctypes
@@ -235,14 +256,14 @@ def sizes(kind: str, tables: int) -> tuple[int, int]:
     return (UNIT // 2, 4 * tables) if kind == "codes" else (UNIT, 0)
 
 
-def _zero(b: Builder) -> Any:
-    variable = cgutils.alloca_once(b, _REALS)
-    b.store(fill(_REALS, 0), variable)
+def _zero(b: Builder, sums: ir.VectorType = REALS) -> Any:
+    variable = cgutils.alloca_once(b, sums)
+    b.store(fill(sums, 0), variable)
     return variable
 
 
 def _fma(b: Builder, left: Any, right: Any, added: Any) -> Any:
-    return call(b, "fma.v8f32", _REALS, left, right, added)
+    return call(b, "fma.v8f32", REALS, left, right, added)
 
 
 def _tables(b: Builder, group: Any, values: Any) -> tuple[Any, Any]:
@@ -268,28 +289,22 @@ def _looked_up(b: Builder, weights: Any, groups: Any, values: Any, tables: int) 
         )
         for order in _OF_UNPACKED:
             words = pick(b, low, high, [lane for byte in order for lane in (byte, byte + 32)])
-            pairs = b.bitcast(words, _INTEGERS)
-            yield b.bitcast(b.shl(pairs, fill(_INTEGERS, 16)), _REALS)
-            yield b.bitcast(b.and_(pairs, fill(_INTEGERS, -0x10000)), _REALS)
+            pairs = b.bitcast(words, INTEGERS)
+            yield b.bitcast(b.shl(pairs, fill(INTEGERS, 16)), REALS)
+            yield b.bitcast(b.and_(pairs, fill(INTEGERS, -0x10000)), REALS)
 
 
 def _widened(b: Builder, weights: Any, is_float: bool) -> Iterator[Any]:
     """128 E4M3 or INT8 numbers as 16 registers of FP32."""
     for first in range(0, UNIT, LANES):
-        numbers = b.sext(load(b, weights, first, _EIGHT), _INTEGERS)
+        numbers = b.sext(load(b, weights, first, _EIGHT), INTEGERS)
         if is_float:
             # As `formats` decodes: moved to FP32's places, biases made up for.
-            places = b.shl(numbers, fill(_INTEGERS, 20))
-            places = b.and_(places, fill(_INTEGERS, -(1 << 31) | 0x7F << 20))
-            yield b.fmul(b.bitcast(places, _REALS), fill(_REALS, 2.0**120))
+            places = b.shl(numbers, fill(INTEGERS, 20))
+            places = b.and_(places, fill(INTEGERS, -(1 << 31) | 0x7F << 20))
+            yield b.fmul(b.bitcast(places, REALS), fill(REALS, 2.0**120))
         else:
-            yield b.sitofp(numbers, _REALS)
-
-
-def _upper_halves(b: Builder, reals: Any) -> Any:
-    """FP32 that BF16 holds, as that."""
-    shifted = b.lshr(b.bitcast(reals, _INTEGERS), fill(_INTEGERS, 16))
-    return b.trunc(shifted, ir.VectorType(I16, LANES))
+            yield b.sitofp(numbers, REALS)
 
 
 def _total(b: Builder, sums: list[Any]) -> Any:
@@ -299,11 +314,15 @@ def _total(b: Builder, sums: list[Any]) -> Any:
     return first
 
 
-def added_up(b: Builder, totals: list[Any]) -> Any:
+def _added_up(b: Builder, totals: list[Any]) -> Any:
     """The lanes of up to 8 registers added up: a lane each, zero beyond."""
-    rows = totals + [fill(_REALS, 0)] * (LANES - len(totals))
+    rows = totals + [fill(REALS, 0)] * (LANES - len(totals))
     even, odd = range(0, 2 * LANES, 2), range(1, 2 * LANES, 2)
     while len(rows) > 1:
         pairs = zip(rows[::2], rows[1::2], strict=True)
         rows = [b.fadd(pick(b, low, high, even), pick(b, low, high, odd)) for low, high in pairs]
     return rows[0]
+
+
+# 12 sums, 3 inputs and a weight are the 16 registers.
+FP32_TILE = Tile(3, np.float32, REALS, REALS, lambda _, reals: reals, _fma, lambda _, sums: sums)

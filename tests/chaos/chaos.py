@@ -33,7 +33,7 @@ from pathlib import Path
 import psutil
 
 from dpq_core.checkpoint.exports import verify
-from dpq_core.checkpoint.native import MANIFEST, read_manifest
+from dpq_core.checkpoint.native import files_of
 from infra import remote
 from infra.registry import Registry
 from infra.registry.tracking import tracking_store
@@ -185,8 +185,7 @@ def _workers(run: Run) -> list[psutil.Process]:
 
 def contents(folder: Path) -> dict[str, bytes]:
     """Of a checkpoint, without what a release, or MLflow, puts beside it."""
-    names = [*read_manifest(folder)["files"], MANIFEST]
-    return {name: (folder / name).read_bytes() for name in names}
+    return {name: (folder / name).read_bytes() for name in files_of(folder)}
 
 
 def survive(

@@ -8,7 +8,7 @@ from conftest import dpq_process, run_flow
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from dpq_core.checkpoint.native import MANIFEST, read_manifest
+from dpq_core.checkpoint.native import files_of
 from dpq_core.data.texts import calibration_windows, load_texts
 from dpq_core.pipeline import quantize_checkpoint
 from dpq_core.recipe import CalibrationSection, ModelSection
@@ -21,8 +21,7 @@ from tasks.support.tokenized_data import load_inputs, store_calibration
 
 def contents(folder):
     """Of a checkpoint, without what a release, or MLflow, puts beside it."""
-    names = [*read_manifest(folder)["files"], MANIFEST]
-    return {name: (folder / name).read_bytes() for name in names}
+    return {name: (folder / name).read_bytes() for name in files_of(folder)}
 
 
 def in_store(recipe, folder, **execution):

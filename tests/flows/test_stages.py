@@ -3,8 +3,8 @@
     python tests/flows/test_stages.py        records the bytes anew, in stages.json
 
 Bytes are compared where they were recorded: the same class of processor, the same libraries, which
-stand in the keys themselves. Numbers are compared everywhere, within what processors differ by: 8 %
-of a small tensor behind two blocks that are quantized one after the other.
+stand in the keys themselves. Numbers are compared everywhere, within what processors differ by: 5
+%, more where blocks are quantized one after the other (8 % of a small tensor behind two of them).
 """
 
 import json
@@ -358,7 +358,8 @@ def test_a_stage_s_bytes_change_with_its_version_only(stage):
     )
     assert golden["version"] == version_of(stage), remedy
     content, numbers = made(stage)
-    assert numbers == pytest.approx(golden["numbers"], rel=0.2, abs=1e-6), remedy
+    allowed = 0.2 if "corrected" in stage else 0.05
+    assert numbers == pytest.approx(golden["numbers"], rel=allowed, abs=1e-6), remedy
     assert content == golden["sha256"].get(where(stage), content), remedy
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dpq_core.arithmetic.distance import distance
 from dpq_core.checkpoint.exports.format import Format, Target
 from dpq_core.checkpoint.native import QuantizedCheckpoint, load_quantized
 from dpq_core.kernels import products
@@ -63,11 +64,6 @@ def probe_logits(model: Any) -> Tensor:
     with torch.inference_mode(), products.by_libraries():  # as the format's own reader
         logits: Tensor = model(input_ids=tokens).logits.float()
     return logits
-
-
-def distance(found: Tensor, expected: Tensor) -> float:
-    """Norm of the difference over the norm of `expected`."""
-    return float((found - expected).norm() / expected.norm())
 
 
 def _unequal(found: Tensor, expected: Tensor, tolerance: float) -> str | None:

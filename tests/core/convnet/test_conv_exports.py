@@ -10,7 +10,6 @@ from typer.testing import CliRunner
 
 from dpq_core.convnet import exports
 from dpq_core.convnet.artifact import save_classifier
-from dpq_core.convnet.executor import apart
 from dpq_core.convnet.exports import ConvExportError, export_classifier, pictures_in, sample
 from dpq_core.convnet.files import MODEL
 from dpq_core.convnet.images import load_images
@@ -131,10 +130,3 @@ def test_a_picture_that_cannot_be_read(folder, tmp_path):
         (tmp_path / f"{number}.png").write_bytes(b"none")
     with pytest.raises(ConvExportError, match=r"0\.png: no picture that can be read"):
         sample(folder, pictures_in(tmp_path, 64))
-
-
-def test_logits_that_are_all_zero_twice_are_not_apart():
-    zero, other = torch.zeros(2, 3), torch.tensor([[3.0, 0, 0], [0, 4, 0]])
-    assert (apart(zero, zero), apart(other, other)) == (0, 0)
-    assert apart(other, zero) == pytest.approx(1)
-    assert apart(zero, other) == float("inf")
