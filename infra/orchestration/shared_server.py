@@ -39,6 +39,10 @@ class ServiceError(RuntimeError):
     """A service that does not come up, with its log file and the last line in it."""
 
 
+class _EndedError(ServiceError):
+    """Its process has ended."""
+
+
 @dataclass(frozen=True)
 class ServerKind:
     """A server that we know how to run."""
@@ -218,10 +222,8 @@ def _start(kind: ServerKind, root: Path) -> _Server:
     preferred = before.port if before else kind.preferred_port
     try:
         return _start_on(_free_port(preferred), kind, root)
-    except ServiceError:
-        if _free_port(preferred) == preferred:
-            raise
-        return _start_on(_free_port(0), kind, root)  # somebody was faster
+    except _EndedError:  # somebody may have been faster, and may be gone already
+        return _start_on(_free_port(0), kind, root)
 
 
 def _start_on(port: int, kind: ServerKind, root: Path) -> _Server:
@@ -291,8 +293,10 @@ def _await_health(
 ) -> None:
     deadline = time.monotonic() + _START_TIMEOUT
     while not server.healthy(kind.health):
+        error = ServiceError
         if process.poll() is not None:
             problem = f"ended with code {process.returncode} while starting"
+            error = _EndedError
         elif time.monotonic() > deadline:
             problem = f"did not answer within {_START_TIMEOUT:.0f} s"
         else:
@@ -300,7 +304,7 @@ def _await_health(
             continue
         lines = [line for line in log.read_text("utf-8", "replace").splitlines() if line.strip()]
         said = lines[-1].strip() if lines else "it is empty"
-        raise ServiceError(f"the {kind.name} server {problem}; {log}: {said}")
+        raise error(f"the {kind.name} server {problem}; {log}: {said}")
 
 
 def _listens(process: psutil.Process, port: int) -> bool:

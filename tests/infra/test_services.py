@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import httpx
@@ -306,6 +307,20 @@ def test_a_taken_port_is_avoided_and_its_owner_is_not_mistaken_for_ours(tmp_path
         with shared_server(web(port=port), tmp_path) as url:
             assert url != f"http://127.0.0.1:{port}"
             assert answers(url)
+
+
+def test_a_port_that_another_took_and_gave_back_before_we_look_is_no_error(tmp_path):
+    kind, starts = web(), []
+
+    def launch(home, port):
+        command, environment = kind.launch(home, port)
+        starts.append(port)
+        beaten = [sys.executable, "-c", "raise SystemExit('address already in use')"]
+        return (beaten if len(starts) == 1 else command), environment
+
+    with shared_server(replace(kind, launch=launch), tmp_path) as url:
+        assert answers(url)
+    assert len(starts) == 2
 
 
 def test_a_server_that_dies_is_an_error_with_its_log_and_last_line(tmp_path):
