@@ -1,5 +1,6 @@
-"""The errors that a user can mend."""
+"""The errors that a user can mend, and what they are told in."""
 
+from collections.abc import Sequence
 from importlib.util import find_spec
 
 
@@ -35,6 +36,12 @@ def check_extra(feature: str, extra: str, *packages: str) -> None:
                 f"{feature}: the package {package} is not installed: it comes with"
                 f" pip install -c constraints.txt -e '.[{extra}]'"
             )
+
+
+def listed(names: Sequence[str], most: int = 4) -> str:
+    """`a, b, c, d and 7 more`"""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return f"{', '.join(names[:most])}{more}"
 
 
 def first_line(error: BaseException) -> str:

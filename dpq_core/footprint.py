@@ -19,6 +19,7 @@ with a vocabulary of 262,144 that is more than anything else that a small model 
 from dataclasses import dataclass
 
 from dpq_core.calibration.reduction_tree import Node, leaf_count, leaf_size, shares
+from dpq_core.calibration.statistics import UNSEEN
 from dpq_core.kernels.definitions import MAGNITUDES
 from dpq_core.layer.quantize import rows_at_once
 from dpq_core.layer.storage import stored_bytes
@@ -223,10 +224,11 @@ def layer_bytes(layer: PlannedLayer, corrected: bool = False) -> int:
 
 def _statistics(plan: Plan, block: int, calibration: CalibrationSection) -> list[int]:
     """Bytes of the statistics of a block's inputs, those together that are counted at a time:
-    Hessians and histograms."""
+    Hessians, histograms, and tokens that no Hessian sees."""
     squares = 2 if calibration.correction else 1
+    kept = _BFLOAT16 * UNSEEN * calibration.unseen
     return [
-        sum(squares * _FLOAT32 * width**2 + _INT64 * MAGNITUDES for width in widths)
+        sum(squares * _FLOAT32 * width**2 + kept * width + _INT64 * MAGNITUDES for width in widths)
         for widths in _turns(plan, block, calibration)
     ]
 

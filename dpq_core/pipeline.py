@@ -158,5 +158,6 @@ def _quantized(
                     layer.scheme,
                     calibration.min_tokens_per_input,
                     calibration.correction,
+                    calibration.where_rounding_wins,
                 ),
             )

@@ -145,6 +145,7 @@ def document_table(evaluations: Mapping[str, Evaluation]) -> pyarrow.Table:
 def layer_rows(manifest: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The per-layer table of a checkpoint's manifest."""
     corrected = any("corrected" in row for row in manifest["layers"])
+    unseen = any("unseen" in row for row in manifest["layers"])
     return [
         {
             "layer": row["name"],
@@ -155,9 +156,16 @@ def layer_rows(manifest: Mapping[str, Any]) -> list[dict[str, Any]]:
             "codes moved": row["codes_moved"],
             "tokens": row["tokens"],
             **({"corrected": row.get("corrected", 0.0)} if corrected else {}),
+            **(_unseen(row.get("unseen")) if unseen else {}),
         }
         for row in manifest["layers"]
     ]
+
+
+def _unseen(errors: Mapping[str, float] | None) -> dict[str, float | None]:
+    """Errors on tokens that no Hessian has seen; None of a layer whose codes were not chosen."""
+    own = errors or {}
+    return {"unseen": own.get("chosen"), "unseen, rounded": own.get("nearest")}
 
 
 def _parts(baseline: Evaluation, candidate: Evaluation) -> dict[str, list[dict[str, Any]]]:

@@ -74,7 +74,7 @@ def _key(
     statistics: ArtifactRef | None,
     worker: Worker,
 ) -> str:
-    correction = recipe.calibration.correction
+    correction, lost = recipe.calibration.correction, recipe.calibration.where_rounding_wins
     return digest(
         {
             **computed_by("layers", worker.arithmetic),
@@ -84,6 +84,7 @@ def _key(
             "scheme": layer.scheme.model_dump(mode="json"),
             "min_tokens_per_input": recipe.calibration.min_tokens_per_input,
             **({"correction": correction} if correction else {}),
+            **({"where_rounding_wins": lost} if lost != "name" else {}),
         }
     )
 
@@ -106,6 +107,7 @@ def _maker(
                 layer.scheme,
                 recipe.calibration.min_tokens_per_input,
                 recipe.calibration.correction,
+                recipe.calibration.where_rounding_wins,
             )
         except ValueError as error:
             raise LayerError(f"{layer.name}: {error}") from error

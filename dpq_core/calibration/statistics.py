@@ -4,7 +4,7 @@ The block is run over all calibration windows with a hook on one linear of each 
 the Hessian sees is what the layer will multiply: with `hessian_inputs: fp8` the inputs are rounded
 as the scheme's activations will be. A static scale must be known before anything can be rounded by
 it, so that case takes a first pass for the magnitudes alone. How much each token counts is
-said by `TokenWeights`.
+said by `TokenWeights`. Of windows that no Hessian sees, some tokens' inputs are kept as they are.
 
 With `propagation: groups` a block is calibrated in steps (`Step`), each on the block as it is after
 the layers of the step before: it is run as far as the linear that is watched. Where layers are
@@ -45,6 +45,8 @@ from dpq_core.recipe.scheme import Scheme
 # Of an input's first linear, by full name.
 BlockStatistics = dict[str, InputStatistics]
 BlockMagnitudes = dict[str, Tensor]  # [2**15] int64 each
+
+UNSEEN = 128  # tokens of a window that no Hessian sees, which are kept
 
 
 @dataclass(frozen=True)
@@ -162,7 +164,7 @@ def calibrate_block(
     root, magnitudes = Node(0, len(leaves)), None
     opened = block_passes(stream, index, rounding, weights, stream.device, step, cache)
     with opened as passes:
-        if passes.two or any(batch.purpose != "both" for batch in batches):
+        if passes.two or any(batch.purpose == "hessians" for batch in batches):
             magnitudes = summed(root, lambda leaf: passes.magnitudes(leaves[leaf]), add_magnitudes)
 
         def of_leaf(leaf: int) -> BlockStatistics:
@@ -242,7 +244,7 @@ class BlockPasses:
         def count(name: str, x: Tensor) -> None:
             counts[name] += count_magnitudes(x)
 
-        counted = [batch for batch in batches if batch.purpose != "hessians"]
+        counted = [batch for batch in batches if batch.purpose in ("both", "scales")]
         self.block.run(counted, count, False, on_progress)
         return {name: each.to(self.sums_on) for name, each in counts.items()}
 
@@ -267,6 +269,7 @@ class BlockPasses:
         device, rounding = self.block.stream.device, self.rounding
         # Others are an expert's tokens, or a vision tower's patches.
         lengths = {batch.inputs["input_ids"].shape[1] for batch in batches}
+        windows = len(batches[0].inputs["input_ids"])
         statistics = {
             name: InputStatistics.empty(linear.in_features, device, shifted=bool(self.beside))
             for name, linear in self.inputs.items()
@@ -283,12 +286,24 @@ class BlockPasses:
             scale = rounding.static_scale(magnitudes[name]) if rounding and magnitudes else None
             return scale if scale is None else scale.to(device)
 
+        def rounded(name: str, x: Tensor) -> tuple[Tensor, Tensor | None]:
+            by = rounded_by(name)
+            return rounding.rounded(x, by) if rounding else (x, None)
+
+        def windows_of(x: Tensor) -> torch.Size | None:
+            return x.shape if x.ndim == 3 and x.shape[1] in lengths else None
+
+        def keep(name: str, x: Tensor) -> None:
+            window = windows_of(x)
+            some = _spread(x, UNSEEN * (1 if window else windows))
+            weighted, unit = self.weights.applied(*rounded(name, some), window and some.shape)
+            statistics[name].add_unseen(weighted, unit)
+
         def count(name: str, x: Tensor) -> None:
             if magnitudes is None:
                 statistics[name].add_magnitudes(x)
-            by = rounded_by(name)
-            seen, scale = rounding.rounded(x, by) if rounding else (x, None)
-            window = x.shape if x.ndim == 3 and x.shape[1] in lengths else None
+            seen, scale = rounded(name, x)
+            window = windows_of(x)
             weighted, unit = self.weights.applied(seen, scale, window)
             statistics[name].add_hessian(weighted, unit)
             if self.beside:
@@ -297,20 +312,21 @@ class BlockPasses:
                 away = (x16.float() - x8).mul_(self.weights.roots(x8, window))
                 statistics[name].add_shift(away, weighted.reshape(x8.shape), unit)
 
-        counted = [batch for batch in batches if batch.purpose != "scales"]
-        originals = [batch for batch in originals if batch.purpose != "scales"]
+        counted, originals = _for_hessians(batches), _for_hessians(originals)
         passing = self._in_both(counted, originals, theirs) if self.beside else counted
         with self._looking_at_cache(statistics):
             self.block.run(passing, count, advance, on_progress)
             if advance or self.cached:
                 others = [batch for batch in batches if batch.purpose == "scales"]
                 self.block.run(others, lambda name, x: None, advance, on_progress)
+        unseen = [batch for batch in batches if batch.purpose == "unseen"]
+        self.block.run(unseen, keep, advance, on_progress)
         return {name: each.to(self.sums_on) for name, each in statistics.items()}
 
     @contextmanager
     def _looking_at_cache(self, statistics: BlockStatistics) -> Iterator[None]:
-        """With the largest keys and values of all windows, whatever these are for, kept beside the
-        input that is made of them."""
+        """With the largest keys and values of the windows that are run meanwhile, for Hessians or
+        for scales, kept beside the input that is made of them."""
         if self.cached is None:
             yield
             return
@@ -331,6 +347,17 @@ class BlockPasses:
             theirs.clear()
             theirs.update(self.beside.given(original))
             yield batch
+
+
+def _spread(x: Tensor, most: int) -> Tensor:
+    """At most so many tokens of inputs [..., tokens, in], evenly spaced, the first among them."""
+    tokens = x.shape[-2]
+    taken = min(tokens, most)
+    return x.index_select(-2, torch.arange(taken, device=x.device) * tokens // max(taken, 1))
+
+
+def _for_hessians(batches: Sequence[Batch]) -> list[Batch]:
+    return [batch for batch in batches if batch.purpose in ("both", "hessians")]
 
 
 def add_magnitudes(left: BlockMagnitudes, right: BlockMagnitudes) -> BlockMagnitudes:

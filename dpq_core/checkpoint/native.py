@@ -70,7 +70,7 @@ def load_layer(folder: Path) -> QuantizedLinear:
 
 def load_report(folder: Path) -> LayerReport:
     """What `save_layer` wrote beside the tensors."""
-    return LayerReport(**json.loads((folder / "layer.json").read_text())["report"])
+    return LayerReport.of_row(json.loads((folder / "layer.json").read_text())["report"])
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:

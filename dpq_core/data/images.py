@@ -29,7 +29,8 @@ _GOLDEN = (5**0.5 - 1) / 2
 def image_windows(
     section: CalibrationSection, tokenizer: PreTrainedTokenizerBase, folder: Path
 ) -> list[ModelInputs]:
-    """At most `section.samples` windows, each the inputs of one call of the model.
+    """At most `section.samples` windows and `section.unseen` more, each the inputs of one call of
+    the model.
 
     Args:
         section: with an `image_column`. folder: of the checkpoint.
@@ -55,7 +56,7 @@ def image_windows(
                 raise DataError(f"{where}: {' and '.join(kinds)}, not an image and a text")
             ids, pixels, grid = documents.of(image.convert("RGB"), text, where)
             if not windows or windows[-1].length + len(ids) > section.sequence_length:
-                if len(windows) == section.samples:
+                if len(windows) == section.samples + section.unseen:
                     break
                 windows.append(_Window())
             windows[-1].add(ids, pixels, grid)

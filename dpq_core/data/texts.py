@@ -138,14 +138,40 @@ def calibration_windows(
     Raises:
         DataError: fewer tokens than one window.
     """
+    return set_aside(document_windows(texts, tokenizer, sequence_length, opening), samples, 0)[0]
+
+
+def document_windows(
+    texts: Sequence[str],
+    tokenizer: PreTrainedTokenizerBase,
+    sequence_length: int,
+    opening: int | None = None,
+) -> Tensor:  # [all that there are, sequence_length] int64
+    """The windows that `calibration_windows` takes some of."""
     stream = _document_stream(texts, tokenizer)
     if opening is None:
-        windows = _cut(stream, sequence_length)
-    else:
-        windows = _opened(stream, sequence_length, opening)
-    if len(windows) <= samples:
-        return windows
-    return windows[torch.arange(samples) * len(windows) // samples]
+        return _cut(stream, sequence_length)
+    return _opened(stream, sequence_length, opening)
+
+
+def set_aside(windows: Tensor, samples: int, unseen: int) -> tuple[Tensor, Tensor]:
+    """`samples` of the windows [n, …], and others, `unseen` of them but at most an eighth of n;
+    both evenly spaced. Where too few others are left, they are taken out of the samples."""
+    every = torch.arange(len(windows))
+    taken, unseen = _spread(every, samples), min(unseen, len(every) // _SEEN)
+    left = every[~torch.isin(every, taken)]
+    others = _spread(left if len(left) >= unseen else every, unseen)
+    return windows[taken[~torch.isin(taken, others)]], windows[others]
+
+
+_SEEN = 8  # windows, for one that is set aside
+
+
+def _spread(places: Tensor, count: int) -> Tensor:
+    """At most so many of them, evenly spaced."""
+    if len(places) <= count:
+        return places
+    return places[torch.arange(count) * len(places) // count]
 
 
 def interleaved(

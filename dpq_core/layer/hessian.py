@@ -31,6 +31,7 @@ class InputStatistics:
     magnitudes: Tensor  # [2**15] int64, occurrences of each |x| as bf16 bits
     shift_sum: Tensor | None = None  # [in, in] fp32, sum over tokens of 2 (x16 - x) xᵀ
     cache: CacheMaxima | None = None  # of the attention that makes these inputs, where asked for
+    unseen: Tensor | None = None  # [others, in] bf16, inputs of tokens that are in no sum
 
     @classmethod
     def empty(
@@ -89,6 +90,14 @@ class InputStatistics:
         """Count |x| of any shape, rounded to BF16."""
         self.magnitudes += count_magnitudes(x)
 
+    def add_unseen(self, x: Tensor, scale: Tensor | None = None) -> None:
+        """Keep inputs as `add_hessian` takes them, of tokens that it is not given."""
+        rows = x.reshape(-1, x.shape[-1]).float() * (1 if scale is None else scale)
+        self._keep(rows.bfloat16())
+
+    def _keep(self, rows: Tensor) -> None:
+        self.unseen = rows if self.unseen is None else torch.cat([self.unseen, rows])
+
     def add(self, other: "InputStatistics") -> None:
         """Count the other's tokens too."""
         if self.hessian_sum.shape != other.hessian_sum.shape:
@@ -103,6 +112,8 @@ class InputStatistics:
         if self.cache is not None:
             assert other.cache is not None
             self.cache.add(other.cache)
+        if other.unseen is not None:
+            self._keep(other.unseen)
         self.tokens += other.tokens
         self.magnitudes += other.magnitudes
 
@@ -122,8 +133,9 @@ class InputStatistics:
     def to(self, device: torch.device | str) -> "InputStatistics":
         """The same statistics on a device."""
         shift = None if self.shift_sum is None else self.shift_sum.to(device)
+        unseen = None if self.unseen is None else self.unseen.to(device)
         hessian, magnitudes = self.hessian_sum.to(device), self.magnitudes.to(device)
-        return InputStatistics(hessian, self.tokens, magnitudes, shift, self.cache)
+        return InputStatistics(hessian, self.tokens, magnitudes, shift, self.cache, unseen)
 
     def tensors(self) -> dict[str, Tensor]:
         """For storage; `from_tensors` is the inverse."""
@@ -134,13 +146,16 @@ class InputStatistics:
         }
         if self.shift_sum is not None:
             stored["shift_sum"] = self.shift_sum
+        if self.unseen is not None:
+            stored["unseen"] = self.unseen
         return stored if self.cache is None else stored | self.cache.tensors()
 
     @classmethod
     def from_tensors(cls, tensors: dict[str, Tensor]) -> "InputStatistics":
         tokens, shift = int(tensors["tokens"]), tensors.get("shift_sum")
         cache = CacheMaxima.from_tensors(tensors)
-        return cls(tensors["hessian_sum"], tokens, tensors["magnitudes"], shift, cache)
+        unseen = tensors.get("unseen")
+        return cls(tensors["hessian_sum"], tokens, tensors["magnitudes"], shift, cache, unseen)
 
 
 def _square_on_tensor_cores(x: Tensor) -> Tensor:

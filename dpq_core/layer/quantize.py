@@ -9,7 +9,9 @@ order undone. Group scales belong to the stored column order (static groups), so
 free at inference.
 """
 
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import astuple, replace
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -33,8 +35,11 @@ from dpq_core.layer.records import (
     joined,
 )
 from dpq_core.layer.shared_input import SharedInput
+from dpq_core.layer.unseen import UnseenErrors, unseen_errors
 from dpq_core.recipe.layer_choices import chosen_scheme
 from dpq_core.recipe.scheme import METHODS, Scheme
+
+WhereRoundingWins = Literal["name", "round", "refuse"]
 
 
 def quantize_or_keep(
@@ -43,6 +48,7 @@ def quantize_or_keep(
     scheme: Scheme,
     min_tokens_per_input: float,
     correction: float = 0.0,
+    where_rounding_wins: WhereRoundingWins = "name",
 ) -> QuantizedLinear:
     """Quantize a layer, or keep it in 16 bits where its scheme says so: FP16 as it is, all else in
     BF16. One (a rarely chosen expert) that saw no calibration token, or fewer than
@@ -54,14 +60,17 @@ def quantize_or_keep(
     Args:
         inputs: None for an embedding, whose columns all count alike.
         correction: the share of it that is taken, see `dpq_core.layer.correction`.
+        where_rounding_wins: what becomes of codes that do worse than the nearest ones on unseen
+            tokens (`dpq_core.layer.unseen`): the report has it, the nearest are taken, or it is an
+            error.
 
     Raises:
-        ValueError, FactorizationError: as `quantize_layer`.
+        ValueError, FactorizationError: as `quantize_layer`; with `refuse` codes that do worse.
     """
     if inputs is None:
         assert isinstance(weight, Tensor)
         even = SharedInput(InputStatistics.even(weight.shape[1], weight.device))
-        return _by_pieces(weight, even, scheme, 0.0)
+        return _by_pieces(weight, even, scheme, 0.0, "name")
     tokens, features, kept = inputs.tokens, inputs.features, ""
     if tokens == 0 or (not scheme.keeps and tokens < min_tokens_per_input * features):
         kept = (
@@ -69,31 +78,52 @@ def quantize_or_keep(
             f"calibration.min_tokens_per_input is {min_tokens_per_input:g}"
         )
         scheme = chosen_scheme(scheme, "bf16")
-    layer = _by_pieces(weight, inputs, scheme, correction)
+    layer = _by_pieces(weight, inputs, scheme, correction, where_rounding_wins)
     return replace(layer, report=replace(layer.report, tokens=tokens, kept=kept))
 
 
 def _by_pieces(
-    weight: Tensor | GivenWeight, inputs: SharedInput, scheme: Scheme, correction: float
+    weight: Tensor | GivenWeight,
+    inputs: SharedInput,
+    scheme: Scheme,
+    correction: float,
+    where_rounding_wins: WhereRoundingWins,
 ) -> QuantizedLinear:
     """A layer, or the rows of a large one piece by piece: they do not know of one another."""
+    passed = inputs, scheme, correction, where_rounding_wins
     if isinstance(weight, GivenWeight):
-        return _quantized(weight, inputs, scheme, correction)
+        return _quantized(weight, *passed)
     every = rows_at_once(len(weight), scheme)
     if every == len(weight):
-        return _quantized(weight, inputs, scheme, correction)
+        return _quantized(weight, *passed)
     pieces = weight.split(every)
-    parts = [_quantized(piece, inputs, scheme, correction) for piece in pieces]
+    parts = [_quantized(piece, *passed) for piece in pieces]
+    reports = [part.report for part in parts]
     whole = [objective(piece.float().T, inputs.hessian()) for piece in pieces]
-    lost = sum(part.report.error * own for part, own in zip(parts, whole, strict=True))
-    moved = sum(part.report.corrected * own for part, own in zip(parts, whole, strict=True))
     report = LayerReport(
-        error=relative(lost, sum(whole)),
-        damp_frac=max(part.report.damp_frac for part in parts),
-        codes_moved=sum(part.report.codes_moved for part in parts),
-        corrected=relative(moved, sum(whole)),
+        error=_mean([each.error for each in reports], whole),
+        damp_frac=max(each.damp_frac for each in reports),
+        codes_moved=sum(each.codes_moved for each in reports),
+        corrected=_mean([each.corrected for each in reports], whole),
+        unseen=_mean_unseen([each.unseen for each in reports], whole),
+        rounded=any(each.rounded for each in reports),
     )
     return joined(parts, report)
+
+
+def _mean(errors: Sequence[float], whole: Sequence[float]) -> float:
+    """The relative error of parts together, each a share of its own `whole`."""
+    return relative(sum(e * own for e, own in zip(errors, whole, strict=True)), sum(whole))
+
+
+def _mean_unseen(
+    errors: Sequence[UnseenErrors | None], whole: Sequence[float]
+) -> UnseenErrors | None:
+    """Parts' outputs are as large for unseen tokens as for those of H, which are like them."""
+    there = [each for each in errors if each is not None]
+    if len(there) < len(errors):
+        return None
+    return UnseenErrors(*(_mean(each, whole) for each in zip(*map(astuple, there), strict=True)))
 
 
 def rows_at_once(rows: int, scheme: Scheme) -> int:
@@ -118,11 +148,15 @@ def quantize_layer(
         ValueError: weight or statistics are not finite, or their shapes do not fit.
         FactorizationError: the Hessian cannot be factorised; nothing falls back to rounding.
     """
-    return _quantized(weight, SharedInput(statistics), scheme, correction)
+    return _quantized(weight, SharedInput(statistics), scheme, correction, "name")
 
 
 def _quantized(
-    weight: Tensor | GivenWeight, inputs: SharedInput, scheme: Scheme, correction: float
+    weight: Tensor | GivenWeight,
+    inputs: SharedInput,
+    scheme: Scheme,
+    correction: float,
+    where_rounding_wins: WhereRoundingWins,
 ) -> QuantizedLinear:
     if isinstance(weight, GivenWeight):
         if scheme.keeps:
@@ -158,11 +192,46 @@ def _quantized(
     if change is not None:
         corrected = relative(objective(change.index_select(1, order).T, hessian), whole)
         del change
-    codes, damp_frac, moved = _choose_codes(weight, inputs, order, grid.at(order), scheme)
-    lost = objective(residual(codes, weight, grid.at(order)), hessian)  # uses the weight up
+    at = grid.at(order)
+    codes, damp_frac, moved = _choose_codes(weight, inputs, order, at, scheme)
+    unseen, nearest = _on_unseen(codes, weight, at, inputs, order, scheme, where_rounding_wins)
+    if nearest is not None:
+        codes, moved = nearest, 0
+    lost = objective(residual(codes, weight, at), hessian)  # uses the weight up
     stored = codes.to(torch.uint8).index_select(0, order.argsort()).T.contiguous()
-    report = LayerReport(relative(lost, whole), max(damp_frac, damped), moved, corrected=corrected)
+    report = LayerReport(
+        error=relative(lost, whole),
+        damp_frac=max(damp_frac, damped),
+        codes_moved=moved,
+        corrected=corrected,
+        unseen=unseen,
+        rounded=nearest is not None,
+    )
     return QuantizedLinear(scheme, QuantizedWeight(stored, grid), input_scale, report)
+
+
+def _on_unseen(
+    codes: Tensor,  # [in, out] fp32, in the order π
+    weight: Tensor,  # [in, out] fp32, in the order π
+    grid: ColumnGrid,  # in the order π
+    inputs: SharedInput,
+    order: Tensor,  # π [in] int64
+    scheme: Scheme,
+    where_rounding_wins: WhereRoundingWins,
+) -> tuple[UnseenErrors | None, Tensor | None]:
+    """Errors on unseen tokens, where there are such and codes are chosen; and the nearest codes
+    where these are to be taken."""
+    chosen = METHODS[scheme.method].compensate or scheme.rounding == "gradient"
+    if not chosen or inputs.unseen is None or not len(inputs.unseen):
+        return None, None
+    tokens = inputs.unseen.index_select(1, order)
+    errors, nearest = unseen_errors(codes, weight, grid, tokens, scheme.block_columns)
+    if errors.rounding_wins and where_rounding_wins == "refuse":
+        raise ValueError(
+            f"{errors}: give more calibration.samples, or text that is like what will be read; or"
+            " set calibration.where_rounding_wins: round"
+        )
+    return errors, nearest if errors.rounding_wins and where_rounding_wins == "round" else None
 
 
 def _kept(given: GivenWeight, inputs: SharedInput, scheme: Scheme) -> QuantizedLinear:

@@ -1,6 +1,6 @@
 """What quantization makes of a linear layer."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from dpq_core.layer.grid import Grid, joined_grids
+from dpq_core.layer.unseen import UnseenErrors
 from dpq_core.recipe.scheme import Scheme
 
 
@@ -44,6 +45,8 @@ class LayerReport:
     corrected: by how much the correction moved the output before anything was rounded, measured as
     the error is.
     given_error: ‖W - Ŵ‖² / ‖W‖² where codes were given; the error is against the given W too.
+    unseen: errors on tokens that no Hessian has seen, where there are such and codes were chosen.
+    rounded: the codes are the nearest ones, which did better there.
     """
 
     error: float
@@ -53,16 +56,20 @@ class LayerReport:
     kept: str = ""
     corrected: float = 0.0
     given_error: float | None = None
+    unseen: UnseenErrors | None = None
+    rounded: bool = False
 
     def as_row(self) -> dict[str, Any]:
-        """For storage; `corrected` where there is a correction, `given_error` where codes were
-        given."""
-        row = asdict(self)
-        if not self.corrected:
-            del row["corrected"]
-        if self.given_error is None:
-            del row["given_error"]
-        return row
+        """For storage, without the last four where there is nothing to say."""
+        nothing = {"corrected": 0.0, "given_error": None, "unseen": None, "rounded": False}
+        written = asdict(self).items()
+        return {name: value for name, value in written if value != nothing.get(name, ...)}
+
+    @classmethod
+    def of_row(cls, row: Mapping[str, Any]) -> "LayerReport":
+        """Inverse of `as_row`."""
+        unseen = row.get("unseen")
+        return cls(**{**row, "unseen": unseen and UnseenErrors(**unseen)})
 
 
 @dataclass(frozen=True)

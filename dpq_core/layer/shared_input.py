@@ -26,6 +26,7 @@ class SharedInput:
         self.tokens = statistics.tokens
         self.features = len(statistics.hessian_sum)
         self.magnitudes = statistics.magnitudes  # [2**15] int64
+        self.unseen = statistics.unseen  # [tokens, in] bf16, or None
         self._hessian: Tensor | None = None  # [in, in] fp32, in the order `_order`
         self._order: Tensor | None = None  # π [in] int64; None: as stored
         self._factor: tuple[float, Tensor, float] | None = None  # asked damping, U, taken damping

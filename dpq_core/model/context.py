@@ -12,10 +12,9 @@ from typing import Any
 
 from torch import Tensor
 
-from dpq_core.errors import InputError
+from dpq_core.errors import InputError, listed
 
 _SCALED_AT_RUN_TIME = ("linear", "dynamic", "yarn")
-_SHOWN = 4
 
 
 class ContextError(InputError):
@@ -69,9 +68,8 @@ def check_tokenizer(config: Any, tokenizer: Any) -> list[str]:
     if not beyond:
         return []
     named = sorted(beyond, key=beyond.__getitem__)
-    shown = ", ".join(f"{token!r} ({beyond[token]})" for token in named[:_SHOWN])
-    more = f" and {len(named) - _SHOWN} more" if len(named) > _SHOWN else ""
-    return [f"tokens without a row in the model's embedding of {rows}: {shown}{more}"]
+    shown = listed([f"{token!r} ({beyond[token]})" for token in named])
+    return [f"tokens without a row in the model's embedding of {rows}: {shown}"]
 
 
 def check_ids(config: Any, tokenizer: Any, ids: Tensor | list[int], where: str) -> None:

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -12,10 +12,11 @@ from torch import Tensor
 # image_grid_thw [images, 3] and mm_token_type_ids [batch, length].
 ModelInputs = dict[str, Tensor]
 
-# What windows of a calibration are counted for. `FOR` among inputs, which no model is called with,
-# is its place here; without it they are for both.
-Purpose = Literal["both", "hessians", "scales"]
-_PURPOSES: tuple[Purpose, ...] = ("both", "hessians", "scales")
+# What windows of a calibration are counted for: Hessians and activations' scales, one of them, or
+# neither, those that layers are tried on. `FOR` among inputs, which no model is called with, is its
+# place here; without it they are for both.
+Purpose = Literal["both", "hessians", "scales", "unseen"]
+_PURPOSES: tuple[Purpose, ...] = get_args(Purpose)
 FOR = "for"
 
 
@@ -68,11 +69,15 @@ def batches_of(windows: Tensor | Sequence[ModelInputs], batch_size: int) -> list
     return list(windows)
 
 
-def apart(hessians: Tensor, scales: Tensor, batch_size: int) -> list[ModelInputs]:
-    """Windows [n, length] and [m, length] of tokens in batches: those that Hessians are counted on,
-    then those that activations' scales are."""
+def apart(windows: Mapping[Purpose, Tensor], batch_size: int) -> list[ModelInputs]:
+    """Windows of tokens [n, length] by what they are for, in batches, in this order."""
     return [
-        each | {FOR: torch.tensor(_PURPOSES.index(purpose))}
-        for purpose, windows in (("hessians", hessians), ("scales", scales))
-        for each in batches_of(windows, batch_size)
+        marked(each, purpose)
+        for purpose, own in windows.items()
+        for each in batches_of(own, batch_size)
     ]
+
+
+def marked(inputs: ModelInputs, purpose: Purpose) -> ModelInputs:
+    """With what they are for."""
+    return inputs | {FOR: torch.tensor(_PURPOSES.index(purpose))}

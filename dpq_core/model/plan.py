@@ -14,6 +14,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from dpq_core.errors import listed
 from dpq_core.layer.given import GivenWeight
 from dpq_core.model.given import GivenReader
 from dpq_core.model.reader import CheckpointError, CheckpointReader
@@ -91,14 +92,7 @@ def kept_lines(skipped: Mapping[str, str]) -> list[str]:
     names: dict[str, list[str]] = {}
     for name, reason in skipped.items():
         names.setdefault(reason, []).append(name)
-    return [
-        f"not quantized: {', '.join(each[:_SHOWN])}"
-        f"{f' and {len(each) - _SHOWN} more' if len(each) > _SHOWN else ''} ({reason})"
-        for reason, each in names.items()
-    ]
-
-
-_SHOWN = 4
+    return [f"not quantized: {listed(each)} ({reason})" for reason, each in names.items()]
 
 
 def plan_layers(

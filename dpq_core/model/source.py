@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from dpq_core.errors import CheckpointError
+from dpq_core.errors import CheckpointError, listed
 from dpq_core.model.given import reader_of
 from dpq_core.model.given_layouts import READ, given_codes, reads_codes
 from dpq_core.model.quantization import described, quantization_of, reads_fp8
@@ -123,9 +123,8 @@ def check_all_taken(model: Any, reader: CheckpointReader) -> None:
     taken = model.state_dict().keys()
     left = [name for name in reader.names if name not in taken and not left_out.search(name)]
     if left:
-        more = f" and {len(left) - _SHOWN} more" if len(left) > _SHOWN else ""
         raise CheckpointError(
-            f"{reader.folder}: no parameter of the model takes {', '.join(left[:_SHOWN])}{more}:"
+            f"{reader.folder}: no parameter of the model takes {listed(left, _SHOWN)}:"
             " scales of a quantization, or parts of another model: give a checkpoint whose"
             " config.json says what they are"
         )

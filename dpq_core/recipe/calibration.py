@@ -72,10 +72,22 @@ class CalibrationSection(Section):
         " chooses: with fewer nothing is begun",
     )
 
+    unseen: int = Field(
+        2,
+        ge=0,
+        description="windows of `dataset` that no Hessian sees, at most an eighth of what there is:"
+        " layers are tried on their tokens, beside codes that are rounded to nearest",
+    )
+    where_rounding_wins: Literal["name", "round", "refuse"] = Field(
+        "name",
+        description="a layer whose chosen codes do worse there than rounded ones: is named, is"
+        " rounded, or is an error",
+    )
+
     @property
     def all_samples(self) -> int:
-        """Windows that are run, those for scales included."""
-        return self.samples + (self.activations.samples if self.activations else 0)
+        """Windows that are run, those for scales and those that no Hessian sees included."""
+        return self.samples + self.unseen + (self.activations.samples if self.activations else 0)
 
     @property
     def windows_of(self) -> list[tuple[TextDataset, int]]:

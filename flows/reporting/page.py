@@ -13,6 +13,7 @@ from dpq_core.calibration.data_sets import data_sets
 from dpq_core.calibration.required_tokens import CalibrationTokens
 from dpq_core.checkpoint.exports.card import shown_cache, shown_scheme
 from dpq_core.evaluation.text_divergence import DIVERGENCE
+from dpq_core.layer.unseen import unseen_line
 from dpq_core.verdict.closeness import TOP1
 from dpq_core.verdict.ratios import THROUGHPUT_RATIO
 from flows.reporting.charts import history_chart, layers_chart, speed_charts
@@ -175,6 +176,7 @@ def _facts(data: ReportData) -> dict[str, dict[str, str]]:
             "begin-of-text token before each": _bos(calibration.bos, data.manifest),
             "propagation": calibration.propagation,
             **_correction(calibration.correction),
+            **_unseen(data.manifest),
             "statistics of inputs in": calibration.hessian_inputs,
             "tokens' weights in them": calibration.token_weights,
             "share of each window's first token": f"{calibration.first_token_share:g}",
@@ -191,6 +193,11 @@ def _cache(manifest: Mapping[str, Any]) -> dict[str, str]:
 def _correction(share: float) -> dict[str, str]:
     name = "correction towards the 16-bit model's outputs"
     return {name: f"{share:g} of it; errors are against the corrected weights"} if share else {}
+
+
+def _unseen(manifest: Mapping[str, Any]) -> dict[str, str]:
+    said = unseen_line(manifest["layers"])
+    return {"chosen codes": said} if said else {}
 
 
 def _bos(asked: str, manifest: Mapping[str, Any]) -> str:

@@ -9,6 +9,7 @@ from prefect.artifacts import create_link_artifact, create_markdown_artifact, cr
 
 from dpq_core.calibration.required_tokens import CalibrationTokens
 from dpq_core.evaluation.text_divergence import Spot
+from dpq_core.layer.unseen import lost_lines
 from dpq_core.model.plan import kept_lines
 from dpq_core.verdict.closeness import NATS
 from dpq_core.verdict.gates import Verdict
@@ -130,10 +131,12 @@ def notes(metrics: Mapping[str, Metric]) -> list[str]:
 
 def model_notes(manifest: Mapping[str, Any]) -> list[str]:
     """What a reader has to know of the model: what it was calibrated on where that is less than was
-    asked, what stayed in 16 bits and why, and whether the checkpoint's own code was run."""
+    asked, what stayed in 16 bits and why, what did worse than rounding, and whether its own code
+    was run."""
     tokens = CalibrationTokens.of_manifest(manifest)
     lines = [f"calibration: {tokens.line}"] if tokens.got < tokens.asked else []
     lines += kept_lines(manifest["skipped"])
+    lines += lost_lines(manifest["layers"])
     if manifest["base_model"]["trust_remote_code"]:
         lines.append("the checkpoint's own Python code was run (model.trust_remote_code)")
     return lines

@@ -3,6 +3,7 @@ windows of images and texts."""
 
 import hashlib
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +14,14 @@ from torch import Tensor
 
 from dpq_core.data.images import image_windows
 from dpq_core.data.texts import (
-    calibration_windows,
+    document_windows,
     interleaved,
     load_texts,
     opening_token,
+    set_aside,
     token_windows,
 )
-from dpq_core.model.inputs import ModelInputs, apart, batches_of
+from dpq_core.model.inputs import ModelInputs, Purpose, apart, batches_of, marked
 from dpq_core.recipe import CalibrationSection, PerplexitySection, TextDataset
 from infra.store import ArtifactRef, Store
 
@@ -40,17 +42,31 @@ def store_calibration(
     """
     if section.image_column is not None:
         found = image_windows(section, tokenizer, folder)
-        tensors = {f"{n}.{name}": x for n, each in enumerate(found) for name, x in each.items()}
-        return _store(tensors, store)
+        numbered = set_aside(torch.arange(len(found)), section.samples, section.unseen)
+        return _store(
+            {
+                f"{'unseen.' * aside}{number}.{name}": x
+                for aside, numbers in enumerate(numbered)
+                for number in numbers.tolist()
+                for name, x in found[number].items()
+            },
+            store,
+        )
     opening = opening_token(tokenizer, section.bos)
 
-    def windows(dataset: TextDataset, samples: int) -> Tensor:
+    def windows(dataset: TextDataset, samples: int, unseen: int = 0) -> tuple[Tensor, Tensor]:
         texts = load_texts(dataset, tokenizer)
-        return calibration_windows(texts, tokenizer, samples, section.sequence_length, opening)
+        every = document_windows(texts, tokenizer, section.sequence_length, opening)
+        return set_aside(every, samples, unseen)
 
-    tensors = {"windows": interleaved([windows(*each) for each in section.windows_of])}
+    first, *mixed = section.windows_of
+    seen, unseen = windows(*first, section.unseen)
+    others = [windows(*each)[0] for each in mixed]
+    tensors = {"windows": interleaved([seen, *others])}
+    if len(unseen):
+        tensors["unseen"] = unseen
     if own := section.activations:
-        tensors["scales"] = windows(own.dataset, own.samples)
+        tensors["scales"], _ = windows(own.dataset, own.samples)
     if opening is not None:
         tensors["opening"] = torch.tensor([opening])
     return _store(tensors, store)
@@ -91,23 +107,29 @@ def load_inputs(
             there are no images.
     """
     tensors = load_file(store.open(artifact) / _FILE)
-    if "scales" in tensors and samples is None:
-        return apart(tensors["windows"][:, :length], tensors["scales"][:, :length], batch_size)
-    if "windows" in tensors:
+    if "windows" in tensors and samples is not None:
         return batches_of(tensors["windows"][:samples, :length], batch_size)
-    inputs: dict[int, ModelInputs] = {}
+    if "windows" in tensors:
+        first: Purpose = "hessians" if "scales" in tensors else "both"
+        names: dict[Purpose, str] = {first: "windows", "scales": "scales", "unseen": "unseen"}
+        there = {purpose: name for purpose, name in names.items() if name in tensors}
+        return apart({p: tensors[name][:, :length] for p, name in there.items()}, batch_size)
+    inputs: dict[tuple[bool, int], ModelInputs] = {}
     for key, tensor in tensors.items():
-        number, _, name = key.partition(".")
-        inputs.setdefault(int(number), {})[name] = tensor
-    return [inputs[number] for number in sorted(inputs)][:samples]
+        *aside, number, name = key.split(".")
+        inputs.setdefault((bool(aside), int(number)), {})[name] = tensor
+    return [marked(inputs[key], "unseen" if key[0] else "both") for key in sorted(inputs)][:samples]
 
 
 def count_tokens(artifact: ArtifactRef, store: Store) -> int:
     """The tokens of all calibration windows for Hessians, those of images included."""
     with safe_open(store.open(artifact) / _FILE, "pt") as file:
         names = file.keys()
-        ids = [name for name in names if name == "windows" or name.endswith(".input_ids")]
+        ids = [name for name in names if name == "windows" or _IDS_OF_IMAGES.fullmatch(name)]
         return sum(math.prod(file.get_slice(name).get_shape()) for name in ids)
+
+
+_IDS_OF_IMAGES = re.compile(r"\d+\.input_ids")
 
 
 def scale_tokens(artifact: ArtifactRef, store: Store) -> int | None:

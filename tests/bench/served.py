@@ -80,7 +80,7 @@ def inputs_of(row: str, texts: Texts, samples: int) -> list[ModelInputs]:
     windows = texts.windows(hessians, samples)
     if not scales:
         return batches_of(windows, _BATCH)
-    return apart(windows, texts.windows(scales, samples), _BATCH)
+    return apart({"hessians": windows, "scales": texts.windows(scales, samples)}, _BATCH)
 
 
 def main() -> None:

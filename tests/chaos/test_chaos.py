@@ -9,13 +9,12 @@ from removal import removal_beside_reading
 from team import postgres_binaries, team
 from transformers import AutoTokenizer
 
-from dpq_core.data.texts import calibration_windows, load_texts
 from dpq_core.pipeline import quantize_checkpoint
 from dpq_core.recipe import load_recipe
 from infra.store import Store
 from tasks.assemble import provenance
 from tasks.support.model import inspect
-from tasks.support.tokenized_data import store_calibration
+from tasks.support.tokenized_data import load_inputs, store_calibration
 
 
 @pytest.fixture
@@ -33,9 +32,8 @@ def undisturbed(recipe, model, folder):
     """The checkpoint that plain Python makes, orchestrated by nothing."""
     section, store = recipe.calibration, Store(folder / "store")
     tokenizer = AutoTokenizer.from_pretrained(model)
-    texts = load_texts(section.dataset)
-    windows = calibration_windows(texts, tokenizer, section.samples, section.sequence_length)
     stored = store_calibration(section, tokenizer, model, store)
+    windows = load_inputs(stored, store, section.batch_size)
     about = provenance(recipe, inspect(recipe.model, store), stored)
     quantize_checkpoint(model, folder / "checkpoint", windows, recipe.scheme, section, about)
     return contents(folder / "checkpoint")

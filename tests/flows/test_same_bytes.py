@@ -9,7 +9,6 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dpq_core.checkpoint.native import files_of
-from dpq_core.data.texts import calibration_windows, load_texts
 from dpq_core.pipeline import quantize_checkpoint
 from dpq_core.recipe import CalibrationSection, ModelSection
 from flows.quantize import quantize
@@ -47,12 +46,7 @@ def plainly(recipe, folder):
     tokenizer = AutoTokenizer.from_pretrained(model)
     section = recipe.calibration
     stored = store_calibration(section, tokenizer, model, store)
-    if section.activations:
-        windows = load_inputs(stored, store, section.batch_size)
-    else:
-        windows = calibration_windows(
-            load_texts(section.dataset), tokenizer, section.samples, section.sequence_length
-        )
+    windows = load_inputs(stored, store, section.batch_size)
     about = provenance(recipe, inspect(recipe.model, store), stored)
     quantize_checkpoint(model, folder, windows, recipe.scheme, section, about, recipe.layers)
 

@@ -16,6 +16,7 @@ from dpq_core.data.texts import (
     calibration_windows,
     load_texts,
     opening_token,
+    set_aside,
     token_windows,
 )
 from dpq_core.errors import InputError
@@ -192,6 +193,26 @@ def test_calibration_windows_lie_evenly_over_all_documents():
     taken = calibration_windows(texts, BYTES, 5, 8)
     assert torch.equal(taken, every[::4])
     assert torch.equal(taken, calibration_windows(texts, BYTES, 5, 8))
+
+
+@pytest.mark.parametrize(
+    ("there", "samples", "unseen", "taken", "others"),
+    [
+        (40, 5, 2, [0, 8, 16, 24, 32], [1, 20]),  # the samples are what they are without
+        (40, 36, 4, 36, 4),
+        (40, 40, 4, 36, 4),  # taken out of the samples
+        (40, 38, 4, 34, 4),  # two others are left, which are too few
+        (40, 99, 9, 35, 5),  # an eighth at most
+        (7, 4, 2, [0, 1, 3, 5], []),
+        (16, 4, 0, [0, 4, 8, 12], []),
+    ],
+)
+def test_windows_that_no_hessian_sees(there, samples, unseen, taken, others):
+    seen, aside = set_aside(torch.arange(there), samples, unseen)
+    for found, expected in ((seen, taken), (aside, others)):
+        assert (len(found) if isinstance(expected, int) else found.tolist()) == expected
+        assert found.tolist() == sorted(set(found.tolist()))
+    assert not torch.isin(aside, seen).any()
 
 
 def test_a_long_text_gives_no_length_warning(caplog, capfd):
