@@ -229,14 +229,19 @@ def ui() -> None:
             print("stopping …")
 
 
-def main() -> None:
-    """Console script."""
-    os.environ.setdefault("DO_NOT_TRACK", "1")  # before Prefect is imported
+def quiet_libraries() -> None:
+    """Before they are imported: nothing reports home, or prints where progress is shown."""
+    os.environ.setdefault("DO_NOT_TRACK", "1")
     os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TQDM_DISABLE", "1")  # progress is shown by flows.cli.terminal
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+def main() -> None:
+    """Console script."""
+    quiet_libraries()
     try:
         app()
     except SystemExit as end:

@@ -12,6 +12,8 @@ from threading import Thread
 
 import psutil
 import pytest
+from forked import Forked
+from model_families import save
 from typer.testing import CliRunner
 
 from dpq_core.recipe import parse_recipe
@@ -60,6 +62,17 @@ def content(quickstart_model, text_file, store):
         "gates": {"perplexity_increase": 10},
         "registry": {"name": "flow-tests"},
         "execution": {"store": str(store), "device": "cpu"},
+    }
+
+
+@pytest.fixture(scope="session")
+def two_blocks(content, tmp_path_factory):
+    """A recipe as a mapping: a random model of two small blocks, short windows."""
+    calibration = {"samples": 16, "sequence_length": 16}
+    return content | {
+        "model": {"id": str(save("llama-2", tmp_path_factory.mktemp("two-blocks")))},
+        "scheme": {"group_size": 32, "rounding": "nearest"},
+        "calibration": content["calibration"] | calibration,
     }
 
 
@@ -201,10 +214,4 @@ def run_flow(flow, recipe, *arguments):
 
 def dpq_process(*arguments):
     """`dpq …` as a process of its own, on the session's services."""
-    return subprocess.Popen(
-        [sys.executable, "-c", "from flows.cli.main import main; main()", *map(str, arguments)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        text=True,
-    )
+    return Forked(*arguments)

@@ -1,14 +1,12 @@
 """Two releases of one recipe at the same time, as processes of their own, one of them killed."""
 
 import json
-import os
-import subprocess
-import sys
 import time
 from collections import Counter
 
 import pytest
 from conftest import run_flow
+from forked import Forked
 from test_same_bytes import contents
 
 from flows.quantize import quantize
@@ -46,16 +44,7 @@ def together(recipe_file, brief, tmp_path):
     log = tmp_path / "log"
     arguments = ["release", recipe_file, "--json", "--set", f"execution.store={tmp_path / 'store'}"]
     arguments += ["--set", f"registry.name={tmp_path.name}", "--set", brief]
-    both = [
-        subprocess.Popen(
-            [sys.executable, "-c", COUNTED, *map(str, [log, *arguments])],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-            text=True,
-        )
-        for _ in range(2)
-    ]
+    both = [Forked(log, *arguments, program=COUNTED) for _ in range(2)]
 
     def noted():
         lines = log.read_text().splitlines() if log.exists() else []

@@ -2,10 +2,10 @@
 
 import time
 
-import distributed
 import psutil
 import pytest
 from conftest import PATIENCE, dpq_process, run_flow
+from forked import dask_cluster
 from test_same_bytes import contents, in_store, layer_artifacts
 
 from dpq_core.recipe import RecipeError, parse_recipe
@@ -22,9 +22,7 @@ def undisturbed(recipe):
 @pytest.fixture
 def cluster(services_home):
     """One worker that has a GPU, or says so."""
-    with distributed.LocalCluster(
-        n_workers=1, threads_per_worker=1, resources={"GPU": 1}, dashboard_address=None
-    ) as cluster:
+    with dask_cluster(n_workers=1, resources={"GPU": 1}) as cluster:
         yield cluster
 
 

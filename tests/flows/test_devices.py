@@ -7,6 +7,7 @@ from dataclasses import replace
 import distributed
 import pytest
 from conftest import run_flow
+from forked import dask_cluster
 from model_families import TEXT, save, tokenizer
 from test_same_bytes import contents, in_store, plainly
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -126,9 +127,7 @@ def elsewhere(services_home, monkeypatch, tmp_path):
     """Two workers that have devices, which we have not; and what they note."""
     log = tmp_path / "log"
     environment = {FAKE_DEVICES: "2", "TMPDIR": str(tmp_path)}
-    with distributed.LocalCluster(
-        n_workers=2, threads_per_worker=1, env=environment, dashboard_address=None
-    ) as cluster:
+    with dask_cluster(n_workers=2, env=environment) as cluster:
         with distributed.Client(cluster) as client:
             client.run(exec, NOTED.format(log=str(log)), {})
         yield cluster, log

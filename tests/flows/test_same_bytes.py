@@ -5,12 +5,12 @@ from pathlib import Path
 
 import pytest
 from conftest import dpq_process, run_flow
-from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from model_families import save
+from transformers import AutoTokenizer
 
 from dpq_core.checkpoint.native import files_of
 from dpq_core.pipeline import quantize_checkpoint
-from dpq_core.recipe import CalibrationSection, ModelSection
+from dpq_core.recipe import CalibrationSection, ModelSection, parse_recipe
 from flows.quantize import quantize
 from infra.store import Store
 from tasks.assemble import provenance
@@ -58,23 +58,24 @@ def test_plain_python_and_prefect(propagated, tmp_path):
     assert contents(tmp_path / "plain") == contents(flow_checkpoint)
 
 
+@pytest.fixture(params=["original", "quantized", "groups"])
+def small(two_blocks, services_home, request):
+    scheme = {"group_size": 32, "max_passes": 2}
+    return propagating(parse_recipe(two_blocks | {"scheme": scheme}), request.param)
+
+
 @pytest.fixture(params=["tied", "untied"])
-def outside(request, quickstart_model, tmp_path):
+def outside(request, two_blocks, tmp_path):
     """A model's folder, and choices for what is outside its blocks: the head first."""
     if request.param == "tied":
-        return quickstart_model, {"model.embed_tokens": "w4a8"}
-    model = AutoModelForCausalLM.from_pretrained(quickstart_model)
-    model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().clone())
-    model.config.tie_word_embeddings = False
-    model.save_pretrained(tmp_path / "untied")
-    AutoTokenizer.from_pretrained(quickstart_model).save_pretrained(tmp_path / "untied")
-    return tmp_path / "untied", {"lm_head": "w4a8", "model.embed_tokens": "w8a16"}
+        return save("llama-3.2", tmp_path / "tied"), {"model.embed_tokens": "w4a8"}
+    return two_blocks["model"]["id"], {"lm_head": "w4a8", "model.embed_tokens": "w8a16"}
 
 
-def test_head_and_embedding_too(propagated, outside, tmp_path):
+def test_head_and_embedding_too(small, outside, tmp_path):
     folder, layers = outside
     asked = {"layers": layers, "model": ModelSection(id=str(folder))}
-    recipe = in_store(propagated.model_copy(update=asked), tmp_path / "store")
+    recipe = in_store(small.model_copy(update=asked), tmp_path / "store")
     made = run_flow(quantize, recipe)
     assert not any(made.integrity.values())
     names = [row["name"] for row in made.manifest["layers"]]
@@ -85,22 +86,22 @@ def test_head_and_embedding_too(propagated, outside, tmp_path):
 
 
 @pytest.mark.parametrize("shards", [1, 2])
-def test_scales_and_hessians_of_different_texts(propagated, tmp_path, shards):
+def test_scales_and_hessians_of_different_texts(small, tmp_path, shards):
     """Sixteen windows for Hessians, a quarter of another data set, and eight for scales, in two
     leaves; shares of them, and plain Python."""
     other = {"path": "python_docs", "split": "validation"}
     section = CalibrationSection.model_validate(
-        propagated.calibration.model_dump()
+        small.calibration.model_dump()
         | {"samples": 16, "mixed_in": [other | {"share": 0.25}]}
         | {"activations": {"dataset": other, "samples": 8}}
     )
-    recipe = propagated.model_copy(update={"calibration": section})
+    recipe = small.model_copy(update={"calibration": section})
     recipe = in_store(recipe, tmp_path / "store", shards=shards, blocks_per_task=1)
     made = run_flow(quantize, recipe)
     about = made.manifest["calibration"]
     assert about["mixed_in"] == [{"share": 0.25}]
     assert about["activations"] == {"samples": 8}
-    assert (about["tokens"], about["scale_tokens"]) == (16 * 128, 8 * 128)
+    assert (about["tokens"], about["scale_tokens"]) == (16 * 16, 8 * 16)
     plainly(recipe, tmp_path / "plain")
     assert contents(tmp_path / "plain") == contents(made.checkpoint.folder)
 

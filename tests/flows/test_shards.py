@@ -1,14 +1,11 @@
 """Calibration shared by any number of tasks: the same bytes, and a killed share repeated alone."""
 
 import json
-import os
-import subprocess
-import sys
 from collections import Counter
 
 import pytest
-from conftest import run_flow
-from model_families import save
+from conftest import PATIENCE, run_flow
+from forked import Forked
 from test_same_bytes import contents, in_store, layer_artifacts, propagating
 
 from dpq_core.recipe import RecipeError, parse_recipe
@@ -43,14 +40,10 @@ main()
 
 
 @pytest.fixture(scope="module")
-def tiny(content, tmp_path_factory):
+def tiny(two_blocks):
     """A recipe's content with two blocks and four leaves."""
-    calibration = {"samples": 16 * LEAVES, "sequence_length": 16}
-    return content | {
-        "model": {"id": str(save("llama-2", tmp_path_factory.mktemp("model")))},
-        "scheme": {"group_size": 32, "rounding": "nearest"},
-        "calibration": content["calibration"] | calibration,
-    }
+    calibration = {"samples": 16 * LEAVES}
+    return two_blocks | {"calibration": two_blocks["calibration"] | calibration}
 
 
 @pytest.fixture
@@ -96,17 +89,17 @@ def test_a_share_that_is_killed_is_repeated_alone(tiny, four_leaves, tmp_path, p
     options = [f"--set=execution.{key}={value}" for key, value in settings.items()]
 
     def run(last):
-        command = [sys.executable, "-c", DYING, log, last, "quantize", recipe, *options]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        return subprocess.run(list(map(str, command)), env=environment, capture_output=True)
+        process = Forked(log, last, "quantize", recipe, *options, program=DYING)
+        _, errors = process.communicate(PATIENCE)
+        return process.returncode, errors
 
     # at the third leaf of the second block, of its last inputs
-    assert run(last=(2 * turns - 1) * LEAVES + 3).returncode == -9
+    assert run(last=(2 * turns - 1) * LEAVES + 3)[0] == -9
     layers = layer_artifacts(store)
     assert propagation == "original" or len(layers) == 7 + 6  # all but the last, waited for
     assert list((store / "partial").iterdir()) != []
-    again = run(last=0)
-    assert again.returncode == 0, again.stderr.decode()
+    code, errors = run(last=0)
+    assert code == 0, errors
     begun = Counter(log.read_text().splitlines())
     assert begun == {"0": turns * LEAVES, "1": turns * LEAVES + 1}
     assert layer_artifacts(store).items() >= layers.items()
