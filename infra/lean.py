@@ -1,7 +1,7 @@
 """What a process of the pipeline need not import. Wherever they are installed, transformers imports
 scikit-learn, and by it SciPy's statistics and pandas, for a threshold of assisted generation,
 torchao for checkpoints in its format, and SciPy's optimizers for the losses of object detection:
-1.9 s of processor time and 110 MB of every process, workers too. Here it is told that they are not
+2.0 s of processor time and 130 MB of every process, workers too. Here it is told that they are not
 there, when it asks."""
 
 import sys

@@ -47,8 +47,9 @@ def forward(
     y = x.new_empty(len(rows), out)
     one = torch.ones(1, 1, dtype=torch.float32)
     scales = one if scale is None else scale.reshape(-1, 1)
-    channels = one.expand(out, 1).flatten() if channel_scale is None else channel_scale
-    added = one[:0, 0] if bias is None else bias.detach().float()
+    # All contiguous: for each other layout a process compiles for a second.
+    channels = one.new_ones(out) if channel_scale is None else channel_scale.contiguous()
+    added = one.new_empty(0) if bias is None else bias.detach().float().contiguous()
     _, *rounding = cpu.rounding_of(inner)
     threads = take_threads()
     units = products.bf16_units()
