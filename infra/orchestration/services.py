@@ -164,10 +164,16 @@ def _prefect(root: Path) -> Iterator[str]:
 @contextmanager
 def _prefect_settings(settings: Mapping[str, str]) -> Iterator[None]:
     """Settings in this context, in threads that do not inherit it, and in child processes."""
-    local = [os.environ.get("no_proxy") or os.environ.get("NO_PROXY"), HOST]
+    local = [os.environ.get("no_proxy") or os.environ.get("NO_PROXY") or ""]
+    if HOST not in local[0].split(","):
+        local.append(HOST)
     no_proxy = ",".join(filter(None, local))
     changes = {**settings, "no_proxy": no_proxy, "NO_PROXY": no_proxy}
     changes["DO_NOT_TRACK"] = os.environ.get("DO_NOT_TRACK", "1")
+    url = settings.get("PREFECT_API_URL")
+    if changes.items() <= os.environ.items() and url == get_current_settings().api.url:
+        yield  # to read them again takes a tenth of a second, each way
+        return
     before = {name: os.environ.get(name) for name in changes}
     os.environ.update(changes)
     try:

@@ -185,6 +185,20 @@ def test_a_configured_prefect_api_is_used_and_nothing_is_started(tmp_path, monke
     assert not list(tmp_path.iterdir())
 
 
+def test_services_within_services_change_nothing(tmp_path, monkeypatch):
+    """Each added this machine to `no_proxy` once more, and read Prefect's settings again."""
+    with web_server(PREFECT) as prefect, web_server(MLFLOW) as mlflow:
+        monkeypatch.setenv("PREFECT_API_URL", f"{prefect}/api")
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", mlflow)
+        with services(tmp_path) as outer:
+            before, settings = dict(os.environ), get_current_settings()
+            with services(tmp_path) as inner:
+                assert inner == outer
+                assert dict(os.environ) == before
+                assert get_current_settings() is settings
+            assert dict(os.environ) == before
+
+
 def test_ui_serves_mlflow_on_the_same_store_and_stops_it(tmp_path, monkeypatch):
     with ExitStack() as stack:
         prefect = stack.enter_context(web_server(PREFECT))
