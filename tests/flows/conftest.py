@@ -17,12 +17,21 @@ from model_families import save
 from typer.testing import CliRunner
 
 from dpq_core.recipe import parse_recipe
+from flows.cli import forecast
 from flows.cli.main import app
 from flows.running.runners import task_runner
 from infra.orchestration.services import services
 
 REPOSITORY = Path(__file__).parents[2]
 PATIENCE = 900  # s, for a run on a machine as busy as it likes
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _rates_of_one_product():
+    """Every command first times products, for half a second; nothing here asks what it found."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(forecast, "_TIMING", 0)
+        yield
 
 
 @pytest.fixture(scope="package")

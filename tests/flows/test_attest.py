@@ -191,17 +191,15 @@ def test_engines_have_an_environment_of_their_own(own, attest, monkeypatch):
 
 def test_an_engine_gets_the_variables_that_the_export_asks_for(attest, own, monkeypatch):
     """vLLM on a CPU with AMX rounds the inputs of W4A16 files to INT8 where nobody says no."""
-    asked = {"VLLM_CPU_INT4_W4A8": "0"}
+    asked = {"VLLM_CPU_INT4_W4A8": "0", "VLLM_CPU_KVCACHE_SPACE": "1"}
     manifest = json.loads((own / MANIFEST).read_text())
     assert manifest["vllm_environment"] == {}  # of W4A8
     (own / MANIFEST).write_text(json.dumps({**manifest, "vllm_environment": asked}))
-    assert attest(own, "transformers")[0] == 0
-    engine = json.loads((own / FILE).read_text())["predicate"]["engine"]
-    assert engine["variables"] == asked
+    monkeypatch.delenv("VLLM_CPU_KVCACHE_SPACE", raising=False)
     monkeypatch.setenv("VLLM_CPU_INT4_W4A8", "1")  # whoever says yes is heard, and told of
     assert attest(own, "transformers")[0] == 0
     engine = json.loads((own / FILE).read_text())["predicate"]["engine"]
-    assert engine["variables"] == {"VLLM_CPU_INT4_W4A8": "1"}
+    assert engine["variables"] == {"VLLM_CPU_INT4_W4A8": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}
 
 
 def test_an_engine_that_dies_shows_its_last_lines(own, tmp_path):

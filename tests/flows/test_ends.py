@@ -18,8 +18,10 @@ from conftest import PATIENCE, dpq_process, run_flow
 from prefect import flow, task
 from prefect.client.orchestration import get_client
 from test_same_bytes import in_store, layer_artifacts
+from typer.testing import CliRunner
 
 from dpq_core.recipe import ExecutionSection
+from flows.cli.main import app
 from flows.quantize import quantize
 from flows.running.runners import TaskInterruptedError, task_runner
 from infra.orchestration.services import services
@@ -108,8 +110,8 @@ def test_ctrl_c_ends_worker_processes_too(recipe_file, tmp_path):
 
 
 def test_what_a_killed_process_left_is_marked_by_the_next_run(recipe, recipe_file, brief, tmp_path):
-    store, runner = tmp_path / "store", "execution.runner=processes"
-    process = started("release", recipe_file, store, runner, brief)
+    store, one = tmp_path / "store", ("execution.runner=processes", "execution.workers=1")
+    process = started("release", recipe_file, store, *one, brief)
     workers = psutil.Process(process.pid).children(recursive=True)
     uri = tracking_store(Path(os.environ["DPQ_HOME"]))[0]
     process.kill()
@@ -175,24 +177,38 @@ STAGES = {
 }
 
 
+@pytest.fixture
+def small_recipe(two_blocks, services_home, tmp_path):
+    """Of two blocks, which are random: anything passes its gate."""
+    path = tmp_path / "small.yaml"
+    own = {"gates": {"perplexity_increase": 1000}, "registry": {"name": "two-blocks"}}
+    path.write_text(json.dumps(two_blocks | own))
+    return path
+
+
 def test_a_disk_that_is_full_in_any_stage_is_an_error_and_the_next_run_goes_on(
-    dpq, small_disk, brief, monkeypatch
+    small_recipe, small_disk, brief, monkeypatch
 ):
     monkeypatch.setattr(memory, "_free", lambda folder: 1 << 40)  # it fills up after preflight
     store, filler = small_disk / "store", small_disk / "filler"
-    command = ["release", "--json", "--set", f"execution.store={store}", "--set", brief]
-    whole = dpq(*command)
+    sets = [f"execution.store={store}", "calibration.sequence_length=128", brief]
+
+    def released():
+        settings = [word for each in sets for word in ("--set", each)]
+        return CliRunner().invoke(app, ["release", str(small_recipe), "--json", *settings])
+
+    whole = released()
     assert whole.exit_code == 0, whole.stderr
     for stage, first in STAGES.items():
         shutil.rmtree(store / stage)
         fill(filler, leave=8192)  # a page to say that we are here, and one to begin
-        full = dpq(*command)
+        full = released()
         assert full.exit_code == 1
         (reason,) = json.loads(full.stdout)["reasons"]
         assert f"{store}: " in reason
         assert f"too little for {first}/" in reason
         filler.unlink()
-        again = dpq(*command)
+        again = released()
         assert again.exit_code == 0, again.stderr
         assert json.loads(again.stdout)["metrics"] == json.loads(whole.stdout)["metrics"]
     assert list((store / "tmp").iterdir()) == list((store / "leases").iterdir()) == []

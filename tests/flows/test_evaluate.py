@@ -14,6 +14,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import PATIENCE, dpq_process, run_flow
+from model_families import save
 from prefect.states import Completed, Pending
 from pyarrow import parquet
 from safetensors.torch import load_file, save_file
@@ -70,10 +71,22 @@ def suites(tmp_path):
     return folder
 
 
+@pytest.fixture(scope="module")
+def short_texts(text_file, tmp_path_factory):
+    """The session's documents, the beginning of each: most tests here are about suites."""
+    path = tmp_path_factory.mktemp("short") / "short.jsonl"
+    texts = [json.loads(line)["text"][:160] for line in text_file.read_text().splitlines()]
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return path
+
+
 @pytest.fixture
-def content(content, suites, tmp_path):
+def content(content, suites, short_texts, tmp_path):
     """The session's recipe with suites, and a store of its own without scores."""
-    evaluation = content["evaluation"] | {
+    perplexity = content["evaluation"]["perplexity"]
+    dataset = perplexity["dataset"] | {"data_files": str(short_texts)}
+    evaluation = {
+        "perplexity": perplexity | {"dataset": dataset},
         "suites": ["first", "second"],
         "suites_path": str(suites),
     }
@@ -252,8 +265,8 @@ def test_out_of_memory_is_no_verdict_and_the_next_run_goes_on(
     assert not why_due(recipe, registry)[0]
 
 
-def test_every_document_is_in_mlflow(recipe, services_home, tmp_path):
-    result = run_flow(release, recipe)
+def check_documents(result, services_home, tmp_path):
+    """Every document is in MLflow, with what both models answered."""
     client = mlflow_client(tracking_store(services_home)[0])
     table = parquet.read_table(
         client.download_artifacts(result.run_id, "documents.parquet", str(tmp_path))
@@ -273,8 +286,11 @@ def test_every_document_is_in_mlflow(recipe, services_home, tmp_path):
     assert {row["metric"] for row in table.to_pylist()} == {"acc", "perplexity_token"}
 
 
-def test_against_another_checkpoint(evaluate, recipe, quickstart_model, services_home):
+def test_a_release_s_documents_and_its_scores_against_another_checkpoint(
+    evaluate, recipe, quickstart_model, services_home, tmp_path
+):
     released = run_flow(release, recipe)
+    check_documents(released, services_home, tmp_path)
     scored = score_artifacts(Path(recipe.execution.store))
     report = evaluate(released.checkpoint, "--against", str(quickstart_model))
     assert score_artifacts(Path(recipe.execution.store)) == scored  # found again, all of it
@@ -375,15 +391,17 @@ def test_two_suites_at_a_time_leave_stdout_to_the_json(evaluate, model, monkeypa
     assert sys.stdout is stdout
 
 
-@pytest.mark.parametrize("runner", ["threads", "processes"])
-def test_any_number_of_workers_gives_the_same_bits(content, services_home, suites, runner):
+@pytest.mark.parametrize(("runner", "workers"), [("threads", 3), ("processes", 2)])
+def test_any_number_of_workers_gives_the_same_bits(
+    content, services_home, suites, tmp_path, runner, workers
+):
     write_suite(suites, "second", documents=2000)
     one = content["execution"] | {"workers": 1}
-    quick = parse_recipe(content | {"execution": one})
-    model = quick.model.id
+    model = str(save("llama-2", tmp_path / "small"))
+    quick = parse_recipe(content | {"model": {"id": model}, "execution": one})
     expected = run_flow(evaluate_flow, quick, model).scores
-    execution = one | {"runner": runner, "workers": 3, "store": one["store"] + "-fresh"}
-    other = parse_recipe(content | {"execution": execution})
+    execution = one | {"runner": runner, "workers": workers, "store": one["store"] + "-fresh"}
+    other = quick.model_copy(update={"execution": quick.execution.model_copy(update=execution)})
     assert run_flow(evaluate_flow, other, model).scores == expected
     chunks = [artifacts(Path(each["store"]), "chunk-scores") for each in (one, execution)]
     assert chunks[0].keys() == chunks[1].keys()

@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 
 from dpq_core.checkpoint import exports
 from dpq_core.checkpoint.exports import EXPORTS, verify
+from dpq_core.recipe import parse_recipe
 from flows.cli.main import app
 from flows.release.release import release
 from infra.registry import Registry
@@ -24,9 +25,9 @@ def exporting(recipe, formats=FORMATS, **scheme):
     return recipe.model_copy(update={"export": formats, "scheme": scheme})
 
 
-@pytest.fixture
-def released(recipe):
-    return run_flow(release, exporting(recipe))
+@pytest.fixture(scope="module")
+def released(content, services_home):
+    return run_flow(release, exporting(parse_recipe(content)))
 
 
 def dpq(*arguments):

@@ -2,10 +2,11 @@
 
 import json
 from collections import Counter
+from contextlib import ExitStack
 
 import pytest
 from conftest import PATIENCE, run_flow
-from forked import Forked
+from forked import Forked, dask_cluster
 from test_same_bytes import contents, in_store, layer_artifacts, propagating
 
 from dpq_core.recipe import RecipeError, parse_recipe
@@ -71,7 +72,12 @@ def test_shards_and_runners_give_the_same_bytes(
         checkpoint = run_flow(quantize, in_store(recipe, tmp_path / "one")).checkpoint
         alone[propagation] = contents(checkpoint.folder), statistics(tmp_path / "one")
     shared = in_store(recipe, tmp_path / "shared", shards=shards, runner=runner)
-    candidate = run_flow(quantize, shared)
+    with ExitStack() as stack:
+        if runner == "dask":
+            cluster = stack.enter_context(dask_cluster(n_workers=shards))
+            address = {"dask_address": cluster.scheduler_address}
+            shared = in_store(shared, tmp_path / "shared", **address)
+        candidate = run_flow(quantize, shared)
     assert contents(candidate.checkpoint.folder) == alone[propagation][0]
     assert statistics(tmp_path / "shared") == alone[propagation][1]
     for spent in ("partial", "hidden", "tmp", "leases"):
