@@ -63,7 +63,7 @@ def test_a_worker_is_killed(recipe_file, dpq, undisturbed, tmp_path, runner):
         assert run.returncode == 1, output
         assert "the worker that had it was killed" in errors
         assert "lower execution.workers" in errors
-        again = dpq("quantize", *options)
+        again = dpq("quantize", *options, "--set=execution.workers=1")
         assert again.exit_code == 0, again.stderr
     else:
         assert run.returncode == 0, errors
