@@ -12,7 +12,7 @@ from prefect.logging import get_run_logger
 
 from dpq_core.calibration.reduction_tree import shares
 from dpq_core.checkpoint.native import MANIFEST
-from dpq_core.layer.unseen import lost_lines, unseen_line
+from dpq_core.layer.unseen import UnseenSummary
 from dpq_core.machine.device import share_machine
 from dpq_core.model.plan import PlannedLayer
 from dpq_core.recipe import Recipe
@@ -81,10 +81,10 @@ def make_candidate(recipe: Recipe, inputs: Inputs) -> Candidate:
     checkpoint = assemble(*about, cache)
     integrity = verify.submit(*about, checkpoint, cache).result()
     manifest = json.loads((checkpoint.folder / MANIFEST).read_text("utf-8"))
-    if said := unseen_line(manifest["layers"]):
-        get_run_logger().info(said)
-    for line in lost_lines(manifest["layers"]):
-        get_run_logger().warning(line)
+    if found := UnseenSummary.of(manifest["layers"]):
+        get_run_logger().info(found.line)
+        for line in found.warnings:
+            get_run_logger().warning(line)
     return Candidate(inputs, layers, statistics, checkpoint, manifest, integrity, memory)
 
 

@@ -56,30 +56,52 @@ def unseen_errors(
     return UnseenErrors(relative(chosen, whole), relative(rounded, whole)), nearest
 
 
-def unseen_line(rows: Iterable[Mapping[str, Any]]) -> str:
-    """How layers did, from the rows of a manifest; empty where no codes were chosen."""
-    errors = [row["unseen"] for row in rows if row.get("unseen")]
-    if not errors:
-        return ""
-    shares = [relative(each["chosen"], each["nearest"]) for each in errors]
-    return (
-        f"on tokens that no Hessian has seen, layers' errors are {median(shares):.2f} times those"
-        f" of rounding to nearest (median of {len(errors)} layers, at worst {max(shares):.2f})"
-    )
+@dataclass(frozen=True)
+class UnseenSummary:
+    """All layers whose codes were chosen, from the rows of a checkpoint's manifest.
 
+    ratio, worst: of a layer's error to that of rounding to nearest, median and largest. lost:
+    layers where rounding did better. rounded: of these, those that took the nearest codes.
+    """
 
-def lost_lines(rows: Iterable[Mapping[str, Any]]) -> list[str]:
-    """Where rounding to nearest did better, from the rows of a manifest."""
-    lost = [row for row in rows if (own := row.get("unseen")) and UnseenErrors(**own).rounding_wins]
-    kept = [row["name"] for row in lost if not row.get("rounded")]
-    rounded = [row["name"] for row in lost if row.get("rounded")]
-    lines = [
-        f"rounding to nearest does better on tokens that no Hessian has seen: {listed(kept)}; give"
-        " more calibration.samples or other text, or set calibration.where_rounding_wins: round"
-    ] * bool(kept)
-    if rounded:
-        lines.append(f"rounded to nearest, which did better on unseen tokens: {listed(rounded)}")
-    return lines
+    layers: int
+    ratio: float
+    worst: float
+    lost: list[str]
+    rounded: list[str]
+
+    @classmethod
+    def of(cls, rows: Iterable[Mapping[str, Any]]) -> "UnseenSummary | None":
+        """None where no codes were chosen, or there was no token to look at."""
+        chosen = [(row, UnseenErrors(**row["unseen"])) for row in rows if row.get("unseen")]
+        if not chosen:
+            return None
+        ratios = [relative(errors.chosen, errors.nearest) for _, errors in chosen]
+        lost = [row["name"] for row, errors in chosen if errors.rounding_wins]
+        rounded = [row["name"] for row, _ in chosen if row.get("rounded")]
+        return cls(len(chosen), median(ratios), max(ratios), lost, rounded)
+
+    @property
+    def line(self) -> str:
+        return (
+            f"on tokens that no Hessian has seen, layers' errors are {self.ratio:.2f} times those"
+            f" of rounding to nearest (median of {self.layers} layers, at worst {self.worst:.2f})"
+        )
+
+    @property
+    def warnings(self) -> list[str]:
+        """Where rounding did better, in words."""
+        lines = []
+        if kept := [name for name in self.lost if name not in self.rounded]:
+            lines.append(
+                "rounding to nearest does better on tokens that no Hessian has seen:"
+                f" {listed(kept)}; give more calibration.samples or other text, or set"
+                " calibration.where_rounding_wins: round"
+            )
+        if self.rounded:
+            said = "rounded to nearest, which did better on unseen tokens"
+            lines.append(f"{said}: {listed(self.rounded)}")
+        return lines
 
 
 def _power(tokens: Tensor, weight: Tensor) -> float:

@@ -111,12 +111,16 @@ def quantize(recipe: RecipePath, overrides: Overrides = None, as_json: AsJson = 
         candidate = _run(parsed, lambda: _flow("quantize")(parsed))
         checkpoint, manifest = candidate.checkpoint, candidate.manifest
         layer_errors = [row["error"] for row in manifest["layers"]]
+        from dpq_core.layer.unseen import UnseenSummary
+
+        unseen = UnseenSummary.of(manifest["layers"])
         summary = {
             "checkpoint": str(checkpoint.folder),
             "sha256": checkpoint.sha256,
             "bytes_per_weight": manifest["bytes_per_weight"],
             "layer_error": sum(layer_errors) / len(layer_errors),
             "layers": len(layer_errors),
+            "unseen": unseen and dataclasses.asdict(unseen),
             "tokens": manifest["calibration"]["tokens"],
             "tokens_asked": manifest["calibration"]["tokens_asked"],
             "skipped": manifest["skipped"],

@@ -13,7 +13,7 @@ from dpq_core.calibration.data_sets import data_sets
 from dpq_core.calibration.required_tokens import CalibrationTokens
 from dpq_core.checkpoint.exports.card import shown_cache, shown_scheme
 from dpq_core.evaluation.text_divergence import DIVERGENCE
-from dpq_core.layer.unseen import unseen_line
+from dpq_core.layer.unseen import UnseenSummary
 from dpq_core.verdict.closeness import TOP1
 from dpq_core.verdict.ratios import THROUGHPUT_RATIO
 from flows.reporting.charts import history_chart, layers_chart, speed_charts
@@ -196,8 +196,8 @@ def _correction(share: float) -> dict[str, str]:
 
 
 def _unseen(manifest: Mapping[str, Any]) -> dict[str, str]:
-    said = unseen_line(manifest["layers"])
-    return {"chosen codes": said} if said else {}
+    found = UnseenSummary.of(manifest["layers"])
+    return {"chosen codes": found.line} if found else {}
 
 
 def _bos(asked: str, manifest: Mapping[str, Any]) -> str:

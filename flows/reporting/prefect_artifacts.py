@@ -9,7 +9,7 @@ from prefect.artifacts import create_link_artifact, create_markdown_artifact, cr
 
 from dpq_core.calibration.required_tokens import CalibrationTokens
 from dpq_core.evaluation.text_divergence import Spot
-from dpq_core.layer.unseen import lost_lines
+from dpq_core.layer.unseen import UnseenSummary
 from dpq_core.model.plan import kept_lines
 from dpq_core.verdict.closeness import NATS
 from dpq_core.verdict.gates import Verdict
@@ -136,7 +136,8 @@ def model_notes(manifest: Mapping[str, Any]) -> list[str]:
     tokens = CalibrationTokens.of_manifest(manifest)
     lines = [f"calibration: {tokens.line}"] if tokens.got < tokens.asked else []
     lines += kept_lines(manifest["skipped"])
-    lines += lost_lines(manifest["layers"])
+    if found := UnseenSummary.of(manifest["layers"]):
+        lines += found.warnings
     if manifest["base_model"]["trust_remote_code"]:
         lines.append("the checkpoint's own Python code was run (model.trust_remote_code)")
     return lines

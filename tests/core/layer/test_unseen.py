@@ -7,7 +7,7 @@ from dpq_core.checkpoint.native import load_layer, load_report, save_layer
 from dpq_core.layer.hessian import InputStatistics
 from dpq_core.layer.quantize import quantize_or_keep
 from dpq_core.layer.shared_input import SharedInput
-from dpq_core.layer.unseen import UnseenErrors, lost_lines, unseen_line
+from dpq_core.layer.unseen import UnseenErrors, UnseenSummary
 from dpq_core.recipe.scheme import Scheme
 
 OUT, IN = 48, 64
@@ -123,11 +123,13 @@ def test_what_a_reader_is_told():
         return {"name": name, "unseen": {"chosen": chosen, "nearest": nearest}, **rest}
 
     rows = [row("a", 0.1, 0.2), row("b", 0.3, 0.2), row("c", 0.4, 0.2, rounded=True), {"name": "d"}]
-    assert "1.50 times" in unseen_line(rows)
-    assert "3 layers, at worst 2.00" in unseen_line(rows)
-    lost, rounded = lost_lines(rows)
+    found = UnseenSummary.of(rows)
+    assert "1.50 times" in found.line
+    assert "3 layers, at worst 2.00" in found.line
+    assert (found.lost, found.rounded) == (["b", "c"], ["c"])
+    lost, rounded = found.warnings
     assert "has seen: b; give" in lost
     assert rounded.endswith("unseen tokens: c")
-    assert unseen_line(rows[3:]) == ""
-    assert lost_lines(rows[:1]) == []
+    assert UnseenSummary.of(rows[3:]) is None
+    assert UnseenSummary.of(rows[:1]).warnings == []
     assert not UnseenErrors(0.1, 0.1).rounding_wins
