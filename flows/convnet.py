@@ -59,8 +59,9 @@ def _paper(
     )
 
 
-def _compensated(bits: int, rounding: str, biases: bool) -> ConvScheme:
-    weights = {"bits": bits, "rounding": rounding}
+def _compensated(bits: int, rounding: str, biases: bool, per: str = "channel") -> ConvScheme:
+    symmetric = per == "channel"
+    weights = {"bits": bits, "rounding": rounding, "per": per, "symmetric": symmetric}
     return ConvScheme.model_validate({"weights": weights, "bias_correction": biases})
 
 
@@ -78,12 +79,15 @@ LADDER: dict[str, tuple[Method, ConvScheme]] = {
     "16 bits": ("post-training", _paper(16, activations=16)),
     "biases": ("post-training", _compensated(8, "nearest", True)),
     "codes and biases": ("post-training", _compensated(8, "outputs", True)),
+    "per layer, biases": ("post-training", _compensated(8, "nearest", True, "layer")),
+    "per layer, codes and biases": ("post-training", _compensated(8, "outputs", True, "layer")),
     "4-bit weights, biases": ("post-training", _compensated(4, "nearest", True)),
     "4-bit weights, codes": ("post-training", _compensated(4, "outputs", False)),
     "4-bit weights, codes and biases": ("post-training", _compensated(4, "outputs", True)),
     "QAT per channel": ("fine-tuned", ConvScheme()),
     "QAT per layer": ("fine-tuned", _paper(8, "layer", False)),
     "QAT 4-bit weights, per channel": ("fine-tuned", _paper(4)),
+    "QAT 4-bit weights, codes and biases": ("fine-tuned", _compensated(4, "outputs", True)),
     "QAT 4-bit activations": ("fine-tuned", _paper(activations=4)),
 }
 

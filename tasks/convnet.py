@@ -161,6 +161,8 @@ def quantize_classifier(
     """
     store = Store(recipe.execution.store)
     fields = {"calibration"} if method == "post-training" else {"training", "qat"}
+    if recipe.qat.start == "post-training":
+        fields.add("calibration")
     about = {
         "method": method,
         "scheme": scheme.model_dump(mode="json"),
@@ -365,4 +367,13 @@ def _quantized(
         return post_training(network, found.train, scheme, recipe.calibration, step)
     with seeded(recipe.training.seed) as generator:
         step = stepper("fine-tune", recipe.qat.epochs)
-        return fine_tune(network, found.train, scheme, recipe.training, recipe.qat, generator, step)
+        return fine_tune(
+            network,
+            found.train,
+            scheme,
+            recipe.training,
+            recipe.qat,
+            recipe.calibration,
+            generator,
+            step,
+        )

@@ -6,6 +6,11 @@ which `dpq_core.convnet.onnx_file` writes.
 Fine-tuning (the whitepaper's section 3.2): weights and activations are rounded in the forward pass
 and gradients go through as if they were not. In the last epochs batch norm is frozen to its running
 statistics, as in inference. Networks are exported in inference: what drops out does not.
+
+Few pictures, or few bits, want more than the labels and the float network to begin with: `qat.loss`
+may be distillation, whose targets are what the float network says of the same pictures, and
+`qat.start` the graph that was quantized after training, its codes and biases chosen and the grids
+of its weights kept (one taken anew from chosen codes may be narrower, and move them all).
 """
 
 from collections.abc import Iterable
@@ -21,8 +26,10 @@ from dpq_core.convnet.images import Images
 from dpq_core.convnet.placing import place_roundings, strip
 from dpq_core.convnet.ranges import range_of
 from dpq_core.convnet.recipe import CalibrationSection, ConvScheme, QatSection, TrainingSection
-from dpq_core.convnet.train import Step, fit
+from dpq_core.convnet.train import Step, fit, predict
 from dpq_core.errors import InputError
+
+_AT_ONCE = 32  # pictures, through the float network
 
 
 class LayerError(InputError):
@@ -47,6 +54,18 @@ def post_training(
         ExportError: the network does not export.
     """
     made = rounding_graph(network, images.inputs(slice(2)), scheme)
+    _calibrate(made, images, scheme, calibration, step)
+    return made
+
+
+def _calibrate(
+    made: Prepared,
+    images: Images,
+    scheme: ConvScheme,
+    calibration: CalibrationSection,
+    step: Step = lambda: None,
+) -> None:
+    """Settle a rounding graph, batch norm folded, and give back what rounding took."""
     graph, roundings = made.graph, {}
     for _, layer in layers_of(graph):
         layer.fold()
@@ -64,7 +83,6 @@ def post_training(
     _settle(graph)
     if scheme.compensates:
         compensate(made, x, scheme.chooses_codes, means)
-    return made
 
 
 def fine_tune(
@@ -73,16 +91,24 @@ def fine_tune(
     scheme: ConvScheme,
     training: TrainingSection,
     qat: QatSection,
+    calibration: CalibrationSection,
     generator: torch.Generator,
     step: Step = lambda: None,
 ) -> Prepared:
-    """Quantization-aware training from the float network, which stays as it is.
+    """Quantization-aware training of the float network, which stays as it is.
+
+    Args:
+        calibration: where `qat.start` is post-training.
 
     Raises:
         ExportError: the network does not export.
     """
+    targets = _probabilities(network, images) if qat.loss == "distillation" else None
     made = rounding_graph(network, images.inputs(slice(2)), scheme, training=True)
     graph = made.graph
+    if qat.start == "post-training":
+        _calibrate(made, images, scheme, calibration)
+        graph.requires_grad_(True)
     _modes(graph, Mode.TRAIN)
     freeze_batch_norm(graph, False)
     average = _Average(graph, qat.average)
@@ -101,6 +127,7 @@ def fine_tune(
         step,
         after_step=average.update,
         before_epoch=freeze,
+        targets=targets,
     )
     average.apply()
     freeze_batch_norm(graph, True)
@@ -152,15 +179,21 @@ def _modes(graph: GraphModule, mode: Mode) -> None:
 
 
 def _settle(graph: GraphModule) -> None:
-    """In inference, on the grids of what was seen."""
+    """In inference, on the grids of what was seen. Weights that have a grid keep it."""
     for module in graph.modules():
         if isinstance(module, Rounding):
             module.settle()
     for _, layer in layers_of(graph):
-        if layer.rounding is not None:
+        if layer.rounding is not None and layer.rounding.scale is None:
             layer.rounding.settle(layer.weight)
     _modes(graph, Mode.ROUND)
     graph.requires_grad_(False).eval()
+
+
+def _probabilities(network: nn.Module, images: Images) -> Tensor:
+    """What the float network says of the images: fp32 [n, classes]."""
+    graph = prepared(network, images.inputs(slice(2))).graph
+    return predict(graph, images, _AT_ONCE).softmax(1)
 
 
 class _Average:

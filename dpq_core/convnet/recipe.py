@@ -221,6 +221,16 @@ class QatSection(Section):
         1, ge=0, description="of these, the last: batch norm uses its running statistics"
     )
     learning_rate: float = Field(0.01, gt=0)
+    loss: Literal["labels", "distillation"] = Field(
+        "labels",
+        description="cross entropy with the pictures' classes, or with the float network's own"
+        " probabilities for them, which needs no labels",
+    )
+    start: Literal["float", "post-training"] = Field(
+        "float",
+        description="the float network, whose batch norm goes on to learn, or what was quantized"
+        " after training, batch norm folded",
+    )
     average: float | None = Field(
         None, gt=0, lt=1, description="decay of a moving average of the weights; null: none"
     )

@@ -1,7 +1,9 @@
 """Training and scoring of a classifier, or of the graph exported from one.
 
 Stochastic gradient descent with Nesterov momentum 0.9, cross entropy, and a learning rate that
-rises for the first tenth of the steps and then follows a cosine to zero.
+rises for the first tenth of the steps and then follows a cosine to zero. Cross entropy is with the
+classes, or with another network's probabilities p (distillation, Hinton et al., 2015, at
+temperature 1), whose gradient is that of KL(p ‖ softmax(logits)).
 """
 
 from collections.abc import Callable, Iterator
@@ -39,14 +41,17 @@ def fit(
     step: Step = lambda: None,
     after_step: Step = lambda: None,
     before_epoch: Callable[[int], None] = lambda epoch: None,
+    targets: Tensor | None = None,
 ) -> None:
     """Train in place; the last images that fill no batch are left out of an epoch.
 
     Args:
+        targets: probabilities fp32 [n, classes], in place of the images' classes.
         step: called after each epoch; progress.
         after_step: called after each change of the parameters.
         before_epoch: called with the epoch's number, from 0.
     """
+    targets = images.labels if targets is None else targets
     size = min(section.batch_size, len(images))
     steps = epochs * (len(images) // size)
     optimizer = torch.optim.SGD(
@@ -70,7 +75,7 @@ def fit(
             if len(chosen) < size:
                 continue
             logits = network(images.inputs(chosen))
-            loss = nn.functional.cross_entropy(logits, images.labels[chosen])
+            loss = nn.functional.cross_entropy(logits, targets[chosen])
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()

@@ -297,7 +297,9 @@ def test_fine_tuning_recovers_what_four_bits_cost(networks, images):
     after = quantized(networks, images, scheme, kind)
     qat = QatSection(epochs=4, learning_rate=0.02)
     with seeded(0) as generator:
-        tuned = fine_tune(networks[kind], images.train, scheme, TRAINING, qat, generator)
+        tuned = fine_tune(
+            networks[kind], images.train, scheme, TRAINING, qat, CALIBRATION, generator
+        )
     losses = [  # on what it was trained on: 128 held-out images are noise
         nn.functional.cross_entropy(predict(made.graph, images.train), images.train.labels)
         for made in (after, tuned)
@@ -312,7 +314,9 @@ def test_an_average_that_never_moves_gives_the_weights_from_before(networks, ima
     few = images.train.first(64)
     still = QatSection(epochs=1, frozen_epochs=1, learning_rate=0.5, average=1 - 1e-12)
     with seeded(0) as generator:
-        graph = fine_tune(networks["tiny"], few, ConvScheme(), TRAINING, still, generator)
+        graph = fine_tune(
+            networks["tiny"], few, ConvScheme(), TRAINING, still, CALIBRATION, generator
+        )
     plain = quantized(networks, images, ConvScheme())
     for name, layer in plain.layers.items():
         torch.testing.assert_close(graph.layers[name].weight, layer.weight)
@@ -329,7 +333,7 @@ def test_fine_tuning_that_moves_nothing_gives_the_network(images):
     few = images.train.first(256)
     still = QatSection(epochs=1, frozen_epochs=1, learning_rate=1e-9)
     with seeded(0) as generator:
-        graph = fine_tune(other, few, sixteen, TRAINING, still, generator)
+        graph = fine_tune(other, few, sixteen, TRAINING, still, CALIBRATION, generator)
     expected = predict(other, few)
     # Outliers beyond the first batch's range are cut.
     off = (predict(graph.graph, few) - expected).abs()
