@@ -49,6 +49,7 @@ from dpq_core.convnet.recipe import CalibrationSection, ConvRecipe, ConvScheme, 
 from dpq_core.convnet.train import fit, predict, score, seeded
 from dpq_core.digests import digest, file_digest, write_json
 from dpq_core.evaluation.scores import Scores, load_scores, save_scores
+from dpq_core.machine.device import freed_memory_kept
 from dpq_core.machine.device_kinds import kind_of
 from dpq_core.recipe import ModelSection
 from dpq_core.verdict.gates import Verdict
@@ -128,7 +129,7 @@ def train(recipe: ConvRecipe, pictures: ArtifactRef) -> ArtifactRef:
 
     def make(folder: Path) -> None:
         found, section = open_images(pictures, store), recipe.training
-        with seeded(section.seed) as generator:
+        with freed_memory_kept(), seeded(section.seed) as generator:
             network = build_network(of, found.shape, found.classes).train()
             step = stepper("train", section.epochs)
             fit(
@@ -176,7 +177,8 @@ def quantize_classifier(
     def make(folder: Path) -> None:
         found = open_images(pictures, store)
         network = open_network(recipe, found, trained)
-        made = _quantized(recipe, scheme, method, found, network)
+        with freed_memory_kept():
+            made = _quantized(recipe, scheme, method, found, network)
         content = {**about, **made_of, "classes": found.classes, "names": found.names}
         pixels = {"size": found.shape[1], "channels": found.shape[0]}
         content["pictures"] = pixels | about["pictures"]

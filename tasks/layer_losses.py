@@ -10,6 +10,7 @@ from dpq_core.convnet.quantize import post_training
 from dpq_core.convnet.recipe import ConvRecipe
 from dpq_core.convnet.repair import Trial, trials
 from dpq_core.digests import digest, write_json
+from dpq_core.machine.device import freed_memory_kept
 from infra.store import ArtifactRef, Store
 from tasks.convnet import FLOAT, by_cpu, open_images, open_network
 from tasks.support.progress import stepper
@@ -35,7 +36,8 @@ def layer_losses(recipe: ConvRecipe, pictures: ArtifactRef, trained: ArtifactRef
         before = post_training(network, found.train, FLOAT, recipe.calibration)
         x = found.train.inputs(slice(recipe.repair.pictures))
         step = stepper("layers", len(before.layers))
-        measured = trials(before, recipe.scheme, recipe.repair.candidates, x, step)
+        with freed_memory_kept():
+            measured = trials(before, recipe.scheme, recipe.repair.candidates, x, step)
         write_json(folder / _LOSSES, [each.as_dict() for each in measured])
 
     folder = store.open(store.get_or_make("layer-losses", key, make)[0])
