@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
+from prefect import context
 from prefect.context import refresh_global_settings_context
 from prefect.events.worker import EventsWorker
 from prefect.logging.handlers import APILogWorker
@@ -170,8 +171,7 @@ def _prefect_settings(settings: Mapping[str, str]) -> Iterator[None]:
     no_proxy = ",".join(filter(None, local))
     changes = {**settings, "no_proxy": no_proxy, "NO_PROXY": no_proxy}
     changes["DO_NOT_TRACK"] = os.environ.get("DO_NOT_TRACK", "1")
-    url = settings.get("PREFECT_API_URL")
-    if changes.items() <= os.environ.items() and url == get_current_settings().api.url:
+    if changes.items() <= os.environ.items() and _known(settings.get("PREFECT_API_URL")):
         yield  # to read them again takes a tenth of a second, each way
         return
     before = {name: os.environ.get(name) for name in changes}
@@ -186,6 +186,12 @@ def _prefect_settings(settings: Mapping[str, str]) -> Iterator[None]:
             if value is not None:
                 os.environ[name] = value
         refresh_global_settings_context()
+
+
+def _known(url: str | None) -> bool:
+    """Whether this context has the address, and what threads have that do not inherit it."""
+    every = get_current_settings(), context.GLOBAL_SETTINGS_CONTEXT.settings
+    return all(each.api.url == url for each in every)
 
 
 def _send_pending() -> None:

@@ -9,9 +9,11 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
 import httpx
 import psutil
@@ -197,6 +199,19 @@ def test_services_within_services_change_nothing(tmp_path, monkeypatch):
                 assert dict(os.environ) == before
                 assert get_current_settings() is settings
             assert dict(os.environ) == before
+
+
+def test_threads_that_inherit_nothing_get_the_address_again(tmp_path, monkeypatch):
+    """As after a test, or a run, that had another server, and gave this one back here alone."""
+    with web_server(PREFECT) as prefect, web_server(MLFLOW) as mlflow:
+        monkeypatch.setenv("PREFECT_API_URL", f"{prefect}/api")
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", mlflow)
+        with services(tmp_path):
+            with mock.patch.dict(os.environ, {"PREFECT_API_URL": "http://elsewhere/api"}):
+                refresh_global_settings_context()
+            with services(tmp_path), ThreadPoolExecutor() as threads:
+                found = threads.submit(lambda: get_current_settings().api.url).result()
+            assert found == f"{prefect}/api"
 
 
 def test_ui_serves_mlflow_on_the_same_store_and_stops_it(tmp_path, monkeypatch):
