@@ -134,7 +134,7 @@ _MUCH_WORK = 2e11  # multiplications and additions: of a core, 2 s (AMX) to 10 s
 
 
 def _leaves(calibration: CalibrationSection) -> int:
-    return leaf_count(calibration.all_samples, _batch_size(calibration))
+    return leaf_count(calibration.counted_samples, _batch_size(calibration))
 
 
 def _batch_size(calibration: CalibrationSection) -> int:
@@ -188,7 +188,8 @@ def _passes(
     statistics, a leaf's hidden states before and after, those of the one before it that are being
     written, and what a batch's activations take."""
     layers, length = plan.of_block(block), calibration.sequence_length
-    leaf = min(calibration.all_samples, batch_size * leaf_size(batch_size)) * length
+    windows = min(calibration.counted_samples, batch_size * leaf_size(batch_size))
+    leaf = (windows + calibration.unseen) * length
     corrected = calibration.correction > 0
     a_weight = _BFLOAT16 + (calibration.propagation == "groups") + _BFLOAT16 * corrected
     states = 3 * leaf * plan.layers[0].features * _BFLOAT16  # of the first layer of a block

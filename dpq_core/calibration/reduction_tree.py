@@ -65,10 +65,14 @@ def leaf_count(samples: int, batch_size: int) -> int:
     return -(-samples // (batch_size * leaf_size(batch_size)))
 
 
-def leaves_of(batches: Sequence[_Batch], windows: int) -> list[Sequence[_Batch]]:
-    """Batches by leaf, with `windows` a batch (the last may have fewer)."""
+def leaves_of(
+    batches: Sequence[_Batch], windows: int, uncounted: int = 0
+) -> list[Sequence[_Batch]]:
+    """Batches by leaf, with `windows` a batch (the last may have fewer). The last `uncounted` of
+    them, which are in no sum, are with the last leaf."""
     size = leaf_size(windows)
-    return [batches[start : start + size] for start in range(0, len(batches), size)]
+    starts = range(0, len(batches) - uncounted, size)
+    return [batches[start : None if start == starts[-1] else start + size] for start in starts]
 
 
 def shares(leaves: int, tasks: int) -> list[tuple[int, int]]:

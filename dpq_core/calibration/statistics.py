@@ -160,7 +160,8 @@ def calibrate_block(
         NotFiniteError: the hidden states are not finite after the block.
     """
     windows = len(batches[0].inputs["input_ids"])
-    leaves, beside = leaves_of(batches, windows), leaves_of(originals, windows)
+    uncounted = sum(batch.purpose == "unseen" for batch in batches)
+    leaves, beside = (leaves_of(each, windows, uncounted) for each in (batches, originals))
     root, magnitudes = Node(0, len(leaves)), None
     opened = block_passes(stream, index, rounding, weights, stream.device, step, cache)
     with opened as passes:
@@ -319,14 +320,14 @@ class BlockPasses:
             if advance or self.cached:
                 others = [batch for batch in batches if batch.purpose == "scales"]
                 self.block.run(others, lambda name, x: None, advance, on_progress)
-        unseen = [batch for batch in batches if batch.purpose == "unseen"]
-        self.block.run(unseen, keep, advance, on_progress)
+            unseen = [batch for batch in batches if batch.purpose == "unseen"]
+            self.block.run(unseen, keep, advance, on_progress)
         return {name: each.to(self.sums_on) for name, each in statistics.items()}
 
     @contextmanager
     def _looking_at_cache(self, statistics: BlockStatistics) -> Iterator[None]:
-        """With the largest keys and values of the windows that are run meanwhile, for Hessians or
-        for scales, kept beside the input that is made of them."""
+        """With the largest keys and values of all windows, whatever these are for, kept beside the
+        input that is made of them."""
         if self.cached is None:
             yield
             return

@@ -51,8 +51,8 @@ class Batch:
     @classmethod
     def of(cls, inputs: ModelInputs, hidden: Tensor) -> "Batch":
         """Without the pixels, of which the blocks need the number only."""
-        inputs = dict(inputs)
-        purpose = _PURPOSES[int(inputs.pop(FOR, torch.tensor(0)))]
+        purpose = purpose_of(inputs)
+        inputs = {name: each for name, each in inputs.items() if name != FOR}
         if "pixel_values" in inputs:
             inputs = inputs | {"pixel_values": torch.zeros(len(inputs["pixel_values"]), 1)}
         return cls(inputs, hidden, purpose=purpose)
@@ -76,6 +76,11 @@ def apart(windows: Mapping[Purpose, Tensor], batch_size: int) -> list[ModelInput
         for purpose, own in windows.items()
         for each in batches_of(own, batch_size)
     ]
+
+
+def purpose_of(inputs: ModelInputs) -> Purpose:
+    """What they are for."""
+    return _PURPOSES[int(inputs.get(FOR, 0))]
 
 
 def marked(inputs: ModelInputs, purpose: Purpose) -> ModelInputs:

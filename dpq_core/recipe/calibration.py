@@ -85,9 +85,14 @@ class CalibrationSection(Section):
     )
 
     @property
+    def counted_samples(self) -> int:
+        """Windows for Hessians, and those for scales."""
+        return self.samples + (self.activations.samples if self.activations else 0)
+
+    @property
     def all_samples(self) -> int:
-        """Windows that are run, those for scales and those that no Hessian sees included."""
-        return self.samples + self.unseen + (self.activations.samples if self.activations else 0)
+        """Windows that are run, those that no Hessian sees included."""
+        return self.counted_samples + self.unseen
 
     @property
     def windows_of(self) -> list[tuple[TextDataset, int]]:

@@ -17,7 +17,7 @@ from dpq_core.calibration.reduction_tree import leaves_of
 from dpq_core.checkpoint.native import load_layer
 from dpq_core.digests import digest
 from dpq_core.layer.records import QuantizedLinear
-from dpq_core.model.inputs import Batch, ModelInputs
+from dpq_core.model.inputs import Batch, ModelInputs, purpose_of
 from dpq_core.model.streaming import StreamedModel
 from dpq_core.recipe import Recipe
 from infra.store import ArtifactRef, Store, StoreError
@@ -33,7 +33,8 @@ _FILE = "hidden.safetensors"
 def load_leaves(recipe: Recipe, windows: ArtifactRef, store: Store) -> list[Sequence[ModelInputs]]:
     """What the recipe calibrates on, by leaf."""
     inputs = load_inputs(windows, store, recipe.calibration.batch_size)
-    return leaves_of(inputs, len(inputs[0]["input_ids"]))
+    uncounted = sum(purpose_of(each) == "unseen" for each in inputs)
+    return leaves_of(inputs, len(inputs[0]["input_ids"]), uncounted)
 
 
 @dataclass(frozen=True)

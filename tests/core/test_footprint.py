@@ -18,7 +18,7 @@ def plan(quickstart_model):
 
 
 def calibration(**changes):
-    return CalibrationSection(dataset={"path": "python_docs"}, **changes)
+    return CalibrationSection(dataset={"path": "python_docs"}, **{"unseen": 0} | changes)
 
 
 def test_each_part_grows_with_what_it_is_made_of(plan):
@@ -75,6 +75,15 @@ def largest_statistics(plan):
     """Bytes of a block's Hessians and histograms."""
     features = {layer.statistics: layer.features for layer in plan.of_block(0)}
     return sum(4 * n**2 + 8 * 2**15 for n in features.values())
+
+
+def test_windows_that_no_hessian_sees_are_run_and_some_of_their_tokens_kept(plan):
+    without, seen = (footprint(plan, calibration(samples=16, unseen=n)) for n in (0, 2))
+    features = {layer.statistics: layer.features for layer in plan.of_block(0)}
+    kept = 2 * 2 * 128 * sum(features.values())
+    hidden = 2 * calibration().sequence_length * plan.layers[0].features * 2
+    assert seen.block - without.block == 3 * hidden + 2 * kept  # counted, and being written
+    assert seen.statistics - without.statistics == plan.blocks * kept
 
 
 def test_a_layer_s_weight_or_its_hessian_decides(plan):

@@ -125,3 +125,15 @@ def test_statistics_are_sums_over_leaves(quickstart_model, scheme):
         if scheme.activations == "dynamic":
             tree = (one.hessian_sum + two.hessian_sum) + three.hessian_sum
             assert torch.equal(statistics.hessian_sum, tree)
+
+
+@pytest.mark.parametrize(
+    ("counted", "uncounted", "sizes"), [(8, 2, [4, 6]), (6, 1, [4, 3]), (2, 3, [5]), (4, 0, [4])]
+)
+def test_what_is_in_no_sum_is_with_the_last_leaf(counted, uncounted, sizes):
+    batches = list(range(counted + uncounted))
+    leaves = leaves_of(batches, 4, uncounted)
+    assert [len(leaf) for leaf in leaves] == sizes
+    assert [each for leaf in leaves for each in leaf] == batches
+    assert len(leaves) == leaf_count(4 * counted, 4)
+    assert leaves_of([], 4, uncounted) == []
