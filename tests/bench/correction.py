@@ -30,8 +30,8 @@ from dpq_core.recipe import CalibrationSection, TextDataset
 from dpq_core.recipe.scheme import Scheme
 from tasks.support.model import load_tokenizer
 
-_CALIBRATION = "c4_sample/c4_train_00000_first.jsonl.gz"
-_SCORED = "wikitext2_raw_test/test.jsonl.gz"
+CALIBRATION = "c4_sample/c4_train_00000_first.jsonl.gz"
+SCORED = "wikitext2_raw_test/test.jsonl.gz"
 _SCORED_LENGTH = 512
 
 
@@ -75,10 +75,10 @@ def main() -> None:
     arguments = parser.parse_args()
     folder, tokenizer = arguments.model, load_tokenizer(arguments.model)
     opening = opening_token(tokenizer, "auto")
-    texts = list(texts_of(arguments.data / _CALIBRATION))
+    texts = list(texts_of(arguments.data / CALIBRATION))
     sizes = arguments.samples, arguments.length
     calibrated = calibration_windows(texts, tokenizer, *sizes, opening)
-    texts = list(texts_of(arguments.data / _SCORED))
+    texts = list(texts_of(arguments.data / SCORED))
     scored = scored_windows(texts, tokenizer, opening, arguments.windows)
     leading = 1 if opening is None else 2
     model = load_model(folder)

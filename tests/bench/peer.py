@@ -2,7 +2,8 @@
 
     python peer.py TOOL SCHEME MODEL TOKENS OUT BATCH
 
-TOKENS is a safetensors file with `tokens` [windows, length] int64. Prints a line of JSON: seconds
+TOKENS is a safetensors file with `tokens` [windows, length] int64; SCHEME is a name that the tool
+knows, `W4AFP8` say, or `W4AFP8/64` with another group size. Prints a line of JSON: seconds
 (wall and CPU) of loading, quantizing (calibration included) and saving, threads, and the version.
 """
 
@@ -21,15 +22,25 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 def llm_compressor(model, tokenizer, tokens, scheme, folder, batch):
     from llmcompressor.modifiers.quantization import GPTQModifier
 
-    modifier = GPTQModifier(targets="Linear", scheme=scheme, ignore=["lm_head"], actorder=None)
+    modifier = GPTQModifier(config_groups=groups_of(scheme), ignore=["lm_head"], actorder=None)
     return one_shot(model, tokenizer, tokens, modifier, folder, batch)
 
 
 def llm_compressor_awq(model, tokenizer, tokens, scheme, folder, batch):
     from llmcompressor.modifiers.awq import AWQModifier
 
-    modifier = AWQModifier(targets="Linear", scheme=scheme, ignore=["lm_head"])
+    modifier = AWQModifier(config_groups=groups_of(scheme), ignore=["lm_head"])
     return one_shot(model, tokenizer, tokens, modifier, folder, batch)
+
+
+def groups_of(scheme):
+    from compressed_tensors.quantization import preset_name_to_scheme
+
+    name, _, size = scheme.partition("/")
+    found = preset_name_to_scheme(name, ["Linear"])
+    if size:
+        found.weights.group_size = int(size)
+    return {"group_0": found}
 
 
 def one_shot(model, tokenizer, tokens, modifier, folder, batch):
@@ -57,6 +68,9 @@ def auto_round(model, tokenizer, tokens, scheme, folder, batch, **settings):
     from auto_round import AutoRound
 
     batches = [{"input_ids": part} for part in tokens.split(batch)]
+    scheme, _, size = scheme.partition("/")
+    if size:
+        settings["group_size"] = int(size)
     yield
     quantizer = AutoRound(
         model,
