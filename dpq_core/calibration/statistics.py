@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from dpq_core.arithmetic.formats import NumberFormat, quantize
 from dpq_core.calibration.reduction_tree import Node, leaves_of, summed
-from dpq_core.data.texts import DataError
+from dpq_core.data.texts import DataError, evenly_spaced
 from dpq_core.kernels import cpu
 from dpq_core.kernels.definitions import MAGNITUDES
 from dpq_core.kernels.dispatch import count_magnitudes
@@ -35,7 +35,7 @@ from dpq_core.layer.kv_cache import CacheMaxima
 from dpq_core.layer.records import QuantizedLinear
 from dpq_core.layer.token_weights import equal_norms, first_root, raise_first
 from dpq_core.model.experts import Given
-from dpq_core.model.inputs import Batch
+from dpq_core.model.inputs import Batch, Purpose
 from dpq_core.model.kv_cache import cached_attention, maxima_of_cache
 from dpq_core.model.observed import ObservedBlock
 from dpq_core.model.streaming import StreamedModel
@@ -160,7 +160,7 @@ def calibrate_block(
         NotFiniteError: the hidden states are not finite after the block.
     """
     windows = len(batches[0].inputs["input_ids"])
-    uncounted = sum(batch.purpose == "unseen" for batch in batches)
+    uncounted = len(_only(batches, "unseen"))
     leaves, beside = (leaves_of(each, windows, uncounted) for each in (batches, originals))
     root, magnitudes = Node(0, len(leaves)), None
     opened = block_passes(stream, index, rounding, weights, stream.device, step, cache)
@@ -245,8 +245,7 @@ class BlockPasses:
         def count(name: str, x: Tensor) -> None:
             counts[name] += count_magnitudes(x)
 
-        counted = [batch for batch in batches if batch.purpose in ("both", "scales")]
-        self.block.run(counted, count, False, on_progress)
+        self.block.run(_only(batches, "both", "scales"), count, False, on_progress)
         return {name: each.to(self.sums_on) for name, each in counts.items()}
 
     def statistics(
@@ -296,7 +295,8 @@ class BlockPasses:
 
         def keep(name: str, x: Tensor) -> None:
             window = windows_of(x)
-            some = _spread(x, UNSEEN * (1 if window else windows))
+            tokens = evenly_spaced(x.shape[-2], UNSEEN * (1 if window else windows))
+            some = x.index_select(-2, tokens.to(x.device))
             weighted, unit = self.weights.applied(*rounded(name, some), window and some.shape)
             statistics[name].add_unseen(weighted, unit)
 
@@ -313,15 +313,14 @@ class BlockPasses:
                 away = (x16.float() - x8).mul_(self.weights.roots(x8, window))
                 statistics[name].add_shift(away, weighted.reshape(x8.shape), unit)
 
-        counted, originals = _for_hessians(batches), _for_hessians(originals)
+        counted, originals = (_only(each, "both", "hessians") for each in (batches, originals))
         passing = self._in_both(counted, originals, theirs) if self.beside else counted
         with self._looking_at_cache(statistics):
             self.block.run(passing, count, advance, on_progress)
             if advance or self.cached:
-                others = [batch for batch in batches if batch.purpose == "scales"]
+                others = _only(batches, "scales")
                 self.block.run(others, lambda name, x: None, advance, on_progress)
-            unseen = [batch for batch in batches if batch.purpose == "unseen"]
-            self.block.run(unseen, keep, advance, on_progress)
+            self.block.run(_only(batches, "unseen"), keep, advance, on_progress)
         return {name: each.to(self.sums_on) for name, each in statistics.items()}
 
     @contextmanager
@@ -350,15 +349,8 @@ class BlockPasses:
             yield batch
 
 
-def _spread(x: Tensor, most: int) -> Tensor:
-    """At most so many tokens of inputs [..., tokens, in], evenly spaced, the first among them."""
-    tokens = x.shape[-2]
-    taken = min(tokens, most)
-    return x.index_select(-2, torch.arange(taken, device=x.device) * tokens // max(taken, 1))
-
-
-def _for_hessians(batches: Sequence[Batch]) -> list[Batch]:
-    return [batch for batch in batches if batch.purpose in ("both", "hessians")]
+def _only(batches: Sequence[Batch], *purposes: Purpose) -> list[Batch]:
+    return [batch for batch in batches if batch.purpose in purposes]
 
 
 def add_magnitudes(left: BlockMagnitudes, right: BlockMagnitudes) -> BlockMagnitudes:

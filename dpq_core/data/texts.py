@@ -158,20 +158,20 @@ def set_aside(windows: Tensor, samples: int, unseen: int) -> tuple[Tensor, Tenso
     """`samples` of the windows [n, …], and others, `unseen` of them but at most an eighth of n;
     both evenly spaced. Where too few others are left, they are taken out of the samples."""
     every = torch.arange(len(windows))
-    taken, unseen = _spread(every, samples), min(unseen, len(every) // _SEEN)
+    taken, unseen = evenly_spaced(len(every), samples), min(unseen, len(every) // _SEEN)
     left = every[~torch.isin(every, taken)]
-    others = _spread(left if len(left) >= unseen else every, unseen)
+    left = left if len(left) >= unseen else every
+    others = left[evenly_spaced(len(left), unseen)]
     return windows[taken[~torch.isin(taken, others)]], windows[others]
 
 
 _SEEN = 8  # windows, for one that is set aside
 
 
-def _spread(places: Tensor, count: int) -> Tensor:
-    """At most so many of them, evenly spaced."""
-    if len(places) <= count:
-        return places
-    return places[torch.arange(count) * len(places) // count]
+def evenly_spaced(count: int, most: int) -> Tensor:
+    """At most so many of the places 0 … count - 1, evenly spaced, the first among them."""
+    taken = min(count, most)
+    return torch.arange(taken) * count // max(taken, 1)
 
 
 def interleaved(

@@ -11,7 +11,6 @@ free at inference.
 
 from collections.abc import Sequence
 from dataclasses import astuple, replace
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -36,10 +35,9 @@ from dpq_core.layer.records import (
 )
 from dpq_core.layer.shared_input import SharedInput
 from dpq_core.layer.unseen import UnseenErrors, unseen_errors
+from dpq_core.recipe.calibration import WhereRoundingWins
 from dpq_core.recipe.layer_choices import chosen_scheme
 from dpq_core.recipe.scheme import METHODS, Scheme
-
-WhereRoundingWins = Literal["name", "round", "refuse"]
 
 
 def quantize_or_keep(

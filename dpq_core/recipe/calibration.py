@@ -7,6 +7,8 @@ from pydantic import Field, model_validator
 from dpq_core.recipe.datasets import BOS_DESCRIPTION, Bos, MixedDataset, TextDataset
 from dpq_core.recipe.section import Section
 
+WhereRoundingWins = Literal["name", "round", "refuse"]
+
 
 class ActivationsSection(Section):
     """What static scales of activations are counted on, where that is not what Hessians are."""
@@ -78,7 +80,7 @@ class CalibrationSection(Section):
         description="windows of `dataset` that no Hessian sees, at most an eighth of what there is:"
         " layers are tried on their tokens, beside codes that are rounded to nearest",
     )
-    where_rounding_wins: Literal["name", "round", "refuse"] = Field(
+    where_rounding_wins: WhereRoundingWins = Field(
         "name",
         description="a layer whose chosen codes do worse there than rounded ones: is named, is"
         " rounded, or is an error",
