@@ -18,16 +18,13 @@ from typing import Any
 
 import numpy as np
 import peers
-from correction import CALIBRATION, SCORED, scored_windows, texts_of
-from methods_score import WindowScores, reference, score_windows
+from in_16_bits import Differences, In16Bits, with_error
 from safetensors.torch import save_file
 
 from dpq_core.checkpoint.native import load_model
-from dpq_core.data.texts import calibration_windows, opening_token
 from dpq_core.pipeline import quantize_checkpoint
 from dpq_core.recipe import CalibrationSection
 from dpq_core.recipe.scheme import Scheme
-from tasks.support.model import load_tokenizer
 
 GROUP, LENGTH, BATCH = 64, 512, 4
 PAPER = {"order": "gar", "rounding": "nearest"}
@@ -62,49 +59,25 @@ def main() -> None:
     names = [*OURS, *PEERS]
     parser.add_argument("--rows", nargs="+", choices=names, default=names, metavar="NAME")
     arguments = parser.parse_args()
-    folder, tokenizer = arguments.model, load_tokenizer(arguments.model)
-    opening = opening_token(tokenizer, "auto")
-    texts = list(texts_of(arguments.data / CALIBRATION))
-    calibrated = calibration_windows(texts, tokenizer, arguments.samples, LENGTH, opening)
-    texts = list(texts_of(arguments.data / SCORED))
-    scored = scored_windows(texts, tokenizer, opening, arguments.windows)
-    leading = 1 if opening is None else 2
-    model = load_model(folder)
-    old = reference(model, scored, BATCH)
-    base = score_windows(model, scored, old, leading, BATCH)
-    del model
-    print(f"16 bits: {base.perplexity:.4f}; load {os.getloadavg()[0]:.1f}", flush=True)
+    original = In16Bits(arguments.model, arguments.data, arguments.windows, BATCH)
+    calibrated = original.calibrated(arguments.samples, LENGTH)
+    base, differences = original.scores.perplexity, Differences()
     print("| row | increase | KL | less the first's | agreement | CPU s |")
     print("|---|--:|--:|--:|--:|--:|")
-    first: np.ndarray | None = None
     for name in arguments.rows:
         with tempfile.TemporaryDirectory() as work:
             out = Path(work, "out")
             quantize = _by_peer if name in PEERS else _by_us
-            seconds = quantize(name, folder, calibrated, out, arguments.peers)
-            found = score_windows(load_model(out), scored, old, leading, BATCH)
-        divergence = np.array(found.divergence)
-        first = divergence if first is None else first
-        print(_line(name, found, base.perplexity, divergence - first, seconds), flush=True)
-
-
-def _line(
-    name: str, found: WindowScores, base: float, difference: np.ndarray, seconds: float
-) -> str:
-    agreement = 100 * float(np.mean(found.agreement))
-    cells = (
-        f"{found.perplexity - base:+.3f}",
-        _mean(np.array(found.divergence), ".4f"),
-        _mean(difference, "+.4f"),
-        f"{agreement:.2f}",
-        f"{seconds:.0f}",
-    )
-    return f"| {name} | {' | '.join(cells)} |"
-
-
-def _mean(values: np.ndarray, spec: str) -> str:
-    error = values.std(ddof=1) / len(values) ** 0.5
-    return f"{values.mean():{spec}} ± {error:.4f}"
+            seconds = quantize(name, arguments.model, calibrated, out, arguments.peers)
+            found = original.scored(load_model(out))
+        cells = (
+            f"{found.perplexity - base:+.3f}",
+            with_error(np.array(found.divergence), ".4f"),
+            with_error(differences.of(found), "+.4f"),
+            f"{100 * np.mean(found.agreement):.2f}",
+            f"{seconds:.0f}",
+        )
+        print(f"| {name} | {' | '.join(cells)} |", flush=True)
 
 
 def _by_us(name: str, source: Path, windows: Any, out: Path, _: Path) -> float:

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from correction import scored_windows, texts_of
+from in_16_bits import C4, WIKITEXT, scored_windows, texts_of
 from methods_score import Reference, reference, score_windows
 from torch import Tensor
 
@@ -31,8 +31,6 @@ from dpq_core.recipe import CalibrationSection, TextDataset
 from dpq_core.recipe.scheme import Scheme
 from tasks.support.model import load_tokenizer
 
-_CALIBRATION = "c4_sample/c4_train_00000_first.jsonl.gz"
-_SCORED = "wikitext2_raw_test/test.jsonl.gz"
 _BATCH = 4
 _GPTQ = {"method": "gptq", "inner": "none", "activations": "none", "symmetric": True}
 _DYNAMIC = {"symmetric": True, "activations": "dynamic"}
@@ -55,7 +53,7 @@ class Bench:
         self.model, self.group_size = arguments.model, arguments.group_size
         tokenizer = load_tokenizer(self.model)
         opening = opening_token(tokenizer, "auto")
-        texts = list(texts_of(arguments.data / _CALIBRATION))
+        texts = list(texts_of(arguments.data / C4))
         sizes = {"samples": arguments.samples, "sequence_length": arguments.length}
         self.section = CalibrationSection.model_validate(
             {"dataset": TextDataset(path="none").model_dump(), "batch_size": _BATCH, **sizes}
@@ -63,7 +61,7 @@ class Bench:
         self.calibrated = calibration_windows(
             texts, tokenizer, arguments.samples, arguments.length, opening
         )
-        texts = list(texts_of(arguments.data / _SCORED))
+        texts = list(texts_of(arguments.data / WIKITEXT))
         self.scored: Tensor = scored_windows(texts, tokenizer, opening, arguments.windows)
         self.leading = 1 if opening is None else 2
 

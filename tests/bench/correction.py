@@ -10,35 +10,17 @@ error. Seconds are of the CPU, quantization alone.
 """
 
 import argparse
-import gzip
-import json
 import os
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import torch
-from methods_score import reference, score_windows
-from torch import Tensor
+from in_16_bits import Differences, In16Bits, with_error
 
-from dpq_core.checkpoint.native import load_model, load_quantized
-from dpq_core.data.texts import calibration_windows, opening_token, token_windows
+from dpq_core.checkpoint.native import load_quantized
 from dpq_core.pipeline import quantize_checkpoint
 from dpq_core.recipe import CalibrationSection, TextDataset
 from dpq_core.recipe.scheme import Scheme
-from tasks.support.model import load_tokenizer
-
-CALIBRATION = "c4_sample/c4_train_00000_first.jsonl.gz"
-SCORED = "wikitext2_raw_test/test.jsonl.gz"
-_SCORED_LENGTH = 512
-
-
-def texts_of(path: Path) -> Iterator[str]:
-    with gzip.open(path, "rt", encoding="utf-8") as lines:
-        for line in lines:
-            yield json.loads(line)["text"]
 
 
 def section_of(name: str, samples: int, length: int) -> CalibrationSection:
@@ -52,18 +34,6 @@ def section_of(name: str, samples: int, length: int) -> CalibrationSection:
     )
 
 
-def scored_windows(
-    texts: list[str],
-    tokenizer: Any,
-    opening: int | None,
-    count: int,
-    length: int = _SCORED_LENGTH,
-) -> Tensor:
-    """[count, length] int64, spread over the texts."""
-    windows = token_windows(texts, tokenizer, length, opening=opening)
-    return windows[torch.linspace(0, len(windows) - 1, count).long()]
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("model", type=Path)
@@ -73,40 +43,25 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=12)
     parser.add_argument("--rows", nargs="+", default=["original", "groups", "0.5"])
     arguments = parser.parse_args()
-    folder, tokenizer = arguments.model, load_tokenizer(arguments.model)
-    opening = opening_token(tokenizer, "auto")
-    texts = list(texts_of(arguments.data / CALIBRATION))
     sizes = arguments.samples, arguments.length
-    calibrated = calibration_windows(texts, tokenizer, *sizes, opening)
-    texts = list(texts_of(arguments.data / SCORED))
-    scored = scored_windows(texts, tokenizer, opening, arguments.windows)
-    leading = 1 if opening is None else 2
-    model = load_model(folder)
-    old = reference(model, scored, 4)
-    base = score_windows(model, scored, old, leading, 4)
-    del model
-    print(f"16 bits: {base.perplexity:.4f}; load {os.getloadavg()[0]:.1f}", flush=True)
+    original = In16Bits(arguments.model, arguments.data, arguments.windows, batch=4)
+    calibrated, differences = original.calibrated(*sizes), Differences()
     print("| row | increase | KL | less the first's | layer error | corrected | CPU s |")
-    first: np.ndarray | None = None
     for name in arguments.rows:
         with tempfile.TemporaryDirectory() as work:
             before = sum(os.times()[:2])
             section = section_of(name, *sizes)
             out = Path(work, "out")
-            rows = quantize_checkpoint(folder, out, calibrated, Scheme(), section, {})["layers"]
-            seconds = sum(os.times()[:2]) - before
-            found = score_windows(load_quantized(out), scored, old, leading, 4)
-        divergence = np.array(found.divergence)
-        first = divergence if first is None else first
-        difference = divergence - first
-        error = difference.std(ddof=1) / len(difference) ** 0.5
+            made = quantize_checkpoint(arguments.model, out, calibrated, Scheme(), section, {})
+            rows, seconds = made["layers"], sum(os.times()[:2]) - before
+            found = original.scored(load_quantized(out))
         means = [
             float(np.mean([row.get(key, 0) for row in rows])) for key in ("error", "corrected")
         ]
         print(
-            f"| {name} | {found.perplexity - base.perplexity:+.3f} | {divergence.mean():.4f} |"
-            f" {difference.mean():+.4f} ± {error:.4f} | {means[0]:.5f} | {means[1]:.5f} |"
-            f" {seconds:.0f} |",
+            f"| {name} | {found.perplexity - original.scores.perplexity:+.3f} |"
+            f" {np.mean(found.divergence):.4f} | {with_error(differences.of(found), '+.4f')} |"
+            f" {means[0]:.5f} | {means[1]:.5f} | {seconds:.0f} |",
             flush=True,
         )
 

@@ -8,13 +8,12 @@ By the product's own pipeline: calibrated on C4, scored as a whole model whose a
 row is weights and a cache: `none`, a scale a `layer` or a `head`, or, to see what powers of two
 cost, a layer's largest magnitude over 448 (`layer, exact`); `off by 2^n` has all scales wrong, and
 `truncated` is what vLLM's kernel for CPUs does in place of rounding.
-Scored on windows of WikiText-2's test split as by `correction.py`: the increase of perplexity,
+Scored on windows of WikiText-2's test split as by `in_16_bits.py`: the increase of perplexity,
 KL(p16 || p) a token, that less the same weights' without, window by window, with its standard
 error. Bytes are of the keys and values of a token.
 """
 
 import argparse
-import os
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -22,13 +21,12 @@ from unittest.mock import patch
 
 import numpy as np
 import torch
-from correction import scored_windows, texts_of
-from methods_score import WindowScores, reference, score_windows
+from in_16_bits import Differences, In16Bits, with_error
+from methods_score import WindowScores
 from torch import Tensor
 
 from dpq_core.checkpoint.exports.card import cache_bytes
-from dpq_core.checkpoint.native import load_model, load_quantized
-from dpq_core.data.texts import calibration_windows, opening_token
+from dpq_core.checkpoint.native import load_quantized
 from dpq_core.layer import kv_cache
 from dpq_core.model import kv_cache as hooks
 from dpq_core.model.streaming import load_config
@@ -36,10 +34,7 @@ from dpq_core.pipeline import quantize_checkpoint
 from dpq_core.recipe import CalibrationSection, TextDataset
 from dpq_core.recipe.scheme import Scheme
 from dpq_core.serving.decoding import context_bytes
-from tasks.support.model import load_tokenizer
 
-_CALIBRATION = "c4_sample/c4_train_00000_first.jsonl.gz"
-_SCORED = "wikitext2_raw_test/test.jsonl.gz"
 WEIGHTS: dict[str, dict[str, Any]] = {
     "16": {"method": "none", "inner": "none", "activations": "none"},
     "w8a16": {"method": "rtn", "bits": 8, "inner": "int8", "activations": "none"},
@@ -68,25 +63,13 @@ class Bench:
     """A model, its windows, and what it says of them in 16 bits."""
 
     def __init__(self, arguments: argparse.Namespace) -> None:
-        self.folder, self.batch = arguments.model, arguments.batch
-        tokenizer = load_tokenizer(self.folder)
-        opening = opening_token(tokenizer, "auto")
-        texts = list(texts_of(arguments.data / _CALIBRATION))
-        sizes = arguments.samples, arguments.length
-        self.calibrated = calibration_windows(texts, tokenizer, *sizes, opening)
+        self.folder, sizes = arguments.model, (arguments.samples, arguments.length)
+        about = arguments.data, arguments.windows, arguments.batch, arguments.scored
+        self.original = In16Bits(self.folder, *about)
+        self.calibrated = self.original.calibrated(*sizes)
         self.section = CalibrationSection(
             dataset=TextDataset(path="none"), samples=sizes[0], sequence_length=sizes[1]
         )
-        texts = list(texts_of(arguments.data / _SCORED))
-        self.scored = scored_windows(texts, tokenizer, opening, arguments.windows, arguments.scored)
-        self.leading = 1 if opening is None else 2
-        model = load_model(self.folder)
-        self.old = reference(model, self.scored, self.batch)
-        self.base = self.scores(model)
-
-    def scores(self, model: Any) -> WindowScores:
-        about = self.scored, self.old, self.leading, self.batch
-        return score_windows(model, *about)
 
     def made(self, weights: str, cache: str, out: Path) -> dict[str, Any]:
         """A checkpoint; its manifest."""
@@ -112,19 +95,13 @@ class Rows:
 
     def __init__(self, base: WindowScores, weights: str, bytes_16: int) -> None:
         self._base, self._weights, self._bytes = base, weights, bytes_16
-        self._first: np.ndarray | None = None
-        if weights in TRIED:
-            self._first = np.zeros(len(base.nats))
+        self._differences = Differences(np.zeros(len(base.nats)) if weights in TRIED else None)
 
     def add(self, cache: str, found: WindowScores, taken: int | None) -> None:
-        divergence = np.array(found.divergence)
-        first = self._first = divergence if self._first is None else self._first
-        difference = divergence - first
-        error = difference.std(ddof=1) / len(difference) ** 0.5
         print(
             f"| {self._weights} | {cache} | {taken or self._bytes:,} |"
-            f" {found.perplexity - self._base.perplexity:+.4f} | {divergence.mean():.5f} |"
-            f" {difference.mean():+.5f} ± {error:.5f} |",
+            f" {found.perplexity - self._base.perplexity:+.4f} | {np.mean(found.divergence):.5f} |"
+            f" {with_error(self._differences.of(found), '+.5f')} |",
             flush=True,
         )
 
@@ -142,22 +119,21 @@ def main() -> None:
     parser.add_argument("--faults", nargs="*", type=int, default=FAULTS, metavar="POWER")
     arguments = parser.parse_args()
     bench, sixteen = Bench(arguments), context_bytes(load_config(arguments.model))
-    print(f"16 bits: {bench.base.perplexity:.4f}; load {os.getloadavg()[0]:.1f}", flush=True)
     print("| weights | cache | bytes a token | increase | KL | less without |", flush=True)
     print("|---|---|--:|--:|--:|--:|")
     for weights in arguments.weights:
-        rows = Rows(bench.base, weights, sixteen)
+        rows = Rows(bench.original.scores, weights, sixteen)
         for cache in TRIED.get(weights, ("none", "layer")):
             with tempfile.TemporaryDirectory() as work:
                 out = Path(work, "out")
                 taken = cache_bytes(bench.made(weights, cache, out))
-                rows.add(cache, bench.scores(load_quantized(out)), taken)
+                rows.add(cache, bench.original.scored(load_quantized(out)), taken)
                 for power in arguments.faults if (weights, cache) == ("16", "layer") else ():
-                    found = bench.scores(off(load_quantized(out), power))
+                    found = bench.original.scored(off(load_quantized(out), power))
                     rows.add(f"off by 2^{power}", found, taken)
                 if cache == "layer":
                     with patch.object(hooks, "as_kept", truncated):
-                        found = bench.scores(load_quantized(out))
+                        found = bench.original.scored(load_quantized(out))
                     rows.add("layer, truncated", found, taken)
 
 

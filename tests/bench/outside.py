@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from correction import scored_windows, texts_of
+from in_16_bits import scored_windows, texts_of
 from torch import nn
 from transformers import AutoModelForCausalLM
 

@@ -5,39 +5,35 @@ than Hessians, and a quarter of the Hessians' windows from conversations or from
                                     [--windows 12] [--rows c4 c4/web web c4+wiki c4+chat]
 
 A row is `HESSIANS` or `HESSIANS/SCALES`; `c4+chat` has a quarter of its windows from WebQuestions
-as the model's chat template writes them, a question and its answer. Scored as by `correction.py` on
+as the model's chat template writes them, a question and its answer. Scored as by `in_16_bits.py` on
 windows of WikiText-2's test split, which chose nothing.
 """
 
 import argparse
 import gzip
 import json
-import os
 import tempfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from correction import scored_windows, texts_of
-from methods_score import reference, score_windows
+from in_16_bits import C4, Differences, In16Bits, texts_of, with_error
 from torch import Tensor
 
-from dpq_core.checkpoint.native import load_model, load_quantized
+from dpq_core.checkpoint.native import load_quantized
 from dpq_core.data.conversations import written
 from dpq_core.data.texts import calibration_windows, interleaved, opening_token
 from dpq_core.model.inputs import ModelInputs, apart, batches_of
 from dpq_core.pipeline import quantize_checkpoint
 from dpq_core.recipe import CalibrationSection, TextDataset
 from dpq_core.recipe.scheme import Scheme
-from tasks.support.model import load_tokenizer
 
 _FILES = {
-    "c4": "c4_sample/c4_train_00000_first.jsonl.gz",
+    "c4": C4,
     "wiki": "wikitext2_raw_train_slice/train_first1MB.jsonl.gz",
 }
 _QUESTIONS = "web_questions/train.jsonl.gz"
-_SCORED = "wikitext2_raw_test/test.jsonl.gz"
 _BATCH, _SHARE = 4, 4  # windows a forward pass; one of so many is of the second data set
 
 
@@ -92,39 +88,25 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=12)
     parser.add_argument("--rows", nargs="+", default=["c4", "c4/web", "web", "c4+wiki", "c4+chat"])
     arguments = parser.parse_args()
-    folder, tokenizer = arguments.model, load_tokenizer(arguments.model)
-    texts = Texts(arguments.data, tokenizer, arguments.length)
-    opening = opening_token(tokenizer, "auto")
-    scored = scored_windows(
-        list(texts_of(arguments.data / _SCORED)), tokenizer, opening, arguments.windows
-    )
-    leading = 1 if opening is None else 2
     section = CalibrationSection(
         dataset=TextDataset(path="none"),
         samples=arguments.samples,
         sequence_length=arguments.length,
         batch_size=_BATCH,
     )
-    model = load_model(folder)
-    old = reference(model, scored, _BATCH)
-    base = score_windows(model, scored, old, leading, _BATCH)
-    del model
-    print(f"16 bits: {base.perplexity:.4f}; load {os.getloadavg()[0]:.1f}", flush=True)
+    original = In16Bits(arguments.model, arguments.data, arguments.windows, _BATCH)
+    texts = Texts(arguments.data, original.tokenizer, arguments.length)
+    differences = Differences()
     print("| row | increase | KL | less the first's |\n| --- | --- | --- | --- |")
-    first: np.ndarray | None = None
     for name in arguments.rows:
         inputs = inputs_of(name, texts, arguments.samples)
         with tempfile.TemporaryDirectory() as work:
             out = Path(work, "out")
-            quantize_checkpoint(folder, out, inputs, Scheme(), section, {})
-            found = score_windows(load_quantized(out), scored, old, leading, _BATCH)
-        divergence = np.array(found.divergence)
-        first = divergence if first is None else first
-        difference = divergence - first
-        error = difference.std(ddof=1) / len(difference) ** 0.5
+            quantize_checkpoint(arguments.model, out, inputs, Scheme(), section, {})
+            found = original.scored(load_quantized(out))
         print(
-            f"| {name} | {found.perplexity - base.perplexity:+.3f} | {divergence.mean():.4f} |"
-            f" {difference.mean():+.4f} ± {error:.4f} |",
+            f"| {name} | {found.perplexity - original.scores.perplexity:+.3f} |"
+            f" {np.mean(found.divergence):.4f} | {with_error(differences.of(found), '+.4f')} |",
             flush=True,
         )
 
