@@ -31,15 +31,32 @@ class Tiles:
     logits: Callable[[Tensor], Iterator[tuple[int, Tensor]]]
 
 
+@dataclass(frozen=True, eq=False)
+class Sample:
+    """Some pieces of the vocabulary for all of them, see `dpq_core.evaluation.sampled_pieces`.
+    pieces: [sampled] int64, ascending. weights: [sampled] fp32, pieces that each stands for."""
+
+    pieces: Tensor
+    weights: Tensor
+
+
 @contextmanager
-def head_tiles(stream: BlockStream, columns: int = COLUMNS) -> Iterator[Tiles]:
-    """The head with its weights, while this lasts."""
+def head_tiles(
+    stream: BlockStream, columns: int = COLUMNS, sample: Sample | None = None
+) -> Iterator[Tiles]:
+    """The head with its weights, while this lasts. Of a sample the logits are log weights more, so
+    that sums of their exponentials are those of all pieces; the n-th is of the n-th that it has."""
     with stream.head() as logits_of:
         path = stream.anatomy.parts.head
         head = stream.model.get_submodule(path)
-        pieces, tensors = int(head.out_features), (*head.parameters(), *head.buffers())
+        tensors = (*head.parameters(), *head.buffers())
         # Their data are exchanged, not the parameters: see `empty.building`.
-        whole = [(each, each.data) for each in tensors if each.ndim]
+        stored = [(each, each.data) for each in tensors if each.ndim]
+        whole, pieces, more = stored, int(head.out_features), None
+        if sample is not None:
+            chosen = sample.pieces.to(stream.device)
+            whole = [(each, data.index_select(0, chosen)) for each, data in stored]
+            pieces, more = len(chosen), sample.weights.log().to(stream.device)
 
         def logits(states: Tensor) -> Iterator[tuple[int, Tensor]]:
             try:
@@ -48,9 +65,10 @@ def head_tiles(stream: BlockStream, columns: int = COLUMNS) -> Iterator[Tiles]:
                     for parameter, data in whole:
                         parameter.data = data[first : first + columns]
                     # A token a row: all at the first position, whatever a model adds by it.
-                    yield first, logits_of(states[:, None])[:, 0].float()
+                    tile = logits_of(states[:, None])[:, 0].float()
+                    yield first, tile if more is None else tile + more[first : first + columns]
             finally:
-                for parameter, data in whole:
+                for parameter, data in stored:
                     parameter.data = data
 
         yield Tiles(min(ROWS, TILE // min(pieces, columns)), logits)

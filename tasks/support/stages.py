@@ -42,7 +42,7 @@ STAGES = {
     "divergence": Stage(2, _ANY),
     "perplexity": Stage(3, _ANY),
     "suite": Stage(3, (*_ANY, "lm-eval")),
-    "sensitivity": Stage(3, _FORWARD),
+    "sensitivity": Stage(4, _FORWARD),
     "images": Stage(2, ("datasets", "pillow", "scikit-learn")),
     "float-networks": Stage(2, ("torch", "transformers")),
     "classifiers": Stage(3, ("torch", "onnxscript")),

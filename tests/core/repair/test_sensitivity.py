@@ -5,7 +5,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from dpq_core.calibration.statistics import InputRounding, TokenWeights, calibrate_block
-from dpq_core.evaluation import head
+from dpq_core.evaluation import head, sampled_pieces
 from dpq_core.kernels.sixteen_bit import fit
 from dpq_core.layer.linear import W4A8Linear
 from dpq_core.layer.quantize import quantize_layer
@@ -89,6 +89,29 @@ def by_hand(folder, windows, trial, layer):
     model.set_submodule(trial.name, W4A8Linear(layer, None))
     found = model(input_ids=windows).logits.double().log_softmax(-1)
     return (expected.exp() * (expected - found)).sum(-1).mean().item()
+
+
+def test_a_large_vocabulary_is_sampled(folder, windows, monkeypatch):
+    """To a few percent here, of 61 pieces."""
+    stream = StreamedModel(folder, dtype=torch.float32)
+    name = "model.layers.1.mlp.down_proj"
+    weight = stream.reader.tensor(f"{name}.weight").float()
+    noise = torch.randn(weight.shape, generator=torch.Generator().manual_seed(0)) * weight.std()
+    layer = QuantizedLinear(chosen_scheme(SCHEME, "bf16"), weight + 0.1 * noise, None, None)
+    trials = {Trial(name, "changed"): lambda: layer}
+
+    def loss():
+        batches = stream.begin(batches_of(windows, 2))
+        with stream.block(0):
+            stream.advance(batches)
+        (found,) = block_losses(stream, 1, batches, trials).values()
+        return found
+
+    exact = loss()
+    monkeypatch.setattr(sampled_pieces, "SAMPLED", 40)
+    sampled = loss()
+    assert sampled != exact
+    assert sampled == pytest.approx(exact, rel=0.1)
 
 
 def test_a_loss_falls_with_the_square_of_the_change(folder, windows):
