@@ -12,6 +12,7 @@ CPU seconds are of quantization, without imports.
 
 import argparse
 import os
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -68,7 +69,12 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as work:
             out = Path(work, "out")
             quantize = _by_peer if name in PEERS else _by_us
-            seconds = quantize(name, arguments.model, calibrated, out, arguments.peers)
+            try:
+                seconds = quantize(name, arguments.model, calibrated, out, arguments.peers)
+            except SystemExit as error:  # of a peer: the rows after it are made all the same
+                print(f"| {name} | failed | | | | |", flush=True)
+                print(error, file=sys.stderr)
+                continue
             found = original.scored(load_model(out))
         cells = (
             f"{found.perplexity - base:+.3f}",

@@ -29,6 +29,8 @@ def llm_compressor(model, tokenizer, tokens, scheme, folder, batch):
 def llm_compressor_awq(model, tokenizer, tokens, scheme, folder, batch):
     from llmcompressor.modifiers.awq import AWQModifier
 
+    if not torch.accelerator.is_available():  # it pins its inputs' memory without asking
+        torch.Tensor.pin_memory = lambda tensor: tensor
     modifier = AWQModifier(config_groups=groups_of(scheme), ignore=["lm_head"])
     return one_shot(model, tokenizer, tokens, modifier, folder, batch)
 
