@@ -29,7 +29,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from dpq_core.serving.llvm import (
+from dpq_core.kernels.llvm import (
     F32,
     I8,
     I16,

@@ -22,14 +22,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import numba
 import numpy as np
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from dpq_core.serving.llvm import (
+from dpq_core.kernels.llvm import (
     F32,
     I8,
     I16,
@@ -37,6 +36,7 @@ from dpq_core.serving.llvm import (
     I64,
     Builder,
     call,
+    compiled,
     fill,
     load,
     pick,
@@ -132,7 +132,7 @@ def multiplying(kind: str, tables: int, width: int) -> Any:
     ) -> Any:  # fmt: skip
         return signature, generate
 
-    return _compiled(
+    return compiled(
         signature, lambda a, b, c, d, e, f, g, h, i, j: multiply(a, b, c, d, e, f, g, h, i, j)
     )
 
@@ -171,7 +171,7 @@ def decoding(kind: str, tables: int, tile: Tile) -> Any:
     ) -> Any:  # fmt: skip
         return signature, generate
 
-    return _compiled(signature, lambda a, b, c, d, e, f, g, h, i: decode(a, b, c, d, e, f, g, h, i))
+    return compiled(signature, lambda a, b, c, d, e, f, g, h, i: decode(a, b, c, d, e, f, g, h, i))
 
 
 def tiling(tile: Tile) -> Any:
@@ -217,15 +217,7 @@ def tiling(tile: Tile) -> Any:
     ) -> Any:  # fmt: skip
         return signature, generate
 
-    return _compiled(signature, lambda a, b, c, d, e, f, g, h: multiply(a, b, c, d, e, f, g, h))
-
-
-def _compiled(signature: Any, kernel: Any) -> Any:
-    """A pointer that Numba's functions can call: who calls it does not compile it again."""
-    function = numba.cfunc(signature)(kernel)
-    pointer = function.ctypes
-    pointer.function = function  # whose code goes with it
-    return pointer
+    return compiled(signature, lambda a, b, c, d, e, f, g, h: multiply(a, b, c, d, e, f, g, h))
 
 
 def _decoded(

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 from llvmlite import ir
 
+from dpq_core.kernels.llvm import BF16, F32, I16, Builder, call, fill, pick
 from dpq_core.serving.avx2_kernels import INTEGERS, LANES, Tile
-from dpq_core.serving.llvm import BF16, F32, I16, Builder, call, fill, pick
 
 _SUMS, _PAIRS = ir.VectorType(F32, 16), ir.VectorType(BF16, 32)
 

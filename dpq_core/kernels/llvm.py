@@ -1,4 +1,4 @@
-"""What the CPU runtimes' micro-kernels are written with: LLVM's language, through llvmlite.
+"""What micro-kernels for CPUs are written with: LLVM's language, through llvmlite.
 
 An address is an integer, as Numba's functions hand it over. Sources: llvmlite's `ir`; LLVM's
 language reference.
@@ -7,6 +7,7 @@ language reference.
 from collections.abc import Sequence
 from typing import Any
 
+import numba
 from llvmlite import ir
 from numba.core import cgutils
 
@@ -82,3 +83,11 @@ def prefetch(b: Builder, address: Any, offset: int) -> None:
     reading, all_caches, data = I32(0), I32(3), I32(1)
     pointer = at(b, address, offset, I8)
     call(b, "prefetch.p0", ir.VoidType(), pointer, reading, all_caches, data)
+
+
+def compiled(signature: Any, kernel: Any) -> Any:
+    """A pointer that Numba's functions can call: who calls it does not compile it again."""
+    function = numba.cfunc(signature)(kernel)
+    pointer = function.ctypes
+    pointer.function = function  # whose code goes with it
+    return pointer
