@@ -108,21 +108,26 @@ def _tasks(rows: int, features: int, threads: int) -> tuple[int, int]:
 
 @numba.njit(error_model="numpy")
 def scale_rows(
-    sums: NDArray[np.float32],  # [rows, out]
-    channel_scale: NDArray[np.float32],  # [out]
+    sums: NDArray[np.float32],  # [rows, n or more]
+    channel_scale: NDArray[np.float32],  # [n]
     scale: NDArray[np.float32],  # [rows, 1]
-    bias: NDArray[np.float32],  # [out], or empty
+    bias: NDArray[np.float32],  # [n], or empty
     y: NDArray[np.int16],  # [rows, out] bf16, written
+    first: int,  # of y's columns
 ) -> None:
-    """y = sums · channel_scale · scale + bias, rounded to BF16."""
-    for row in range(sums.shape[0]):
-        for column in range(sums.shape[1]):
-            value = sums[row, column] * channel_scale[column] * scale[row, 0]
+    """y = sums · channel_scale · scale + bias, rounded to BF16, of n columns.
+
+    All arrays are contiguous: by strides, such as those of some columns, it takes eight times as
+    long."""
+    for row in range(len(sums)):
+        found, target = sums[row], y[row, first : first + len(channel_scale)]
+        for column in range(len(channel_scale)):
+            value = found[column] * channel_scale[column] * scale[row, 0]
             if bias.size:
                 value += bias[column]
             pattern = bits(value)
             even = np.int32(pattern + 0x7FFF + (pattern >> 16 & 1)) >> 16
-            y[row, column] = even if value == value else 0x7FC0
+            target[column] = even if value == value else 0x7FC0
 
 
 @numba.njit(error_model="numpy")
@@ -164,7 +169,7 @@ def _by_units(
             round_rows(0, len(x8), x[share], scales, x8, maximum, mask, lowest)
         sums = np.empty((len(x8), out), np.float32)
         _multiply(x8, weight, sums)
-        scale_rows(sums, channel_scale, scales, bias, y[share])
+        scale_rows(sums, channel_scale, scales, bias, y[share], 0)
 
 
 @numba.njit(nogil=True, parallel=True, error_model="numpy")
@@ -229,7 +234,7 @@ def _some_as_fp32(
             widen(weight[some, depth], piece)
             add_product(wide, depth, piece, found, sizes)
         added = bias[some] if bias.size else bias
-        scale_rows(found, channel_scale[some], scales, added, target[:, some])
+        scale_rows(found, channel_scale[some], scales, added, target, first)
 
 
 @numba.njit(error_model="numpy")

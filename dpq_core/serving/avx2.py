@@ -235,8 +235,8 @@ def _few(kind: str, tables: int) -> Any:
             _turn(sums, of_tokens, False)
             multiply(first, last, units, weights, groups, values, x[token:], width, sums)
             _turn(sums, of_tokens, True)
-            found, target = of_tokens[: stop - token], y[token:stop, first:last]
-            scale_rows(found, channel_scale, scales[token:stop], bias, target)
+            found, some = of_tokens[: stop - token], slice(token, stop)
+            scale_rows(found, channel_scale, scales[some], bias, y[some], first)
 
     return few
 
@@ -312,9 +312,9 @@ def _many(kind: str, tables: int, tile: Tile) -> Any:
                     fill_piece(row, end, unit, units, weights, groups, values, piece)
                     inputs, depth = x[token : token + filled], min(deep, units - unit)
                     add_products(inputs, unit, depth, piece, sums)
-                found, some = sums[: stop - token, : end - row], slice(row - first, end - first)
-                added, target = bias[some] if bias.size else bias, y[token:stop, row:end]
-                scale_rows(found, channel_scale[some], scales[token:stop], added, target)
+                found, some = sums[: stop - token], slice(row - first, end - first)
+                added, target = bias[some] if bias.size else bias, y[token:stop]
+                scale_rows(found, channel_scale[some], scales[token:stop], added, target, row)
 
     return many
 
