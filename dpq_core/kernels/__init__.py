@@ -6,4 +6,5 @@ cpu            Numba's loops (`numba_loops`), called with tensors
 cuda           Triton's
 products       how operands of BF16 are multiplied on this machine's CPU
 forward_rows, sixteen_bit, attention   a model's linears and attention on such a CPU
+blas, bf16_panels (in the language of llvm)   the products that these call
 """

@@ -3,35 +3,44 @@
     y = bf16(channel_scale * scale * (x8 · weightᵀ) + bias)     x8 = round(x / scale), sums in FP32
 
 A few hundred tokens at a time, which stay in the cache, are rounded (where they are to be), then
-multiplied by BF16 units or as FP32 (`dpq_core.kernels.products`), then scaled. As FP32, the
-operands are widened piece by piece: `_PIECE` rows of the weight and `_DEPTH` of its columns.
+multiplied, in the way that `dpq_core.kernels.products` chooses for this processor, then scaled:
 
-The order of the sums depends on neither the batch (of two tokens or more) nor the threads where
-that was tried; MKL does not promise it.
+    by MKL       BF16 units of Intel's processors
+    in panels    AVX512_BF16 where MKL does not use it (`dpq_core.kernels.bf16_panels`)
+    as FP32      operands are widened piece by piece: `_PIECE` rows of the weight and `_DEPTH` of
+                 its columns
+
+In panels the order of the sums depends on neither the batch nor the threads, and what is below
+FP32's normal numbers counts as zero. By the others it depends on neither (in a batch of two tokens
+or more) where that was tried; MKL does not promise it.
 """
 
 import functools
+from typing import Any
 
 import numba
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn.functional import pad
 
 from dpq_core.arithmetic.formats import NumberFormat
-from dpq_core.kernels import cpu, products
+from dpq_core.kernels import bf16_panels, cpu, products
+from dpq_core.kernels.bf16_panels import DEPTH, PANEL, TOKENS
 from dpq_core.kernels.blas import AS_IS, ROW_MAJOR, TRANSPOSED, bf16_product, sgemm
 from dpq_core.kernels.numba_loops import bits, real, round_rows
 
 _PIECE, _DEPTH = 256, 1024  # a megabyte of FP32
-_FEWEST = 64  # tokens of a share
+_FEWEST, _MOST = 64, 512  # tokens of a share
 
 
 def fits(x: Tensor, weight: Tensor) -> bool:
     """Whether `forward` takes them."""
-    here = bf16_product if products.bf16_units() else sgemm
+    library = bf16_product if products.by_mkl() else sgemm
+    here = products.in_panels() or library is not None
     both_bf16 = x.dtype == weight.dtype == torch.bfloat16
-    return here is not None and x.is_cpu and both_bf16 and not x.requires_grad
+    return here and x.is_cpu and both_bf16 and not x.requires_grad
 
 
 def forward(
@@ -42,7 +51,7 @@ def forward(
     scale: Tensor | None = None,  # fp32, scalar or [..., 1]; None: x is not rounded
     inner: NumberFormat | None = None,  # that x is rounded to
 ) -> Tensor:
-    """[..., out] bf16. A single token is multiplied in another order than many."""
+    """[..., out] bf16. By MKL a single token is multiplied in another order than many."""
     (out, features), rows = weight.shape, x.reshape(-1, weight.shape[1])
     y = x.new_empty(len(rows), out)
     one = torch.ones(1, 1, dtype=torch.float32)
@@ -51,9 +60,10 @@ def forward(
     channels = one.new_ones(out) if channel_scale is None else channel_scale.contiguous()
     added = one.new_empty(0) if bias is None else bias.detach().float().contiguous()
     _, *rounding = cpu.rounding_of(inner)
-    threads = take_threads()
-    units = products.bf16_units()
-    (_by_units if units else _as_fp32)(
+    kernel, shares = _way(len(rows), features, take_threads())
+    if features % 2 and products.in_panels():
+        rows = pad(rows, (0, 1))  # to whole pairs
+    kernel(
         cpu.bits_of(rows),
         scales.expand(len(rows), 1).contiguous().numpy(),
         scale is not None,
@@ -62,7 +72,7 @@ def forward(
         channels.numpy(),
         added.numpy(),
         cpu.bits_of(y),
-        *(_shares(len(rows), features, threads) if units else _tasks(len(rows), features, threads)),
+        *shares,
     )
     return y.view(*x.shape[:-1], out)
 
@@ -87,6 +97,16 @@ def start_threads(threads: int) -> int:
     return int(possible)
 
 
+def _way(rows: int, features: int, threads: int) -> tuple[Any, tuple[int, ...]]:
+    """The kernel, and how it shares its work."""
+    if products.in_panels():
+        return _in_panels(), _tasks(rows, _MOST, threads)
+    if products.by_mkl():
+        return _by_mkl, _shares(rows, features, threads)
+    limit = max(_FEWEST, min(_MOST, (1 << 20) // features))
+    return _as_fp32, _tasks(rows, limit, threads)
+
+
 def _shares(rows: int, features: int, threads: int) -> tuple[int]:
     """Shares of the rows: at least one a thread, small enough for the cache, 64 rows and more.
 
@@ -97,9 +117,9 @@ def _shares(rows: int, features: int, threads: int) -> tuple[int]:
     return (max(1, min(max(-(-rows // limit), threads), rows // _FEWEST)),)
 
 
-def _tasks(rows: int, features: int, threads: int) -> tuple[int, int]:
-    """Shares of the tokens, and of the weight's rows: those of the weight where tokens are few."""
-    limit = max(_FEWEST, min(512, (1 << 20) // features))
+def _tasks(rows: int, limit: int, threads: int) -> tuple[int, int]:
+    """Shares of the tokens, `limit` each at most, and of the weight's rows: those of the weight
+    where tokens are few."""
     shares = -(-rows // limit)
     if rows >= threads * _FEWEST:
         return -(-shares // threads) * threads, 1
@@ -146,7 +166,7 @@ def _multiply(
 
 
 @numba.njit(nogil=True, parallel=True, error_model="numpy")
-def _by_units(
+def _by_mkl(
     x: NDArray[np.int16],  # [rows, in] bf16
     scale: NDArray[np.float32],  # [rows, 1]
     rounds: bool,  # whether x is rounded
@@ -159,7 +179,7 @@ def _by_units(
     y: NDArray[np.int16],  # [rows, out] bf16, written
     shares: int,
 ) -> None:
-    """`forward` by BF16 units. NumPy holds BF16 as int16."""
+    """`forward` by MKL. NumPy holds BF16 as int16."""
     rows, out = len(x), len(weight)
     for number in numba.prange(shares):
         share = slice(number * rows // shares, (number + 1) * rows // shares)
@@ -170,6 +190,47 @@ def _by_units(
         sums = np.empty((len(x8), out), np.float32)
         _multiply(x8, weight, sums)
         scale_rows(sums, channel_scale, scales, bias, y[share], 0)
+
+
+@functools.cache
+def _in_panels() -> Any:
+    """`forward` in panels: a kernel that takes what `_as_fp32` does, but x in whole pairs of
+    columns: [rows, in + 1] where that is odd."""
+    multiply = bf16_panels.multiplying()
+
+    @numba.njit(nogil=True, parallel=True, error_model="numpy")
+    def in_panels(
+        x: NDArray[np.int16],
+        scale: NDArray[np.float32],
+        rounds: bool,
+        maximum: np.float32,
+        mask: np.int32,
+        lowest: np.int32,
+        weight: NDArray[np.int16],
+        channel_scale: NDArray[np.float32],
+        bias: NDArray[np.float32],
+        y: NDArray[np.int16],
+        shares: int,
+        parts: int,
+    ) -> None:
+        rows, (out, features) = len(x), weight.shape
+        for task in numba.prange(shares * parts):
+            number, part = task // parts, task % parts
+            share = slice(number * rows // shares, (number + 1) * rows // shares)
+            x8, scales = x[share], scale[share]
+            if rounds:
+                x8 = np.empty_like(x8)
+                round_rows(0, len(x8), x[share], scales, x8, maximum, mask, lowest)
+            sums = np.empty((-(-len(x8) // TOKENS) * TOKENS, PANEL), np.float32)
+            panel = np.empty((min(features, DEPTH) // 32 * 16 + 16, PANEL, 2), np.int16)
+            last = (part + 1) * out // parts
+            for first in range(part * out // parts, last, PANEL):
+                some = slice(first, min(first + PANEL, last))
+                multiply(x8, weight, some, panel, sums)
+                added = bias[some] if bias.size else bias
+                scale_rows(sums[: len(x8)], channel_scale[some], scales, added, y[share], first)
+
+    return in_panels
 
 
 @numba.njit(nogil=True, parallel=True, error_model="numpy")
@@ -187,7 +248,7 @@ def _as_fp32(
     shares: int,
     parts: int,  # of the weight's rows
 ) -> None:
-    """`forward` as FP32: arguments of `_by_units`, and one more."""
+    """`forward` as FP32: arguments of `_by_mkl`, and one more."""
     rows, out = len(x), len(weight)
     for task in numba.prange(shares * parts):
         number, part = task // parts, task % parts

@@ -9,6 +9,10 @@ four times as long as its FP32 product: there the operands are widened in pieces
 and multiplied as FP32. That holds for baseline and fake-quantized linears, the output head,
 attention and Hessians; no second copy of a weight is kept.
 
+Of the libraries, MKL alone returns the FP32 sums of BF16 operands, which linears that are rounded
+and Hessians need, and it uses units of Intel's processors alone: on others it takes as long as FP32
+products do. There such linears are multiplied by a kernel of our own, Hessians as FP32.
+
 The libraries that multiply can be told by environment variables what to use, and what they are told
 counts more than what the processor has: a limit below BF16 makes it FP32, one that names BF16 units
 leaves BF16 operands to the libraries. They read them when they are loaded, and so do we, once.
@@ -21,6 +25,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 
+import numba
 import torch
 
 # Instruction sets with BF16 products, as each library names them in the variable that limits it.
@@ -51,6 +56,25 @@ def features() -> tuple[str, ...]:
 def bf16_units() -> bool:
     """Whether BF16 operands are multiplied as they are; otherwise as FP32."""
     return _by_libraries.get() or _chosen()
+
+
+def by_vectors() -> bool:
+    """Whether kernels of our own multiply BF16 by AVX512_BF16: where the processor has it, and
+    neither the libraries nor Numba are told of another."""
+    there = "avx512_bf16" in features() and numba.config.CPU_NAME is None
+    return there and bf16_units()
+
+
+def in_panels() -> bool:
+    """Whether such a kernel (`dpq_core.kernels.bf16_panels`) takes the place of MKL's product. By
+    what the processor has, not by its times, which differ from run to run: with AMX it is Intel's,
+    and MKL uses that."""
+    return by_vectors() and "amx_bf16" not in features()
+
+
+def by_mkl() -> bool:
+    """Whether FP32 sums of BF16 operands are MKL's."""
+    return bf16_units() and not in_panels()
 
 
 @contextmanager

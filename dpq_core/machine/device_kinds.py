@@ -69,6 +69,7 @@ def _cpu_arithmetic(_index: int) -> str:
     used = torch.backends.cpu.get_cpu_capability().lower()
     units = [name for name in products.features() if name in _UNITS]
     multiplied = "bf16" if products.bf16_units() else "fp32"
+    multiplied += "_panels" if products.in_panels() else ""
     told = [f"{name}={value}".lower() for name, value in products.limits().items()]
     return "-".join(["cpu", used, *units, multiplied, *told])
 

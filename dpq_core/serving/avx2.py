@@ -130,16 +130,9 @@ class Avx2Linear(nn.Module):
         return f"{self.in_features}, {self.out_features}, {self._kind[0]}"
 
 
-def has_units() -> bool:
-    """Whether tiles are multiplied by BF16 units: where the processor has them, and neither the
-    libraries that multiply nor Numba are told of another."""
-    there = "avx512_bf16" in products.features() and numba.config.CPU_NAME is None
-    return there and products.bf16_units()
-
-
 def _tile_for(tokens: int) -> Tile | None:
     """None: weights are decoded in registers."""
-    if has_units():
+    if products.by_vectors():
         return BF16_TILE if tokens > _FEW_BESIDE_UNITS else None
     return FP32_TILE if tokens > _FEW else None
 

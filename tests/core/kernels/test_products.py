@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numba
 import pytest
 import torch
 from hypothesis import given, settings
@@ -78,6 +79,20 @@ def test_the_processor_decides_unless_the_libraries_are_told(told, features, var
     said = products.described()
     assert f"{'BF16' if units else 'FP32'} products" in said
     assert all(word in said for word in (*features, *(f"{n}={v}" for n, v in variables.items())))
+
+
+@pytest.mark.parametrize("without", ["avx512_bf16", "libraries", "numba", None])
+@pytest.mark.parametrize("wider", [(), ("amx_bf16",)], ids=["", "AMX"])
+def test_kernels_of_our_own_use_units_where_the_processor_and_everybody_says_so(
+    without, wider, monkeypatch
+):
+    """In panels where MKL does not: AMX is Intel's."""
+    units = () if without == "avx512_bf16" else ("avx512_bf16",)
+    monkeypatch.setattr(products, "features", lambda: ("avx2", "fma3", *units, *wider))
+    monkeypatch.setattr(products, "bf16_units", lambda: without != "libraries")
+    monkeypatch.setattr(numba.config, "CPU_NAME", "haswell" if without == "numba" else None)
+    assert products.by_vectors() is (without is None)
+    assert products.in_panels() is (without is None and not wider)
 
 
 @BOTH

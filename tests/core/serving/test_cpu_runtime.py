@@ -4,7 +4,6 @@ import copy
 import functools
 from typing import Any
 
-import numba
 import pytest
 import torch
 from torch import Tensor
@@ -191,9 +190,9 @@ def _wide_layer() -> tuple[QuantizedLinear, Tensor]:
 @pytest.fixture(params=["FP32", "BF16"])
 def products_of(request: Any, monkeypatch: Any) -> None:
     """How the runtime for AVX2 multiplies tiles."""
-    if request.param == "BF16" and not avx2.has_units():
+    if request.param == "BF16" and not products.by_vectors():
         pytest.skip("its processor has no units for BF16 (AVX512_BF16)")
-    monkeypatch.setattr(avx2, "has_units", lambda: request.param == "BF16")
+    monkeypatch.setattr(products, "by_vectors", lambda: request.param == "BF16")
 
 
 @pytest.mark.parametrize("tokens", [1, 2, 3, 4, 5, 7, 8, 9, 12, 13, 63, 64, 65, 131, 512, 515])
@@ -232,18 +231,6 @@ def test_more_tokens_give_each_token_the_same_bits_by_avx2() -> None:
     module = avx2.make(layer, None)
     whole = module(x)
     assert torch.equal(torch.cat([module(x[:250]), module(x[250:])]), whole)
-
-
-@pytest.mark.parametrize("without", ["avx512_bf16", "libraries", "numba", None])
-def test_tiles_are_of_bf16_where_the_processor_and_everybody_says_so(
-    without: str | None, monkeypatch: Any
-) -> None:
-    units = () if without == "avx512_bf16" else ("avx512_bf16",)
-    monkeypatch.setattr(products, "features", lambda: ("avx2", "fma3", *units))
-    monkeypatch.setattr(products, "bf16_units", lambda: without != "libraries")
-    named = "haswell" if without == "numba" else None
-    monkeypatch.setattr(numba.config, "CPU_NAME", named)
-    assert avx2.has_units() is (without is None)
 
 
 def test_tables_hold_what_the_grid_decodes() -> None:
