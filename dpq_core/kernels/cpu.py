@@ -93,9 +93,10 @@ def add_square(
     factor: float,
 ) -> None:
     """sums += factor · xᵀ x, symmetric: FP32 sums of products that are exact in FP32 where x is of
-    BF16. As FP32 every product is made once, and its mirror image copied."""
+    BF16. As FP32 every product is made once, and its mirror image copied: by MKL without units for
+    BF16 none is saved, and it takes up to 1.6 times as long."""
     x, (rows, n) = x.detach(), x.shape
-    if x.dtype == torch.bfloat16 and bf16_product is not None and products.bf16_units():
+    if x.dtype == torch.bfloat16 and bf16_product is not None and products.by_mkl():
         x = x.contiguous()
         bf16_product(
             ROW_MAJOR, TRANSPOSED, AS_IS, n, n, rows,
