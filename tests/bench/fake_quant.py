@@ -53,7 +53,10 @@ def quantized(model: Path, folder: Path) -> Path:
         folder,
         random_tokens(vocabulary, 4, 64),
         Scheme(method="rtn", rounding="nearest"),
-        CalibrationSection(dataset=TextDataset(path="none")),
+        # So few tokens would leave wide layers in 16 bits.
+        CalibrationSection(
+            dataset=TextDataset(path="none"), required_tokens_per_input=0, min_tokens_per_input=0
+        ),
         about={},
     )
     return folder
