@@ -45,6 +45,7 @@ OURS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # of the scheme, of 
 }
 PEERS = {
     "llm-compressor GPTQ W4AFP8": ("llm-compressor", "W4AFP8"),
+    "llm-compressor GPTQ W4AFP8, columns as stored": ("llm-compressor-unordered", "W4AFP8"),
     "llm-compressor AWQ W4AFP8": ("llm-compressor-awq", "W4AFP8"),
     "AutoRound light W4A16": ("auto-round", "W4A16"),
 }

@@ -19,10 +19,10 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 
-def llm_compressor(model, tokenizer, tokens, scheme, folder, batch):
+def llm_compressor(model, tokenizer, tokens, scheme, folder, batch, **settings):
     from llmcompressor.modifiers.quantization import GPTQModifier
 
-    modifier = GPTQModifier(config_groups=groups_of(scheme), ignore=["lm_head"], actorder=None)
+    modifier = GPTQModifier(config_groups=groups_of(scheme), ignore=["lm_head"], **settings)
     return one_shot(model, tokenizer, tokens, modifier, folder, batch)
 
 
@@ -92,7 +92,8 @@ def auto_round(model, tokenizer, tokens, scheme, folder, batch, **settings):
 
 
 PEERS = {
-    "llm-compressor": (llm_compressor, "llmcompressor"),
+    "llm-compressor": (llm_compressor, "llmcompressor"),  # columns in the order of their inputs
+    "llm-compressor-unordered": (partial(llm_compressor, actorder=None), "llmcompressor"),
     "llm-compressor-awq": (llm_compressor_awq, "llmcompressor"),
     "auto-round": (partial(auto_round, iters=50, lr=5e-3), "auto-round"),  # its light recipe
     "auto-round-200": (partial(auto_round, iters=200), "auto-round"),  # its default

@@ -38,8 +38,8 @@ from dpq_core.recipe.scheme import Scheme
 
 PACKAGES = ("torch==2.13.0", "llmcompressor==0.14.0.1", "auto-round==0.15.1")
 PEERS = {
-    "llm-compressor, GPTQ W4A16": ("llm-compressor", "W4A16"),
-    "llm-compressor, GPTQ W4AFP8": ("llm-compressor", "W4AFP8"),
+    "llm-compressor, GPTQ W4A16": ("llm-compressor-unordered", "W4A16"),
+    "llm-compressor, GPTQ W4AFP8": ("llm-compressor-unordered", "W4AFP8"),
     "AutoRound, light, W4A16": ("auto-round", "W4A16"),
 }
 GPTQ = {
