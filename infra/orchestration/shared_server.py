@@ -33,6 +33,7 @@ _STOP_TIMEOUT = 15.0  # s, before SIGKILL
 _FORSAKEN = 30.0  # s without a living user, before a server is stopped
 _RESTARTS = 3  # of a server that dies again before it was up for as long
 _WATCH = 1.0  # s between two looks at the users
+_UNNAMED = 1.0  # s that a process may have no arguments
 
 
 class ServiceError(RuntimeError):
@@ -70,7 +71,7 @@ class _Server:
         """The process and its children; empty when it has ended, or its pid is another's now."""
         with suppress(psutil.Error):
             process = psutil.Process(self.pid)
-            if process.cmdline()[1:] == self.command[1:]:  # a zombie's is empty
+            if _command(process)[1:] == self.command[1:]:
                 return [process, *process.children(recursive=True)]
         return []
 
@@ -305,6 +306,17 @@ def _await_health(
         lines = [line for line in log.read_text("utf-8", "replace").splitlines() if line.strip()]
         said = lines[-1].strip() if lines else "it is empty"
         raise error(f"the {kind.name} server {problem}; {log}: {said}")
+
+
+def _command(process: psutil.Process) -> list[str]:
+    """Its arguments; of one that has just been started the kernel has none for a moment, and of a
+    zombie never any."""
+    deadline, found = time.monotonic() + _UNNAMED, list[str]()
+    while not (found := process.cmdline()) and process.status() != psutil.STATUS_ZOMBIE:
+        if time.monotonic() > deadline:  # a thread of the kernel
+            break
+        time.sleep(0.01)
+    return found
 
 
 def _listens(process: psutil.Process, port: int) -> bool:

@@ -315,7 +315,17 @@ def test_a_pid_that_now_belongs_to_another_program_is_left_alone(tmp_path):
         assert server_pid(tmp_path, "web") != os.getpid()
 
 
-def test_a_server_that_does_not_answer_is_replaced(tmp_path, monkeypatch):
+@pytest.mark.parametrize("unnamed", [0, 2])
+def test_a_server_that_does_not_answer_is_replaced(tmp_path, monkeypatch, unnamed):
+    """One that was started only now has no arguments at the first looks: the kernel's are set
+    after the program is loaded."""
+    arguments, looks = psutil.Process.cmdline, []
+
+    def cmdline(process):
+        looks.append(process)
+        return arguments(process) if len(looks) > unnamed else []
+
+    monkeypatch.setattr(psutil.Process, "cmdline", cmdline)
     monkeypatch.setattr("infra.orchestration.shared_server._ADOPT_TIMEOUT", 0.5)
     home = tmp_path / "web"
     home.mkdir()
