@@ -14,7 +14,7 @@ release: $(RELEASE)  ## run the release pipeline; succeeds when it reaches a ver
 	@$(BIN)/dpq release $(RECIPE); code=$$?; [ $$code -eq 0 ] || [ $$code -eq 2 ]
 
 test: $(DEV)  ## all tests but the slow ones
-	$(BIN)/python -m pytest --numprocesses 4 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder
 
 test-slow: $(DEV)  ## releases on a worker: scripts, schedule, events, heartbeats, a browser
 	$(BIN)/python -m pytest -m slow
