@@ -23,22 +23,19 @@ from torch import Tensor
 from dpq_core.evaluation.head import RunningSums, Sample, Tiles, head_tiles
 from dpq_core.model.blocks import BlockStream
 
-SAMPLED = 4_096
-
 
 def sample_pieces(
     stream: BlockStream,
     states: Tensor,  # [tokens, hidden], after the last block
-    size: int | None = None,
+    size: int,
     seed: int = 0,
 ) -> Sample | None:
     """Pieces by what a 16-bit model predicts after these tokens, in two passes over its head; None
-    where it has no more than `size`, which is `SAMPLED` unless given.
+    where it has no more than `size`.
 
     Raises:
         ValueError: its predictions are not finite.
     """
-    size = size or SAMPLED
     head = stream.outside.weight_of(stream.anatomy.parts.head)
     if stream.parameters[f"{head}.weight"][0] <= size:
         return None

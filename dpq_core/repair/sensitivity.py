@@ -30,6 +30,8 @@ from dpq_core.layer.records import QuantizedLinear
 from dpq_core.model.inputs import Batch, ModelInputs
 from dpq_core.model.streaming import StreamedModel
 
+SAMPLED = 4_096  # pieces of a vocabulary, where it has more
+
 
 @dataclass(frozen=True)
 class Trial:
@@ -55,6 +57,24 @@ def block_losses(
     Raises:
         ValueError: the 16-bit model's predictions are not finite.
     """
+    states = last_states(stream, block, batches, trials, on_progress)
+    reference = states.pop(None)
+    sample = sample_pieces(stream, reference, SAMPLED)
+    with head_tiles(stream, sample=sample) as tiles:
+        found = divergences(tiles, reference, [(tiles, states[trial]) for trial in trials])
+    on_progress()
+    return _means(trials, found)
+
+
+def last_states(
+    stream: StreamedModel,
+    block: int,
+    batches: Sequence[Batch],  # before the block; not changed
+    trials: Mapping[Trial, Callable[[], QuantizedLinear]],
+    on_progress: Callable[[], None] = lambda: None,
+) -> dict[Trial | None, Tensor]:
+    """Hidden states after the last block, [tokens, hidden]: of the 16-bit model (None), and of each
+    trial of the block's layers."""
     states: dict[Trial | None, list[Batch]] = {None: [batch.clone() for batch in batches]}
     with stream.block(block):
         stream.advance(states[None])
@@ -68,11 +88,7 @@ def block_losses(
             for state in states.values():
                 stream.advance(state)
         on_progress()
-    reference = _flat(states.pop(None))
-    with head_tiles(stream, sample=sample_pieces(stream, reference)) as tiles:
-        found = divergences(tiles, reference, [(tiles, _flat(states[trial])) for trial in trials])
-    on_progress()
-    return _means(trials, found)
+    return {trial: _flat(state) for trial, state in states.items()}
 
 
 def outside_losses(

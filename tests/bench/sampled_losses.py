@@ -10,6 +10,8 @@ head alone: all trials, and what choosing the sample takes.
 
 import argparse
 import os
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -24,11 +26,12 @@ from dpq_core.evaluation.sampled_pieces import sample_pieces
 from dpq_core.layer.hessian import InputStatistics
 from dpq_core.layer.quantize import quantize_layer
 from dpq_core.layer.records import QuantizedLinear
-from dpq_core.model.inputs import Batch, batches_of
+from dpq_core.model.inputs import batches_of
 from dpq_core.model.plan import plan_layers
 from dpq_core.model.streaming import StreamedModel
 from dpq_core.recipe.layer_choices import chosen_scheme
 from dpq_core.recipe.scheme import Scheme
+from dpq_core.repair.sensitivity import Trial, last_states
 from tasks.support.model import load_tokenizer
 
 CHOICES = ("w4a8", "w8a8", "w8a16")
@@ -47,7 +50,12 @@ def main() -> None:
     texts, opening = list(texts_of(arguments.data / C4)), opening_token(tokenizer, "auto")
     windows = calibration_windows(texts, tokenizer, arguments.samples, 512, opening)
     stream = StreamedModel(arguments.model, dtype=torch.float32)
-    reference, others = last_states(stream, arguments.block, windows)
+    batches = stream.begin(batches_of(windows, 4))
+    for block in range(arguments.block):
+        with stream.block(block):
+            stream.advance(batches)
+    tried = trials(stream, arguments.block)
+    reference, *others = last_states(stream, arguments.block, batches, tried).values()
     before = now()
     exact = losses(stream, reference, others)
     print(f"all pieces: {now() - before:.1f} s for {len(others)} trials")
@@ -65,39 +73,15 @@ def main() -> None:
         print(f"| {size} | {cells} | {seconds[0]:.1f} | {seconds[1]:.1f} |", flush=True)
 
 
-def last_states(stream: StreamedModel, index: int, windows: Tensor) -> tuple[Tensor, list[Tensor]]:
-    """[tokens, hidden] after the last block: of the model, and of each trial."""
-    batches = stream.begin(batches_of(windows, 4))
-    for block in range(index):
-        with stream.block(block):
-            stream.advance(batches)
-    tried = [{}, *({name: layer} for name, layer in trials(stream, index))]
-    states = [[batch.clone() for batch in batches] for _ in tried]
-    for replaced, state in zip(tried, states, strict=True):
-        with stream.block(index, replaced):
-            stream.advance(state)
-    for block in range(index + 1, stream.block_count):
-        with stream.block(block):
-            for state in states:
-                stream.advance(state)
-    reference, *others = (flat(state) for state in states)
-    return reference, others
-
-
-def trials(stream: StreamedModel, index: int) -> list[tuple[str, QuantizedLinear]]:
-    found = []
+def trials(stream: StreamedModel, index: int) -> dict[Trial, Callable[[], QuantizedLinear]]:
+    found = {}
     for planned in plan_layers(stream, ROUNDED).of_block(index):
         weight = stream.reader.tensor(f"{planned.name}.weight")
         even = InputStatistics.even(weight.shape[1])
         for choice in CHOICES:
-            found.append(
-                (planned.name, quantize_layer(weight, even, chosen_scheme(ROUNDED, choice)))
-            )
+            rounded = partial(quantize_layer, weight, even, chosen_scheme(ROUNDED, choice))
+            found[Trial(planned.name, choice)] = rounded
     return found
-
-
-def flat(batches: list[Batch]) -> Tensor:
-    return torch.cat([batch.hidden.flatten(0, 1) for batch in batches])
 
 
 def losses(

@@ -5,7 +5,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from dpq_core.calibration.statistics import InputRounding, TokenWeights, calibrate_block
-from dpq_core.evaluation import head, sampled_pieces
+from dpq_core.evaluation import head
 from dpq_core.kernels.sixteen_bit import fit
 from dpq_core.layer.linear import W4A8Linear
 from dpq_core.layer.quantize import quantize_layer
@@ -16,6 +16,7 @@ from dpq_core.model.streaming import StreamedModel
 from dpq_core.recipe import CalibrationSection, TextDataset
 from dpq_core.recipe.layer_choices import chosen_scheme
 from dpq_core.recipe.scheme import Scheme
+from dpq_core.repair import sensitivity
 from dpq_core.repair.sensitivity import Trial, block_losses
 
 SCHEME = Scheme(group_size=32, rounding="nearest", order="none")
@@ -108,7 +109,7 @@ def test_a_large_vocabulary_is_sampled(folder, windows, monkeypatch):
         return found
 
     exact = loss()
-    monkeypatch.setattr(sampled_pieces, "SAMPLED", 40)
+    monkeypatch.setattr(sensitivity, "SAMPLED", 40)
     sampled = loss()
     assert sampled != exact
     assert sampled == pytest.approx(exact, rel=0.1)
