@@ -65,7 +65,8 @@ def load_compressed_tensors(folder: Path) -> Any:
     Raises:
         CheckpointError: a variant that transformers does not load, or tensors left over or out.
     """
-    from compressed_tensors.quantization import apply_quantization_config  # slow to import
+    from compressed_tensors.offload import remove_dispatch  # slow to import
+    from compressed_tensors.quantization import apply_quantization_config
 
     expected = empty_model(folder)
     config = _with_group_formats(folder)
@@ -96,7 +97,8 @@ def load_compressed_tensors(folder: Path) -> Any:
                 " checkpoint does not fit its quantization_config"
             )
     _check_loaded(folder, model, expected)
-    return fit(model)
+    # Else what is moved to a device stays in the library's own memory on the host.
+    return fit(remove_dispatch(model))
 
 
 def _with_group_formats(folder: Path) -> Any:

@@ -64,6 +64,9 @@ def attend(
         value = torch.cat([forest.carried.key_values[1], value], 2)
     kept = forest.pack.kept
     forest.carried.key_values = (key[:, :, kept], value[:, :, kept]) if len(kept) else None
+    if not query.is_cpu:  # whose kernels take no mask beside keys for several heads
+        shared = query.shape[1] // key.shape[1]
+        key, value = (each.repeat_interleave(shared, 1) for each in (key, value))
     y = query.new_empty(1, query.shape[2], query.shape[1], value.shape[3])
     for span in forest.pack.spans:
         mask = span.sight.mask(sliding_window, query.dtype)

@@ -16,10 +16,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from dpq_core.evaluation.grain import grain_on
 from dpq_core.model.blocks import BlockStream
 
 ROWS, COLUMNS = 2_048, 8_192  # of a tile, at most: tokens, pieces of the vocabulary
-TILE = 1 << 21  # logits: 8 MiB stay in the cache
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,8 @@ def head_tiles(
                 for parameter, data in stored:
                     parameter.data = data
 
-        yield Tiles(min(ROWS, TILE // min(pieces, columns)), logits)
+        most = grain_on(stream.device).tile // min(pieces, columns)
+        yield Tiles(min(ROWS, most), logits)
 
 
 @dataclass(frozen=True, eq=False)

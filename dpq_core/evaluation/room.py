@@ -11,8 +11,7 @@ from dataclasses import dataclass
 from math import prod
 
 from dpq_core.evaluation.forest import CHUNK
-from dpq_core.evaluation.head import TILE
-from dpq_core.evaluation.segments import PACK
+from dpq_core.evaluation.grain import ACCELERATOR, CPU, Grain
 from dpq_core.model.blocks import BlockStream
 
 RESIDENT = 1 << 30  # bytes
@@ -64,11 +63,11 @@ class Sizes:
         """Bytes of disk that the last hidden states of so many tokens take, each with its place."""
         return tokens * (self.hidden * _SIXTEEN + _PLACE)
 
-    def bytes_of(self, tokens: int) -> int:
+    def bytes_of(self, tokens: int, grain: Grain = CPU) -> int:
         """Bytes of a worker that has so many tokens in hand, above its process."""
         held = self.weights if self.resident else self.block + self.embedding
-        pack = PACK * max(self.widest, 4 * self.hidden) * _FLOAT32 * _PASSES
-        tiles = TILE * _FLOAT32 * _PASSES
+        pack = grain.pack * max(self.widest, 4 * self.hidden) * _FLOAT32 * _PASSES
+        tiles = grain.tile * _FLOAT32 * _PASSES
         states = 2 * tokens * self.hidden * _SIXTEEN  # as they go, and those that predict
         return held * _SIXTEEN + pack + tiles + states + self.codes
 
@@ -90,7 +89,8 @@ class Room:
     def of(cls, sizes: Sizes, available: int, on_device: bool) -> "Room":
         """available: as `Sizes.tokens_in_hand` has it."""
         tokens = sizes.tokens_in_hand(available)
-        whole, computing = sizes.bytes_of(tokens), sizes.bytes_of(0)
+        grain = ACCELERATOR if on_device else CPU
+        whole, computing = sizes.bytes_of(tokens, grain), sizes.bytes_of(0, grain)
         if on_device:
             return cls(whole - computing + sizes.block * _SIXTEEN, computing)
         return cls(whole, 0)

@@ -71,7 +71,7 @@ def last_states(
     found = []
     for walk in walks:
         places = walk.chunk.places.unique()
-        found.append(LastStates(places, walk.states()[places], walk.computed))
+        found.append(LastStates(places, walk.states()[places].cpu(), walk.computed))
         walk.batches.clear()
     return found
 

@@ -18,9 +18,7 @@ import torch
 from torch import Tensor
 
 from dpq_core.evaluation.forest import Chunk
-
-PACK = 1_024  # tokens
-SPAN = 128  # queries
+from dpq_core.evaluation.grain import CPU
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,7 +68,10 @@ class Pack:
 
 
 def packs_of(
-    chunk: Chunk, device: torch.device | str = "cpu", tokens: int = PACK, queries: int = SPAN
+    chunk: Chunk,
+    device: torch.device | str = "cpu",
+    tokens: int = CPU.pack,
+    queries: int = CPU.span,
 ) -> list[Pack]:
     """Packs of `tokens`, the last of what is left, in the order in which they run."""
     cuts, texts = _cuts(chunk, tokens, queries), _Texts(device)
@@ -99,9 +100,10 @@ class _Texts:
         alone = torch.equal(chunk.positions[keys], torch.arange(len(keys)))
         if alone and size in self.found:
             return self.found[size]
-        seen = (keys <= queries[:, None]) & (queries[:, None] < chunk.ends[keys])
         of_query, of_key = (chunk.positions[each].to(self.device) for each in (queries, keys))
-        sight = Sight(seen.to(self.device), (of_query, of_key))
+        ends = chunk.ends[keys].to(self.device)
+        keys, queries = keys.to(self.device), queries.to(self.device)[:, None]
+        sight = Sight((keys <= queries) & (queries < ends), (of_query, of_key))
         if alone:
             self.found[size] = sight
         return sight

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from dpq_core.evaluation.attention import Carried, Forest
 from dpq_core.evaluation.forest import Chunk, sequences_of
-from dpq_core.evaluation.segments import PACK, SPAN, Pack, packs_of
+from dpq_core.evaluation.grain import grain_on
+from dpq_core.evaluation.segments import Pack, packs_of
 from dpq_core.model.blocks import BlockStream
 from dpq_core.model.finite import all_finite
 from dpq_core.model.inputs import Batch, ModelInputs
@@ -36,8 +37,12 @@ class Walk:
         return sum(each["input_ids"].numel() for each in self.inputs)
 
     def begin(self, begun: Callable[[ModelInputs], Batch]) -> None:
-        """Before the first block; `begun` of `BlockStream.embedding`."""
+        """Before the first block; `begun` of `BlockStream.embedding`. Hidden states are on the
+        device of a model that stays, and in the host's memory beside one that streams."""
         self.batches = [begun(inputs) for inputs in self.inputs]
+        if self.stream.kept is not None:
+            for batch in self.batches:
+                batch.hidden = batch.hidden.to(self.stream.device)
 
     def advance(self) -> None:
         """Through the block that is loaded now."""
@@ -62,17 +67,22 @@ class Walk:
         return found
 
 
-def spans_walk(stream: BlockStream, chunk: Chunk, tokens: int = PACK, queries: int = SPAN) -> Walk:
-    """Packs [1, tokens]."""
+def spans_walk(
+    stream: BlockStream, chunk: Chunk, tokens: int | None = None, queries: int | None = None
+) -> Walk:
+    """Packs [1, tokens] of spans of so many queries; None: what suits the model's device."""
+    grain = grain_on(stream.device)
+    tokens, queries = tokens or grain.pack, queries or grain.span
     packs = packs_of(chunk, stream.device, tokens, queries)
     places = [torch.arange(pack.start, pack.stop)[None] for pack in packs]
     inputs = [{"input_ids": chunk.ids[p], "position_ids": chunk.positions[p]} for p in places]
     return Walk(stream, chunk, inputs, places, packs)
 
 
-def rows_walk(stream: BlockStream, chunk: Chunk, tokens: int = PACK) -> Walk:
+def rows_walk(stream: BlockStream, chunk: Chunk, tokens: int | None = None) -> Walk:
     """Rows [sequences, length], the longest first, filled up on the right: no token sees what
-    follows it."""
+    follows it. At most so many tokens, or what suits the model's device."""
+    tokens = tokens or grain_on(stream.device).pack
     places, batch = list[Tensor](), list[Tensor]()
     for sequence in sorted(map(torch.tensor, sequences_of(chunk)), key=len, reverse=True):
         if batch and (len(batch) + 1) * len(batch[0]) > tokens:

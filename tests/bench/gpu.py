@@ -48,7 +48,8 @@ PARTS = (
     Part(
         "checks",
         "Kernels against their definitions",
-        f"{_CASES} -n 12 tests/core/serving/hopper_cases.py tests/core/kernels/cuda_cases.py",
+        f"{_CASES} -n 12 tests/core/serving/hopper_cases.py tests/core/kernels/cuda_cases.py"
+        " tests/core/evaluation/scorer_cases.py",
         f"{_CASES} tests/core/serving/hopper_cases.py tests/core/kernels/cuda_cases.py -k"
         " 'test_w4a8_is_as_good_as_the_definition and 128 or magnitudes'",
         100,

@@ -11,7 +11,9 @@ from typing import Any
 from dpq_core.recipe.scheme import Scheme
 
 OURS = "unit 0.125"  # the product's token_weights and first_token_share
-SCORED = 1000  # first documents of a suite where a row is scored on them
+SCORED = 1000  # first documents of a suite where a row is scored on them; of MMLU's subjects fewer
+SUBJECTS = 25  # by this
+EVERY = 1 << 30
 
 
 _DEFAULT = Scheme()
@@ -29,7 +31,8 @@ class Row:
         16-bit model's outputs on its own inputs, stream: of what the residual stream lost
         (`prototypes`). output_range: static scales by the layers' output error.
     transform: an equivalent 16-bit model that is quantized instead, see `methods_transforms`.
-    peer: another project's tool and its scheme, see `peers`.
+    peer: another project's tool and its scheme, see `peer.py`; `scheme` says how inputs are rounded
+        where the tool leaves a model with 16-bit ones.
     suites: first documents of each suite that are scored; 0: none.
     only: of one kind of model (`llama`).
     """
@@ -89,12 +92,12 @@ METHODS = (
     row("dpq none gradient", {"order": "none"}),
     row("hopper-vllm", {"preset": "hopper-vllm"}, suites=SCORED),
     row("gaudi-inc", {"preset": "gaudi-inc"}),
+    row("rtn W4A8, dynamic", {**RTN, **DYNAMIC}),
     row("QServe-like: rtn int8, a token", {**RTN, **INT8}),
     row("QQQ-like: dpq int8, a token, nearest", {"rounding": "nearest", **INT8}),
     row("dpq int8, a token", INT8),
     row("default, mse search", {"scale_search": "mse"}),
     row("default, symmetric", {"symmetric": True}),
-    row("default, group 64", {"group_size": 64}),
     row("default, group 32", {"group_size": 32}),
     row("W8A8", {"bits": 8}),
 )
@@ -144,6 +147,7 @@ IDEAS = (
     idea("hessian, c half", HESSIAN, target=0.5, **GROUP),
     idea("hessian, c half, d all", HESSIAN, target=0.5, transform=f"scaled {ALL}", **GROUP),
     idea("c half, dynamic", DYNAMIC, target=0.5, **GROUP),
+    idea("hessian, c half, dynamic", HESSIAN | DYNAMIC, target=0.5, suites=SCORED, **GROUP),
 )  # fmt: skip
 
 
@@ -165,26 +169,54 @@ TOKENS = (
     tokens("equal norms, first 0.06", weighting="unit 0.06"),
 )
 
+
+# Groups of 64 divide SmolLM2's widths, which peers want; Gemma's are divided by 128 as well.
+def beside(name: str, scheme: dict[str, Any] | None = None, **rest: Any) -> Row:
+    """A row of ours with the groups of peers' rows."""
+    scheme = {"group_size": 64, **(scheme or {})}
+    return row(f"{name}, group 64", scheme, part="peers", **rest)
+
+
+def peer(name: str, tool: str, scheme: str, own: dict[str, Any] | None = None) -> tuple[Row, ...]:
+    own = own or {"method": "none", **W16}
+    kinds = (("llama", "/64", ", group 64"), ("gemma", "", ""))
+    return tuple(
+        row(
+            name + title, {"group_size": 64 if size else 128, **own},
+            part="peers", peer=(tool, scheme + size), only=only, suites=EVERY,
+        )
+        for only, size, title in kinds
+    )  # fmt: skip
+
+
+ROUNDED = {"method": "none", **DYNAMIC}
 PEERS = (
-    row("llm-compressor GPTQ W4A16", part="peers", peer=("llm-compressor", "W4A16")),
-    row("llm-compressor GPTQ W4AFP8", part="peers", peer=("llm-compressor", "W4AFP8")),
-    row("llm-compressor AWQ W4AFP8", part="peers", peer=("llm-compressor-awq", "W4AFP8")),
-    row("AutoRound light W4A16", part="peers", peer=("auto-round", "W4A16")),
-    row("AutoRound W4A16", part="peers", peer=("auto-round-200", "W4A16")),
+    *peer("llm-compressor AWQ W4AFP8", "llm-compressor-awq", "W4AFP8"),
+    *peer("AutoRound W4A16, inputs in FP8", "auto-round-200", "W4A16", ROUNDED),
+    *peer("llm-compressor GPTQ W4AFP8", "llm-compressor", "W4AFP8"),
+    beside("default", suites=EVERY),
+    beside("hessian, c half, dynamic", HESSIAN | DYNAMIC, target=0.5, suites=EVERY, **GROUP),
+    beside("paper: dpq gar nearest, plain H", PAPER, weighting="none"),
+    beside("rtn W4A8", RTN),
+    beside("rtn W4A8, dynamic", RTN | DYNAMIC),
+    *peer("AutoRound light W4A16, inputs in FP8", "auto-round", "W4A16", ROUNDED),
+    *peer("llm-compressor GPTQ W4A16", "llm-compressor", "W4A16"),
 )
 
 # Methods that decide first; then ideas and tokens by turns with the rest.
 _FIRST, _REST = METHODS[:10], METHODS[10:]
 ROWS = {
     each.name: each
-    for each in (*_FIRST, *IDEAS[:6], *TOKENS[:5], *_REST[:9], *IDEAS[6:17], *TOKENS[5:9],
-                 *_REST[9:], *IDEAS[17:], *TOKENS[9:], *PEERS)
+    for each in (*_FIRST, *IDEAS[:6], *TOKENS[:5], *_REST[:10], *IDEAS[6:17], *TOKENS[5:9],
+                 *_REST[10:], *IDEAS[17:], *TOKENS[9:], *PEERS)
 }  # fmt: skip
 QUICK = "16 bits", "rtn W4A8", "default"
 # Documents all, of what the claims rest on; the best row is found among those that are there.
-FULL = ("16 bits", "default", "paper: dpq gar nearest, plain H", "rtn W4A8")
+FULL = (
+    "16 bits", "hessian, c half, dynamic", "default", "paper: dpq gar nearest, plain H",
+)  # fmt: skip
 
 
 def full(name: str, found: Row) -> Row:
     """A row scored on all documents of the suites."""
-    return replace(found, name=name, suites=1 << 30)
+    return replace(found, name=name, suites=EVERY)

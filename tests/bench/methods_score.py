@@ -71,7 +71,7 @@ def _compared(
     states: Tensor, before: Tensor, targets: Tensor, head: Tensor, old_head: Tensor
 ) -> Tensor:
     """Nats, divergence and agreement of each token, [3, tokens] fp32."""
-    size = max(1, (1 << (28 if states.is_cuda else 26)) // len(head))
+    size = max(1, (1 << (27 if states.is_cuda else 26)) // len(head))
     parts = []
     for at in range(0, len(targets), size):
         part = slice(at, at + size)
@@ -137,10 +137,11 @@ def _span(ends: np.ndarray, number: int) -> slice:
 
 @torch.inference_mode()
 def score_suites(
-    model: Any, suites: Suites, documents: int, tokens_a_batch: int
+    model: Any, suites: Suites, limits: Mapping[str, int], tokens_a_batch: int
 ) -> dict[str, list[int]]:
-    """Right or wrong, of the first documents of each task, by suite."""
-    chosen = np.flatnonzero(suites.place < documents)
+    """Right or wrong, of the first documents of each of a suite's tasks, by suite."""
+    most = np.array([limits[name] for name in suites.names])
+    chosen = np.flatnonzero(suites.place < most[suites.suite])
     spans = [_span(suites.last, number) for number in chosen]
     wanted = [request for span in spans for request in range(span.start, span.stop)]
     sums, greedy = _log_likelihoods(model, suites, wanted, tokens_a_batch)
@@ -190,7 +191,7 @@ def _log_likelihoods(
 def _of_goals(model: Any, states: Tensor, goals: Tensor) -> tuple[Tensor, Tensor]:
     """Log-probability of each goal, and whether it is the likeliest; logits as the model rounds
     them, softmax in FP32."""
-    size = max(1, (1 << (28 if states.is_cuda else 26)) // len(model.lm_head.weight))
+    size = max(1, (1 << (27 if states.is_cuda else 26)) // len(model.lm_head.weight))
     logp, top = [], []
     for part, goal in zip(states.split(size), goals.split(size), strict=True):
         found = functional.log_softmax(model.lm_head(part), 1, dtype=torch.float32)

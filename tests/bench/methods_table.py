@@ -1,7 +1,7 @@
 """Methods of quantization on a real model, beside one another: the rows of `docs/results.md`.
 
     PYTHONPATH=tests python tests/bench/methods_table.py prepare MODEL PREPARED
-                        [--data ../shared/data] [--documents 1000] [--per-subject 40]
+                        [--data ../shared/data] [--documents N] [--per-subject N]
     python tests/bench/methods_table.py run MODEL PREPARED [--device cuda] [--out ROWS.jsonl]
                                         [--workers N] [--seconds S] [--only NAME ...] [--quick]
                                         [--samples N] [--length N] [--windows N] [--peers FOLDER]
@@ -41,7 +41,7 @@ import numpy as np
 import peers
 import torch
 from methods_model import Quantized, Statistics, Subject, original_statistics, quantize_model
-from methods_rows import FULL, QUICK, ROWS, SCORED, Row, full, row
+from methods_rows import FULL, QUICK, ROWS, SCORED, SUBJECTS, Row, full, row
 from methods_score import Suites, WindowScores, reference, score_suites, score_windows
 from methods_transforms import transform
 from safetensors.torch import save_file
@@ -57,7 +57,6 @@ TEXTS = {  # stream: file, column, what stands between rows (None: end of text)
     "questions": ("web_questions/train.jsonl.gz", "question", None),
     "test": ("wikitext2_raw_test/test.jsonl.gz", "text", "\n\n"),
 }
-_PEERS_BITS = 4 + 16 / 128  # symmetric, a 16-bit scale for 128 columns
 HELD_OUT = 32_768  # last tokens of `c4`, in no Hessian
 LENGTHS = 2048, 512
 SIXTEEN = {"inner": "none", "activations": "none", "method": "rtn"}  # inputs as they are
@@ -199,7 +198,7 @@ class Bench:
     def attempt(self, each: Row) -> None:
         try:
             self.write(self.measure_peer(each) if each.peer else self.measure(each))
-        except Exception as error:  # the other rows are worth having
+        except (Exception, SystemExit) as error:  # the other rows are worth having
             traceback.print_exc()
             self.write({"row": each.name, "error": f"{type(error).__name__}: {error}"[:500]})
             self.reload()
@@ -247,9 +246,17 @@ class Bench:
             inputs = self.arguments.model, tokens, folder, self.batch()
             took = peers.run([str(each) for each in (python, script, *each.peer, *inputs)])
             model = load_model(folder, self.device)
-            scores = self.scores(model=model)
-        seconds = {"statistics": 0.0, "layers": took["cpu"]["quantize"]}
-        return self.record(each, Quantized(), scores) | {"bits": _PEERS_BITS, "seconds": seconds}
+        if not each.sixteen_bits:
+            rounded = Subject(model)
+            windows = self.windows(each.text)[:1]
+            quantize_model(
+                rounded, each, windows, 1, original_statistics(rounded, each, windows, 1), ()
+            )
+        found = self.record(each, Quantized(), self.scores(model=model))
+        found |= self.answers(each, model)
+        bits = 4 + 16 / each.scheme.group_size  # symmetric, a 16-bit scale a group
+        seconds = {"statistics": 0.0, "layers": took["wall"]["quantize"]}
+        return found | {"bits": bits, "seconds": seconds}
 
     def statistics(self, each: Row) -> Statistics:
         """Of the model as it is; those of an untransformed one are kept for other rows."""
@@ -306,12 +313,14 @@ class Bench:
             for length in lengths
         }
 
-    def answers(self, each: Row) -> dict[str, Any]:
+    def answers(self, each: Row, model: Any = None) -> dict[str, Any]:
         """Of a row's suites, as one digit a document."""
         count = self.arguments.documents or each.suites
         if not each.suites or self.suites is None:
             return {}
-        found = score_suites(self.subject.model, self.suites, count, 2 * self.at_once)
+        limits = dict.fromkeys(self.suites.names, count) | {"mmlu": max(1, count // SUBJECTS)}
+        model = model or self.subject.model
+        found = score_suites(model, self.suites, limits, 2 * self.at_once)
         answers = {name: "".join(map(str, own)) for name, own in found.items()}
         return {"answers": answers, "documents": count}
 

@@ -83,7 +83,7 @@ def auto_round(model, tokenizer, tokens, scheme, folder, batch, **settings):
         seqlen=tokens.shape[1],
         nsamples=len(tokens),
         batch_size=batch,
-        device_map="cpu",
+        device_map="cuda" if torch.cuda.is_available() else "cpu",
         enable_torch_compile=False,
     )
     quantizer.quantize()

@@ -25,6 +25,7 @@ from scale_shapes import SHAPES, Shape
 from scale_simulation import Rates, table
 
 from dpq_core.data.mirrored_suites import MIRRORED
+from dpq_core.evaluation.grain import ACCELERATOR
 from dpq_core.evaluation.room import Sizes
 from dpq_core.layer.hessian import InputStatistics
 from dpq_core.layer.quantize import quantize_layer
@@ -86,7 +87,7 @@ def evaluation(shape: Shape, host: int) -> dict[str, float]:
     passes = math.ceil(asked_tokens() / in_hand)
     return {
         "the model": 2.0 * sizes.weights,
-        "on the device": sizes.bytes_of(0),
+        "on the device": sizes.bytes_of(0, ACCELERATOR),
         "hidden states on the host": sizes.bytes_of(in_hand) - sizes.bytes_of(0),
         "read by all passes": 2.0 * sizes.weights * passes,
     }

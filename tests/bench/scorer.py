@@ -4,8 +4,8 @@ For each suite: seconds, the tokens that run through the blocks (HFLM's with wha
 batches), the largest relative difference of a log-likelihood, and the floor, which is the time of
 the linears' products for the distinct tokens alone (blocks), and of the head's for those that
 predict; and each answer that differs, with its margin by both (nats). Seconds are the process's own
-(`time.process_time`), so that other work on the machine counts less; both sides start from the
-texts of the requests.
+(`time.process_time`), so that other work on the machine counts less, or on a GPU the clock's; both
+sides start from the texts of the requests.
 
     PYTHONPATH=tests python tests/bench/scorer.py ../shared/models/wiki-llama-12m --documents 200
     PYTHONPATH=tests python tests/bench/scorer.py FOLDER --suites mmlu --subjects 4 --documents 50
@@ -37,9 +37,18 @@ OTHERS = ["winogrande", "lambada_openai", "wikitext"]
 ROWS = 2_048
 
 
+def now(device):
+    """Seconds of this process, or of the clock when a GPU has done its work."""
+    if device.type == "cpu":
+        return time.process_time()
+    torch.cuda.synchronize()
+    return time.perf_counter()
+
+
 def by_harness(model, tokenizer, suite):
     """Seconds, tokens that ran (with padding), answers."""
-    harness, ran = harness_of(model, tokenizer, 16), 0
+    batch = 16 if model.device.type == "cpu" else 64
+    harness, ran = harness_of(model, tokenizer, batch), 0
     call = harness._model_call
 
     def counted(inps, *args, **kwargs):
@@ -48,21 +57,22 @@ def by_harness(model, tokenizer, suite):
         return call(inps, *args, **kwargs)
 
     harness._model_call = counted
-    start, found = time.process_time(), []
+    start = now(model.device)
     instances = [each for task in suite.tasks.values() for each in task.instances]
     found = getattr(harness, instances[0].request_type)(instances)
-    return time.process_time() - start, ran, found
+    return now(model.device) - start, ran, found
 
 
 def by_forest(subject, encoder, suite):
     """Seconds, tokens that ran, answers, tokens that predict, seconds of the requests alone."""
-    start = time.process_time()
+    device = subject.stream.device
+    start = now(device)
     asked = encoder.encoded(suite)
     chunks = list(chunks_of(asked.asked))
-    before = time.process_time() - start
+    before = now(device) - start
     scores = [each for chunk in chunks for each in score(subject, [chunk])]
     found = answers(scores, asked.count)
-    taken = time.process_time() - start
+    taken = now(device) - start
     predict = sum(len(chunk.places.unique()) for chunk in chunks)
     return taken, sum(each.computed for each in scores), found, predict, before
 
@@ -73,11 +83,12 @@ def floor(model):
     head, blocks, at_head = model.get_output_embeddings(), 0.0, 0.0
     for module in model.modules():
         if isinstance(module, torch.nn.Linear):
-            x = torch.randn(ROWS, module.in_features).to(module.weight.dtype)
-            linear(x[:64], module.weight)
-            start = time.process_time()
-            linear(x, module.weight)
-            taken = (time.process_time() - start) / ROWS
+            weight = module.weight
+            x = torch.randn(ROWS, module.in_features).to(weight)
+            linear(x, weight)
+            start = now(weight.device)
+            linear(x, weight)
+            taken = (now(weight.device) - start) / ROWS
             blocks, at_head = (blocks, taken) if module is head else (blocks + taken, at_head)
     return blocks, at_head
 
@@ -112,15 +123,21 @@ def main():
     parser.add_argument("--float32", action="store_true")
     parser.add_argument("--streamed", action="store_true")
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--device", type=torch.device, default="cpu")
     parser.add_argument("--data", type=Path, default=DATA)
     asked = parser.parse_args()
     torch.set_num_threads(asked.threads)
     dtype = torch.float32 if asked.float32 else None
     model = AutoModelForCausalLM.from_pretrained(asked.folder, dtype=dtype or "auto").eval()
+    model = model.to(asked.device)
     tokenizer = AutoTokenizer.from_pretrained(asked.folder)
-    subject = subject_of(asked.folder, dtype=dtype, resident=not asked.streamed)
+    resident = not asked.streamed
+    subject = subject_of(asked.folder, asked.device, dtype=dtype, resident=resident)
     blocks, head = floor(model)
-    print(f"{asked.folder.name}, {model.dtype}, {asked.threads} thread(s), load", os.getloadavg())
+    print(
+        f"{asked.folder.name}, {model.dtype}, {asked.device}, {asked.threads} thread(s), load",
+        os.getloadavg(),
+    )
     print(f"prefixes shared: {subject.unshared or 'yes'}")
     print(
         "suite            HFLM s   ours s  times  (requests s)  floor s  HFLM tokens    ours  apart"

@@ -369,6 +369,12 @@ def test_compressed_tensors_has_the_logits_of_fake_quantization(model, tmp_path,
     assert not torch.equal(found, weights_only)
 
 
+def test_compressed_tensors_moves_to_a_device(model, tmp_path):
+    folder = write_compressed(tmp_path / "packed", model, True)
+    moved = load_model(folder, "meta")  # the only one that is everywhere
+    assert {each.device.type for each in (*moved.parameters(), *moved.buffers())} == {"meta"}
+
+
 WEIGHTS_4 = QuantizationArgs(num_bits=4, strategy="group", group_size=128)
 WEIGHTS_8 = QuantizationArgs(num_bits=8, strategy="channel")
 STATIC_FP8 = QuantizationArgs(num_bits=8, type="float", strategy="tensor")

@@ -1,6 +1,7 @@
 """Output head and embedding as choices of `layers`: tied and untied, streamed and whole."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from dpq_core.checkpoint.native import MANIFEST, QuantizedCheckpoint, load_quant
 from dpq_core.evaluation import head as head_module
 from dpq_core.evaluation.divergence import divergence
 from dpq_core.evaluation.forest import Asked, chunks_of
+from dpq_core.evaluation.grain import CPU
 from dpq_core.evaluation.head import head_tiles
 from dpq_core.evaluation.room import Sizes
 from dpq_core.evaluation.scorer import answers, last_states, score
@@ -133,7 +135,9 @@ def asked_of(windows):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_streamed_scores_are_the_whole_model_s(bases, windows, tmp_path, kind, monkeypatch):
-    monkeypatch.setattr(head_module, "TILE", 1 << 12)  # ten tokens of a vocabulary of 397
+    small = replace(CPU, tile=1 << 12)
+    # Ten tokens of a vocabulary of 397.
+    monkeypatch.setattr(head_module, "grain_on", lambda device: small)
     scheme = Scheme(method="gptq", inner="none", activations="none", group_size=32)
     folder, asked = tmp_path / "checkpoint", asked_of(windows)
     quantized(bases[kind], folder, windows, named(kind, "w8a16"), scheme)

@@ -14,8 +14,10 @@ from model_families import save
 from transformers import AutoModelForCausalLM
 
 from dpq_core.checkpoint.native import load_model
+from dpq_core.evaluation import head, walk
 from dpq_core.evaluation.divergence import divergence
 from dpq_core.evaluation.forest import CHUNK, Asked, chunks_of
+from dpq_core.evaluation.grain import ACCELERATOR
 from dpq_core.evaluation.head import head_tiles
 from dpq_core.evaluation.room import RESIDENT, Sizes
 from dpq_core.evaluation.scorer import answers, last_states, score
@@ -74,18 +76,30 @@ def test_what_shares_prefixes(architecture):
     assert found == UNSHARED.get(architecture.name)
 
 
-@pytest.mark.parametrize("name", RUN)
-def test_answers_are_the_whole_model_s(name, tmp_path):
+def check_answers(name, folder, device="cpu", resident=False):
+    """Those of an architecture's random model, beside the whole model's on the CPU."""
     (architecture,) = [each for each in ARCHITECTURES if each.name == name]
-    random_model(architecture.config).save_pretrained(tmp_path)
-    model = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
+    random_model(architecture.config).save_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     asked = asked_of(model.config.vocab_size)
-    subject = subject_of(tmp_path, dtype=torch.float32)
+    subject = subject_of(folder, device, dtype=torch.float32, resident=resident)
     assert subject.unshared == UNSHARED.get(name)
     found = answers(score(subject, list(chunks_of(asked, 150))), len(asked))
     for ours, theirs in zip(found, one_by_one(model, asked), strict=True):
         assert ours[0] == pytest.approx(theirs[0], rel=1e-4)
         assert ours[1] == theirs[1]
+
+
+@pytest.mark.parametrize("name", RUN)
+def test_answers_are_the_whole_model_s(name, tmp_path):
+    check_answers(name, tmp_path)
+
+
+@pytest.mark.parametrize("name", ["Llama 2", "Gemma 2", "StableLM"])
+def test_an_accelerator_s_grain_gives_the_same_answers(name, tmp_path, monkeypatch):
+    for module in (walk, head):
+        monkeypatch.setattr(module, "grain_on", lambda device: ACCELERATOR)
+    check_answers(name, tmp_path, resident=True)
 
 
 def test_the_head_in_tiles_is_the_head(tmp_path):
