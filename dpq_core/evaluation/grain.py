@@ -7,15 +7,15 @@ import torch
 
 @dataclass(frozen=True)
 class Grain:
-    """pack: tokens that run through a block together. span: queries that attend together, at most.
-    tile: logits that are there at a time."""
+    """pack: tokens that run through a block together. span: queries that attend together, at most;
+    None: each alone, by a kernel of ours. tile: logits that are there at a time."""
 
     pack: int
-    span: int
+    span: int | None
     tile: int
 
 
-CPU = Grain(1 << 10, 1 << 7, 1 << 21)  # what caches hold: 8 MiB of logits
+CPU = Grain(1 << 10, None, 1 << 21)  # what caches hold: 8 MiB of logits
 ACCELERATOR = Grain(1 << 14, 1 << 10, 1 << 24)  # few kernels with much to do: each is launched
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from dpq_core.evaluation.forest import Chunk
 from dpq_core.evaluation.head import Tiles, head_tiles, predicted
 from dpq_core.evaluation.subject import Subject
-from dpq_core.evaluation.walk import rows_walk, spans_walk
+from dpq_core.evaluation.walk import packs_walk, rows_walk
 from dpq_core.model.finite import not_finite
 
 
@@ -55,7 +55,7 @@ def last_states(
         NotFiniteError: a model in 16 bits overflows. A quantized one's NaN is its verdict.
     """
     stream = subject.stream
-    made = rows_walk if subject.unshared else spans_walk
+    made = rows_walk if subject.unshared else packs_walk
     walks = [made(stream, chunk) for chunk in chunks]
     with torch.no_grad():
         with stream.embedding(remembered=not subject.unshared) as begun:

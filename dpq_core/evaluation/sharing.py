@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dpq_core.evaluation.attention import NAME, UnsharedError, attend_by_spans
+from dpq_core.evaluation.attention import NAME, UnsharedError, attend_by_packs
 from dpq_core.evaluation.forest import Asked, Chunk, chunks_of
-from dpq_core.evaluation.walk import Walk, rows_walk, spans_walk
+from dpq_core.evaluation.grain import CPU, Grain
+from dpq_core.evaluation.walk import Walk, packs_walk, rows_walk
 from dpq_core.model.anatomy import parts_of
 from dpq_core.model.blocks import BlockStream
 from dpq_core.model.observation import identity, small_of
@@ -44,10 +45,10 @@ def _found(model: Any) -> str | None:
     chunk = _tree()
     try:
         expected = _run(stream, rows_walk(stream, chunk))
-        attend_by_spans(small)
+        attend_by_packs(small)
         if small.config._attn_implementation != NAME:
             return "its attention is not called through transformers' interface"
-        found = _run(stream, spans_walk(stream, chunk, tokens=16, queries=8))
+        found = _run(stream, packs_walk(stream, chunk, Grain(16, None, CPU.tile)))
     except UnsharedError as error:
         return str(error)
     except Exception as error:  # of any architecture's forward

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from dpq_core.checkpoint.native import MANIFEST, QuantizedCheckpoint, by_its_library, load_model
-from dpq_core.evaluation.attention import attend_by_spans
+from dpq_core.evaluation.attention import attend_by_packs
 from dpq_core.evaluation.sharing import why_not_shared
 from dpq_core.layer.linear import MakeLinear, W4A8Linear
 from dpq_core.layer.records import QuantizedLinear
@@ -50,7 +50,7 @@ class Subject:
         if resident and stream.kept is None:
             stream.kept = {}
         if self.unshared is None:
-            attend_by_spans(stream.model)
+            attend_by_packs(stream.model)
 
     @property
     def quantized(self) -> bool:

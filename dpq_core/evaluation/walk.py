@@ -1,6 +1,6 @@
 """A chunk on its way through the blocks: its batches, and how they are made of its trees.
 
-By spans, packs of a tree run as they are. By rows, each sequence is run from its root, beside
+In packs a tree runs as it is. By rows, each sequence is run from its root, beside
 others of about its length: for architectures whose attention takes no tree.
 """
 
@@ -12,8 +12,9 @@ from torch import Tensor
 
 from dpq_core.evaluation.attention import Carried, Forest
 from dpq_core.evaluation.forest import Chunk, sequences_of
-from dpq_core.evaluation.grain import grain_on
-from dpq_core.evaluation.segments import Pack, packs_of
+from dpq_core.evaluation.grain import Grain, grain_on
+from dpq_core.evaluation.packs import Pack, packs_of
+from dpq_core.evaluation.spans import Span, spans_of
 from dpq_core.model.blocks import BlockStream
 from dpq_core.model.finite import all_finite
 from dpq_core.model.inputs import Batch, ModelInputs
@@ -21,14 +22,14 @@ from dpq_core.model.inputs import Batch, ModelInputs
 
 @dataclass
 class Walk:
-    """packs: of each batch, where there are any. places: the chunk's tokens that a batch's are,
-    [batch, length]; −1: none."""
+    """places: the chunk's tokens that a batch's are, [batch, length]; −1: none. packs: of each
+    batch, where there are any, with its spans, where it goes by them."""
 
     stream: BlockStream
     chunk: Chunk
     inputs: list[ModelInputs]
     places: list[Tensor]
-    packs: list[Pack]
+    packs: list[tuple[Pack, list[Span]]] = field(default_factory=list)
     batches: list[Batch] = field(default_factory=list)
 
     @property
@@ -49,7 +50,7 @@ class Walk:
         carried = Carried()
         for number, batch in enumerate(self.batches):
             if self.packs:
-                batch.told = {"forest": Forest(self.packs[number], carried)}
+                batch.told = {"forest": Forest(*self.packs[number], carried)}
             batch.hidden = self.stream.forward(batch)
 
     @property
@@ -67,22 +68,20 @@ class Walk:
         return found
 
 
-def spans_walk(
-    stream: BlockStream, chunk: Chunk, tokens: int | None = None, queries: int | None = None
-) -> Walk:
-    """Packs [1, tokens] of spans of so many queries; None: what suits the model's device."""
-    grain = grain_on(stream.device)
-    tokens, queries = tokens or grain.pack, queries or grain.span
-    packs = packs_of(chunk, stream.device, tokens, queries)
+def packs_walk(stream: BlockStream, chunk: Chunk, grain: Grain | None = None) -> Walk:
+    """Packs [1, tokens] of this grain, or of what suits the model's device."""
+    grain, device = grain or grain_on(stream.device), stream.device
+    packs = packs_of(chunk, grain.pack)
+    spans = spans_of(chunk, packs, grain.span, device) if grain.span else [[] for _ in packs]
     places = [torch.arange(pack.start, pack.stop)[None] for pack in packs]
     inputs = [{"input_ids": chunk.ids[p], "position_ids": chunk.positions[p]} for p in places]
-    return Walk(stream, chunk, inputs, places, packs)
+    return Walk(stream, chunk, inputs, places, list(zip(packs, spans, strict=True)))
 
 
-def rows_walk(stream: BlockStream, chunk: Chunk, tokens: int | None = None) -> Walk:
+def rows_walk(stream: BlockStream, chunk: Chunk) -> Walk:
     """Rows [sequences, length], the longest first, filled up on the right: no token sees what
-    follows it. At most so many tokens, or what suits the model's device."""
-    tokens = tokens or grain_on(stream.device).pack
+    follows it."""
+    tokens = grain_on(stream.device).pack
     places, batch = list[Tensor](), list[Tensor]()
     for sequence in sorted(map(torch.tensor, sequences_of(chunk)), key=len, reverse=True):
         if batch and (len(batch) + 1) * len(batch[0]) > tokens:
@@ -91,7 +90,7 @@ def rows_walk(stream: BlockStream, chunk: Chunk, tokens: int | None = None) -> W
         batch.append(sequence)
     places.append(_filled(batch))
     inputs = [{"input_ids": chunk.ids[p.clamp(min=0)]} for p in places]
-    return Walk(stream, chunk, inputs, places, [])
+    return Walk(stream, chunk, inputs, places)
 
 
 def _filled(sequences: list[Tensor]) -> Tensor:

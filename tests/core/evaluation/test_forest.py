@@ -1,6 +1,7 @@
 """Trees of shared prefixes: every token once, and what each query sees through packs and spans."""
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -9,7 +10,9 @@ from hypothesis import strategies as st
 
 from dpq_core.evaluation import forest
 from dpq_core.evaluation.forest import Asked, chunks_of, sequences_of
-from dpq_core.evaluation.segments import packs_of
+from dpq_core.evaluation.packs import packs_of
+from dpq_core.evaluation.spans import spans_of
+from dpq_core.kernels.tree_attention import AT_ONCE, LANES
 
 SEQUENCES = st.lists(st.lists(st.integers(0, 2), min_size=2, max_size=12), min_size=1, max_size=12)
 
@@ -61,16 +64,33 @@ def test_a_token_is_computed_once(sequences):
     assert len(chunk) == len(prefixes)
 
 
+def check_seen(pack, window, ancestors):
+    """A tile's keys, ascending, each once, with a bit for each query that sees it."""
+    seen, queries = pack.seen(window), [[] for _ in range(pack.start, pack.stop)]
+    for tile, (start, stop) in enumerate(pairwise(seen.starts)):
+        keys, lanes = seen.keys[start:stop], seen.lanes[start:stop]
+        assert keys[lanes != 0].tolist() == sorted({*keys.tolist()})
+        assert len(keys) % AT_ONCE == 0
+        for key, bits in zip(pack.places[keys].tolist(), lanes, strict=True):
+            for lane in range(min(LANES, len(queries) - LANES * tile)):
+                if bits >> lane & 1:
+                    queries[LANES * tile + lane].append(key)
+    for query, found in enumerate(queries, pack.start):
+        assert found == (ancestors[query][-window:] if window else ancestors[query])
+
+
 @settings(deadline=None, max_examples=40)
-@given(SEQUENCES, st.integers(1, 9), st.integers(1, 20), st.sampled_from([None, 1, 3]))
+@given(SEQUENCES, st.integers(1, 9), st.integers(1, 40), st.sampled_from([None, 1, 3]))
 def test_spans_see_ancestors_within_the_window(sequences, queries, tokens, window):
     (chunk,) = chunks_of(asked_of(sequences), 10_000)
     ancestors, carried, stop = ancestors_of(chunk), torch.empty(0, dtype=torch.int64), 0
-    for pack in packs_of(chunk, tokens=tokens, queries=queries):
+    packs = packs_of(chunk, tokens)
+    for pack, spans in zip(packs, spans_of(chunk, packs, queries), strict=True):
         assert pack.start == stop
         stop, at = pack.stop, pack.start
         places = torch.cat([carried, torch.arange(pack.start, pack.stop)])
-        for span in pack.spans:
+        assert torch.equal(pack.places, places)
+        for span in spans:
             assert pack.start + span.start == at
             at = pack.start + span.stop
             keys, mask = places[span.keys], span.sight.mask(window, torch.float32)
@@ -84,6 +104,7 @@ def test_spans_see_ancestors_within_the_window(sequences, queries, tokens, windo
                 seen = ancestors[query][-window:] if window else ancestors[query]
                 assert keys[row].tolist() == seen
         assert at == pack.stop
+        check_seen(pack, window, ancestors)
         carried = places[pack.kept]
     assert stop == len(chunk)
     assert len(carried) == 0

@@ -1,24 +1,19 @@
-"""A chunk cut for a block: packs of tokens that run together, spans that attend together.
+"""A pack's attention where it is torch's own: spans of queries that attend together.
 
-A pack goes through a block's linears as one sequence [1, tokens]: nothing is padded, and all packs
-but a chunk's last have one shape, for which libraries make and keep one kernel. Attention goes span
-by span. All queries of a span have the same tokens before the span (the ancestors of its
-first), so one product with their keys and the span's own serves all of them, masked by
-
-    q sees k  ⇔  k ≤ q < end[k]  and  position[q] − position[k] < window, where a layer has one
-
-Small trees share a span, whose mask is then block-diagonal; a long sequence is cut into spans, each
-of which sees those before it. Keys and values that later packs need are carried on to them, and no
-longer than for a block.
+All queries of a span have the same tokens before the span (the ancestors of its first), so one
+product with their keys and the span's own serves all of them, masked. Small trees share a span,
+whose mask is then block-diagonal; a long sequence is cut into spans, each of which sees those
+before it.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from dpq_core.evaluation.forest import Chunk
-from dpq_core.evaluation.grain import CPU
+from dpq_core.evaluation.packs import Pack
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,43 +51,24 @@ class Span:
     sight: Sight
 
 
-@dataclass(frozen=True, eq=False)
-class Pack:
-    """Tokens [start, stop) of a chunk. kept: of the keys carried to the pack and then its own,
-    those that are carried on."""
-
-    start: int
-    stop: int
-    spans: list[Span]
-    kept: Tensor  # int64
-
-
-def packs_of(
-    chunk: Chunk,
-    device: torch.device | str = "cpu",
-    tokens: int = CPU.pack,
-    queries: int = CPU.span,
-) -> list[Pack]:
-    """Packs of `tokens`, the last of what is left, in the order in which they run."""
-    cuts, texts = _cuts(chunk, tokens, queries), _Texts(device)
-    packs, carried = list[Pack](), torch.empty(0, dtype=torch.int64)
-    for start in range(0, len(chunk), tokens):
-        stop = min(start + tokens, len(chunk))
-        places = torch.cat([carried, torch.arange(start, stop)])
-        inner = [cut for cut in cuts if start <= cut < stop]
-        bounds = zip(inner, [*inner[1:], stop], strict=True)
-        spans = [_span(chunk, places, start, *each, texts) for each in bounds]
-        kept = (chunk.ends[places] > stop).nonzero().flatten()
-        packs.append(Pack(start, stop, spans, kept.to(device)))
-        carried = places[kept]
-    return packs
+def spans_of(
+    chunk: Chunk, packs: Sequence[Pack], queries: int, device: torch.device | str = "cpu"
+) -> list[list[Span]]:
+    """Of each of a chunk's packs, spans of `queries` at most."""
+    texts = _Texts(torch.device(device))
+    cuts, found = _cuts(chunk, packs[0].stop, queries), list[list[Span]]()
+    for pack in packs:
+        own = [cut for cut in cuts if pack.start <= cut < pack.stop]
+        bounds = zip(own, [*own[1:], pack.stop], strict=True)
+        found.append([_span(chunk, pack, *each, texts) for each in bounds])
+    return found
 
 
 @dataclass(frozen=True)
 class _Texts:
     """Sights, those of spans of one text alone once: so many queries see so many keys."""
 
-    device: torch.device | str
+    device: torch.device
     found: dict[tuple[int, int], Sight] = field(default_factory=dict)
 
     def sight(self, chunk: Chunk, queries: Tensor, keys: Tensor) -> Sight:
@@ -109,15 +85,16 @@ class _Texts:
         return sight
 
 
-def _span(chunk: Chunk, places: Tensor, pack: int, start: int, stop: int, texts: _Texts) -> Span:
-    """places: in the chunk, of the keys carried to the pack and its own."""
+def _span(chunk: Chunk, pack: Pack, start: int, stop: int, texts: _Texts) -> Span:
+    """Queries [start, stop) of the chunk."""
+    places = pack.places
     own = (places >= start) & (places < stop)
     index = (own | ((places < start) & (chunk.ends[places] > start))).nonzero().flatten()
     sight = texts.sight(chunk, torch.arange(start, stop), places[index])
     first, last = int(index[0]), int(index[-1])
     together = last + 1 - first == len(index)
     keys = slice(first, last + 1) if together else index.to(texts.device)
-    return Span(start - pack, stop - pack, keys, sight)
+    return Span(start - pack.start, stop - pack.start, keys, sight)
 
 
 def _cuts(chunk: Chunk, tokens: int, queries: int) -> list[int]:
