@@ -3,14 +3,13 @@
     PYTHONPATH=tests:tests/bench:. python tests/bench/accuracy_beside_peers.py MODEL
         [--data ../shared/data] [--samples 48] [--windows 12] [--rows NAME ...] [--peers .peers]
 
-Calibrated on windows of 512 tokens of C4, scored on windows that are spread over WikiText-2's test
+Calibrated on windows of C4, scored on windows that are spread over WikiText-2's test
 split: the increase of perplexity, KL(p16 || p) a token with its standard error over windows, and
 that less the first row's, window by window. Peers live in an environment of their own, which
 `peers.py` makes; what they leave is read by `load_model`, the rounding of 8-bit inputs included.
 CPU seconds are of quantization, without imports.
 """
 
-import argparse
 import os
 import sys
 import tempfile
@@ -19,7 +18,7 @@ from typing import Any
 
 import numpy as np
 import peers
-from in_16_bits import Differences, In16Bits, with_error
+from in_16_bits import Differences, In16Bits, parser_of, with_error
 from safetensors.torch import save_file
 
 from dpq_core.checkpoint.native import load_model
@@ -27,7 +26,7 @@ from dpq_core.pipeline import quantize_checkpoint
 from dpq_core.recipe import CalibrationSection
 from dpq_core.recipe.scheme import Scheme
 
-GROUP, LENGTH, BATCH = 64, 512, 4
+GROUP, BATCH = 64, 4
 PAPER = {"order": "gar", "rounding": "nearest"}
 PLAIN_H = {"token_weights": "plain", "first_token_share": 0}
 HALF = {"propagation": "groups", "correction": 0.5}
@@ -52,17 +51,13 @@ PEERS = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("model", type=Path)
-    parser.add_argument("--data", type=Path, default=Path("../shared/data"))
-    parser.add_argument("--samples", type=int, default=48)
-    parser.add_argument("--windows", type=int, default=12)
+    parser = parser_of(__doc__, samples=48, windows=12)
     parser.add_argument("--peers", type=Path, default=Path(".peers"))
     names = [*OURS, *PEERS]
     parser.add_argument("--rows", nargs="+", choices=names, default=names, metavar="NAME")
     arguments = parser.parse_args()
     original = In16Bits(arguments.model, arguments.data, arguments.windows, BATCH)
-    calibrated = original.calibrated(arguments.samples, LENGTH)
+    calibrated = original.calibrated(arguments.samples, arguments.length)
     base, differences = original.scores.perplexity, Differences()
     print("| row | increase | KL | less the first's | agreement | CPU s |")
     print("|---|--:|--:|--:|--:|--:|")
@@ -93,7 +88,7 @@ def _by_us(name: str, source: Path, windows: Any, out: Path, _: Path) -> float:
     section = CalibrationSection(
         dataset={"path": "none"},
         samples=len(windows),
-        sequence_length=LENGTH,
+        sequence_length=windows.shape[1],
         batch_size=BATCH,
         **changes,
     )

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from in_16_bits import C4, WIKITEXT, scored_windows, texts_of
+from in_16_bits import C4, WIKITEXT, parser_of, scored_windows, texts_of
 from methods_score import Reference, reference, score_windows
 from torch import Tensor
 
@@ -92,14 +92,9 @@ def size(folder: Path) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("model", type=Path)
+    parser = parser_of(__doc__, samples=48, windows=48)
     parser.add_argument("--given", type=Path)
     parser.add_argument("--group-size", type=int, default=64)
-    parser.add_argument("--data", type=Path, default=Path("../shared/data"))
-    parser.add_argument("--samples", type=int, default=48)
-    parser.add_argument("--length", type=int, default=512)
-    parser.add_argument("--windows", type=int, default=48)
     parser.add_argument("--rows", nargs="+", default=list(_ROWS))
     arguments = parser.parse_args()
     bench = Bench(arguments)

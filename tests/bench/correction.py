@@ -9,13 +9,12 @@ perplexity, KL(p16 || p) a token, and that less the first row's, window by windo
 error. Seconds are of the CPU, quantization alone.
 """
 
-import argparse
 import os
 import tempfile
 from pathlib import Path
 
 import numpy as np
-from in_16_bits import Differences, In16Bits, with_error
+from in_16_bits import Differences, In16Bits, parser_of, with_error
 
 from dpq_core.checkpoint.native import load_quantized
 from dpq_core.pipeline import quantize_checkpoint
@@ -35,12 +34,7 @@ def section_of(name: str, samples: int, length: int) -> CalibrationSection:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("model", type=Path)
-    parser.add_argument("--data", type=Path, default=Path("../shared/data"))
-    parser.add_argument("--samples", type=int, default=16)
-    parser.add_argument("--length", type=int, default=512)
-    parser.add_argument("--windows", type=int, default=12)
+    parser = parser_of(__doc__, samples=16, windows=12)
     parser.add_argument("--rows", nargs="+", default=["original", "groups", "0.5"])
     arguments = parser.parse_args()
     sizes = arguments.samples, arguments.length

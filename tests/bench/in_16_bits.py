@@ -2,6 +2,7 @@
 split, and the first row of a table. Calibration windows are of C4; all begin as the model is run.
 """
 
+import argparse
 import gzip
 import json
 import os
@@ -21,6 +22,17 @@ from tasks.support.model import load_tokenizer
 C4 = "c4_sample/c4_train_00000_first.jsonl.gz"
 WIKITEXT = "wikitext2_raw_test/test.jsonl.gz"
 SCORED_LENGTH = 512
+
+
+def parser_of(doc: str | None, samples: int, windows: int) -> argparse.ArgumentParser:
+    """What all such benches are told, with these many windows unless they are told of others."""
+    parser = argparse.ArgumentParser(description=(doc or "").splitlines()[0])
+    parser.add_argument("model", type=Path)
+    parser.add_argument("--data", type=Path, default=Path("../shared/data"))
+    parser.add_argument("--samples", type=int, default=samples, help="windows to calibrate on")
+    parser.add_argument("--length", type=int, default=512, help="tokens of each of them")
+    parser.add_argument("--windows", type=int, default=windows, help="scored ones")
+    return parser
 
 
 def texts_of(path: Path) -> Iterator[str]:

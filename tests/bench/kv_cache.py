@@ -21,7 +21,7 @@ from unittest.mock import patch
 
 import numpy as np
 import torch
-from in_16_bits import Differences, In16Bits, with_error
+from in_16_bits import Differences, In16Bits, parser_of, with_error
 from methods_score import WindowScores
 from torch import Tensor
 
@@ -107,12 +107,7 @@ class Rows:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("model", type=Path)
-    parser.add_argument("--data", type=Path, default=Path("../shared/data"))
-    parser.add_argument("--samples", type=int, default=16)
-    parser.add_argument("--length", type=int, default=512)
-    parser.add_argument("--windows", type=int, default=12)
+    parser = parser_of(__doc__, samples=16, windows=12)
     parser.add_argument("--scored", type=int, default=512, help="tokens of a scored window")
     parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--weights", nargs="+", default=list(WEIGHTS), choices=list(WEIGHTS))

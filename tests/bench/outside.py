@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from in_16_bits import scored_windows, texts_of
+from in_16_bits import parser_of, scored_windows, texts_of
 from torch import nn
 from transformers import AutoModelForCausalLM
 
@@ -232,12 +232,7 @@ def table(rows: list[dict[str, Any]]) -> Iterator[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("model", type=Path)
-    parser.add_argument("--data", type=Path, default=Path("../shared/data"))
-    parser.add_argument("--samples", type=int, default=32)
-    parser.add_argument("--length", type=int, default=512)
-    parser.add_argument("--windows", type=int, default=32)
+    parser = parser_of(__doc__, samples=32, windows=32)
     parser.add_argument("--native", type=Path, help="a native checkpoint of the model")
     parser.add_argument("--out", type=Path, help="rows as JSON lines; those there are kept")
     parser.add_argument("--only", nargs="+", metavar="NAME")

@@ -9,7 +9,6 @@ as the model's chat template writes them, a question and its answer. Scored as b
 windows of WikiText-2's test split, which chose nothing.
 """
 
-import argparse
 import gzip
 import json
 import tempfile
@@ -18,7 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from in_16_bits import C4, Differences, In16Bits, texts_of, with_error
+from in_16_bits import C4, Differences, In16Bits, parser_of, texts_of, with_error
 from torch import Tensor
 
 from dpq_core.checkpoint.native import load_quantized
@@ -80,12 +79,7 @@ def inputs_of(row: str, texts: Texts, samples: int) -> list[ModelInputs]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("model", type=Path)
-    parser.add_argument("--data", type=Path, default=Path("../shared/data"))
-    parser.add_argument("--samples", type=int, default=32)
-    parser.add_argument("--length", type=int, default=512)
-    parser.add_argument("--windows", type=int, default=12)
+    parser = parser_of(__doc__, samples=32, windows=12)
     parser.add_argument("--rows", nargs="+", default=["c4", "c4/web", "web", "c4+wiki", "c4+chat"])
     arguments = parser.parse_args()
     section = CalibrationSection(

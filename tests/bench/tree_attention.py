@@ -59,7 +59,9 @@ def main() -> None:
         for title, shape in SHAPES.items():
             seen = seen_by(tokens, *shape)
             listed = Seen.of(np.ascontiguousarray(seen.T))
-            operands = [torch.randn(n, tokens, size) for n in (heads, key_heads, key_heads)]
+            query = torch.randn(heads, tokens, size)
+            key, value = torch.randn(2, key_heads, tokens, size)
+            operands = query, key, value
             masks = []
             for start in range(0, tokens, SPAN):
                 mine = seen[start : start + SPAN, : start + SPAN]
@@ -81,7 +83,7 @@ def main() -> None:
                     )
 
             ours = least(
-                lambda operands=operands, listed=listed: attend(*operands, listed, 0.1),
+                lambda q=query, k=key, v=value, listed=listed: attend(q, k, v, listed, 0.1),
                 arguments.repeats,
             )
             theirs = [
