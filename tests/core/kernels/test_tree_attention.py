@@ -92,6 +92,16 @@ def test_scores_may_lie_anywhere(offset):
     assert (y - expected).abs().max() < 1e-5 + rounding
 
 
+def test_its_exponential():
+    """Of two keys the second has a weight that is next to nothing, and all of the value."""
+    x = -torch.linspace(20, 86, 50_000)
+    query, key, value = (torch.zeros(1, count, 8) for count in (len(x), 2, 2))
+    query[0, :, 0], key[0, 1, 0], value[0, 1] = x, 1, 1
+    y = attend(query, key, value, of(np.ones((len(x), 2), bool)), 1.0)[:, 0, 0]
+    expected = x.double().exp()
+    assert ((y - expected) / expected).abs().max() < 2.2e-7
+
+
 @pytest.mark.parametrize("place", ["query", "key", "value"])
 def test_what_is_no_number_stays_none_where_it_is_seen(place):
     tensors = dict(zip(("query", "key", "value"), operands(1, 1, 32, 32, 8, 8), strict=True))
