@@ -31,6 +31,8 @@ PAPER = {"order": "gar", "rounding": "nearest"}
 PLAIN_H = {"token_weights": "plain", "first_token_share": 0}
 HALF = {"propagation": "groups", "correction": 0.5}
 DYNAMIC = {"activations": "dynamic"}
+INT8 = {"inner": "int8", **DYNAMIC}
+RTN = {"method": "rtn", "order": "none", "rounding": "nearest"}
 OURS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # of the scheme, of the calibration
     "default": ({}, {}),
     "default, dynamic": (DYNAMIC, {}),
@@ -40,7 +42,11 @@ OURS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # of the scheme, of 
         HALF,
     ),
     "the paper's method": (PAPER, PLAIN_H),
-    "rtn W4A8, dynamic": ({"method": "rtn", "order": "none", "rounding": "nearest", **DYNAMIC}, {}),
+    "rtn W4A8, dynamic": ({**RTN, **DYNAMIC}, {}),
+    "QServe-like: rtn, INT8 inputs": ({**RTN, **INT8}, {}),
+    "QQQ-like: dpq, nearest, INT8 inputs": ({"rounding": "nearest", **INT8}, {}),
+    "W16A8, static": ({"method": "none"}, {}),
+    "W16A8, dynamic": ({"method": "none", **DYNAMIC}, {}),
 }
 PEERS = {
     "llm-compressor GPTQ W4AFP8": ("llm-compressor", "W4AFP8"),
