@@ -1,7 +1,7 @@
 """A chunk on its way through the blocks: its batches, and how they are made of its trees.
 
-In packs a tree runs as it is. By rows, each sequence is run from its root, beside
-others of about its length: for architectures whose attention takes no tree.
+In packs a tree runs as it is. By rows, each sequence is run from its root, beside others of about
+its length: for architectures whose attention takes no tree.
 """
 
 from collections.abc import Callable
