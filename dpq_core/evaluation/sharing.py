@@ -5,6 +5,7 @@ tree and once each sequence by itself. The hidden states must agree. What has no
 kind (recurrent blocks), does not tell it of its windows, or adds to its products, shows here.
 """
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from dpq_core.evaluation.attention import NAME, UnsharedError, attend_by_packs
 from dpq_core.evaluation.forest import Asked, Chunk, chunks_of
-from dpq_core.evaluation.grain import CPU, Grain
+from dpq_core.evaluation.grain import CPU
 from dpq_core.evaluation.walk import Walk, packs_walk, rows_walk
 from dpq_core.model.anatomy import parts_of
 from dpq_core.model.blocks import BlockStream
@@ -48,7 +49,7 @@ def _found(model: Any) -> str | None:
         attend_by_packs(small)
         if small.config._attn_implementation != NAME:
             return "its attention is not called through transformers' interface"
-        found = _run(stream, packs_walk(stream, chunk, Grain(16, None, CPU.tile)))
+        found = _run(stream, packs_walk(stream, chunk, replace(CPU, pack=16)))
     except UnsharedError as error:
         return str(error)
     except Exception as error:  # of any architecture's forward

@@ -5,8 +5,6 @@ is written in place.
 """
 
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -18,6 +16,7 @@ from dpq_core.arithmetic.affine import ColumnGrid
 from dpq_core.arithmetic.formats import NumberFormat
 from dpq_core.kernels import distribution_loops, numba_loops, products
 from dpq_core.kernels.blas import AS_IS, ROW_MAJOR, TRANSPOSED, bf16_product
+from dpq_core.kernels.threads import in_ranges
 
 _COLUMNS = 32  # that `numba_loops.choose` takes at a time
 _SQUARE = 256  # rows of a Hessian whose products with what follows are made at a time
@@ -190,11 +189,6 @@ def _arrays(grid: ColumnGrid) -> tuple[Any, ...]:
 
 def _by_rows(kernel: Callable[..., Any], rows: int, *arguments: Any) -> list[Any]:
     """What `kernel(first, last, …)` returns for ranges of rows, one a thread of torch's."""
-    tiles = -(-rows // numba_loops.TILE_ROWS)
-    threads = min(torch.get_num_threads(), tiles)
-    if threads <= 1:
-        return [kernel(0, rows, *arguments)]
-    cuts = [min(tiles * n // threads * numba_loops.TILE_ROWS, rows) for n in range(threads + 1)]
-    with ThreadPoolExecutor(threads) as pool:
-        made = [pool.submit(kernel, *cut, *arguments) for cut in pairwise(cuts)]
-    return [each.result() for each in made]
+    return in_ranges(
+        lambda first, last: kernel(first, last, *arguments), rows, numba_loops.TILE_ROWS
+    )

@@ -21,14 +21,12 @@ Source of the polynomial: exp's Taylor series at 0, whose error on ± ln 2 / 2 i
 import functools
 import math
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import numba
 import numpy as np
-import torch
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
@@ -52,6 +50,7 @@ from dpq_core.kernels.llvm import (
     store,
 )
 from dpq_core.kernels.products import features
+from dpq_core.kernels.threads import in_ranges
 
 LANES = 16  # queries of a tile
 AT_ONCE = 4  # keys
@@ -118,19 +117,13 @@ def attend(
         *(each.ctypes.data for each in (seen.starts, seen.keys, seen.lanes)),
     ])  # fmt: skip
     lines = size + width + int(np.diff(seen.starts).max())
-    kernel, tasks = _kernel(), heads * tiles
+    kernel = _kernel()
 
     def some(first: int, last: int) -> None:
         scratch = np.empty(lines * LANES, np.float32)
         kernel(first, last, numbers.ctypes.data, scratch.ctypes.data)
 
-    threads = min(torch.get_num_threads(), tasks)
-    if threads == 1:
-        some(0, tasks)
-    else:
-        cuts = [tasks * number // threads for number in range(threads + 1)]
-        with ThreadPoolExecutor(threads) as pool:
-            list(pool.map(some, cuts, cuts[1:]))
+    in_ranges(some, heads * tiles)
     return y[:queries, :, : value.shape[2]].to(query.dtype)
 
 

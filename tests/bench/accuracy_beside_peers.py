@@ -3,10 +3,10 @@
     PYTHONPATH=tests:tests/bench:. python tests/bench/accuracy_beside_peers.py MODEL
         [--data ../shared/data] [--samples 48] [--windows 12] [--rows NAME ...] [--peers .peers]
 
-Calibrated on windows of C4, scored on windows that are spread over WikiText-2's test
-split: the increase of perplexity, KL(p16 || p) a token with its standard error over windows, and
-that less the first row's, window by window. Peers live in an environment of their own, which
-`peers.py` makes; what they leave is read by `load_model`, the rounding of 8-bit inputs included.
+Calibrated on windows of C4, scored on windows that are spread over WikiText-2's test split: the
+increase of perplexity, KL(p16 || p) a token with its standard error over windows, and that less the
+first row's, window by window. Peers live in an environment of their own, which `peers.py` makes;
+what they leave is read by `load_model`, the rounding of 8-bit inputs included.
 CPU seconds are of quantization, without imports.
 """
 

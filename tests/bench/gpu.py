@@ -43,15 +43,16 @@ class Part:
     needs_model: bool = False
 
 
-_CASES = "-m pytest --noconftest -p no:cacheprovider -q --tb=short"
+_CASES = (
+    "-m pytest --noconftest -p no:cacheprovider -q --tb=short tests/core/serving/hopper_cases.py"
+    " tests/core/kernels/cuda_cases.py tests/core/evaluation/scorer_cases.py"
+)
 PARTS = (
     Part(
         "checks",
         "Kernels against their definitions",
-        f"{_CASES} -n 12 tests/core/serving/hopper_cases.py tests/core/kernels/cuda_cases.py"
-        " tests/core/evaluation/scorer_cases.py",
-        f"{_CASES} tests/core/serving/hopper_cases.py tests/core/kernels/cuda_cases.py -k"
-        " 'test_w4a8_is_as_good_as_the_definition and 128 or magnitudes'",
+        f"{_CASES} -n 12",
+        f"{_CASES} -k 'test_w4a8_is_as_good_as_the_definition and 128 or magnitudes'",
         100,
     ),
     Part(
